@@ -1,0 +1,42 @@
+# Shorthands for the plain commands they print. Override as: make test PYTHON=python3.12 VENV=.venv312
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+SEED ?= 0
+RUN ?= runs/quickstart
+
+PY = $(VENV)/bin/python
+STAMP = $(VENV)/.requirements-installed
+
+TF_CPP_MIN_LOG_LEVEL ?= 2
+export TF_CPP_MIN_LOG_LEVEL
+
+.PHONY: env test quickstart clean
+
+env: $(STAMP)
+
+# Runs again only when requirements.txt is newer than the last complete installation.
+$(STAMP): requirements.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mim_jax needs Python 3.11 or newer, and '$(PYTHON)' is older or missing: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $(STAMP)
+
+# Compilation dominates the tests, so compiled programs are kept between runs, the small ones too.
+test: export JAX_PLATFORMS = cpu
+test: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.cache/jax
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
+test: env
+	$(PY) -m pytest tests -n $(WORKERS)
+
+# Pretrain on the embedded sample, look at it, probe it, print the table.
+quickstart: env
+	$(PY) -m mim_jax.main --config=configs/lomar_sample.py --config.seed=$(SEED) --workdir="$(RUN)/pretrain"
+	$(PY) -m mim_jax.visualise --workdir="$(RUN)/pretrain"
+	$(PY) -m mim_jax.main --config=configs/linprobe.py --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/probe"
+	$(PY) results/summarise.py "$(RUN)"
+
+# The default environment and caches only: never runs/, never an environment named by VENV=.
+clean:
+	rm -rf .venv .venv-ci .cache .pytest_cache .ruff_cache
+	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,215 @@
+"""Batches of uint8 images: training batches as a function of the step, evaluation over a split exactly once."""
+from absl import logging
+import numpy as np
+import tensorflow as tf
+
+from mim_jax.data import augment
+from mim_jax.data.augment import DataError
+
+FOREVER = np.iinfo(np.int64).max
+ORDER, CROP = 0, 1  # what a seed is for, so that the two are independent
+FETCH = 64          # records per bulk lookup
+
+
+def _check(batch_size, size, process_index, process_count):
+    if batch_size < 1 or batch_size % process_count:
+        raise DataError(f"batch_size={batch_size} (global) cannot be shared by {process_count} processes: "
+                        f"choose a multiple of {process_count}.")
+    if not 0 <= process_index < process_count:
+        raise DataError(f"process_index={process_index} of process_count={process_count}.")
+    if len(size) != 2 or min(size) < 1:
+        raise DataError(f"size={size}: expected (height, width) in pixels.")
+
+
+def _fold(seed, purpose, *numbers):
+    """Numbers -> seed int64 [2] for TensorFlow's stateless functions."""
+    result = tf.constant([seed, purpose], tf.int64)
+    for number in numbers:
+        result = tf.random.experimental.stateless_fold_in(result, number)
+    return result
+
+
+def _share(n, process_index, process_count):
+    """The contiguous range of a stream that belongs to one process: low, high."""
+    return n * process_index // process_count, n * (process_index + 1) // process_count
+
+
+def _with_items(ds, source):
+    """Dataset of (epoch, id) -> dataset of (epoch, id, item)."""
+    if not source.bulk:
+        return ds.map(lambda epoch, i: (epoch, i, source.lookup(i)))
+    ds = ds.batch(FETCH).map(lambda epoch, i: (epoch, i, source.lookup(i)), num_parallel_calls=4, deterministic=True)
+    return ds.unbatch()
+
+
+def _finish(ds, make, local, prefetch):
+    """Dataset of items -> iterator of numpy batches in the same order."""
+    ds = ds.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return ds.batch(local).prefetch(prefetch).as_numpy_iterator()
+
+
+def _explain(error, source, items):
+    """A TensorFlow error met in a batch, and the items of that batch -> DataError that names the bad examples."""
+    bad = []
+    try:
+        for _, i, item in items:
+            try:
+                image, _ = source.load(item)
+                if image.dtype == tf.string:
+                    augment.decode(image, source.channels)
+            except Exception:  # pylint: disable=broad-except  # PIL and TensorFlow raise a dozen kinds
+                bad.append(source.describe(i.numpy()))
+    except tf.errors.OpError as reading:  # the records themselves, so there are no names
+        error = reading
+    reason = str(error.message).splitlines()[0][:300]
+    if not bad:
+        return DataError(f"Reading {source.name!r}, split {source.split!r}, failed: {reason}")
+    return DataError(f"Cannot read {', '.join(bad)}: delete or replace it. "
+                     f"(sources.check_folder lists every broken file of a folder.) TensorFlow says: {reason}")
+
+
+class TrainBatches:
+    """Training batches, a pure function of (seed, step, process): nothing to save, nothing to restore.
+
+    Example number i of the run (i = step * batch_size + place in the global batch) is example
+    permutation[epoch](i mod N), with epoch = i div N; its crop depends on (seed, epoch, id) only, so any
+    number of processes sees the same global batches. A source without random access gives each process a
+    fixed share instead, reshuffled every epoch; to start at a step it replays the shuffle of that epoch.
+
+    Args:
+      source: what `open_source` returned.
+      batch_size: global; each process gets batch_size / process_count examples.
+      size: (height, width) of the images.
+      crop: augment.RandomCrop.
+      seed: any whole number.
+      process_index: this process, 0 .. process_count - 1.
+      process_count: how many processes share a batch.
+      prefetch: batches prepared ahead.
+
+    Raises:
+      DataError: the sizes do not fit together, or the source holds fewer examples than processes.
+    """
+
+    def __init__(self, source, *, batch_size, size, crop, seed, process_index=0, process_count=1, prefetch=2):
+        _check(batch_size, size, process_index, process_count)
+        if source.num_examples < (1 if source.random_access else process_count):
+            raise DataError(f"{source.name!r}, split {source.split!r}, holds {source.num_examples} examples, "
+                            f"too few for {process_count} processes.")
+        self._source, self._size, self._crop = source, tuple(size), crop
+        self._batch_size, self._local = batch_size, batch_size // process_count
+        self._seed = int(seed) % 2**63
+        self._process_index, self._process_count = process_index, process_count
+        self._prefetch = prefetch
+        self._iterator, self._next_step = None, None
+
+    def batch(self, step):
+        """Step -> {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b]}: this process's slice.
+
+        Consecutive steps stream; any other step starts the stream anew from there.
+
+        Raises:
+          DataError: an image of the batch cannot be read; the message names it.
+        """
+        if self._iterator is None or step != self._next_step:
+            items = self._items(step, log=True)
+            self._iterator = _finish(items, self._make, self._local, self._prefetch)
+        self._next_step = step + 1
+        try:
+            return next(self._iterator)
+        except tf.errors.OpError as error:
+            self.close()
+            raise _explain(error, self._source, self._items(step).take(self._local)) from error
+
+    def close(self):
+        """Stops reading ahead and frees the prefetched batches."""
+        self._iterator = None
+
+    def _items(self, step, log=False):
+        """Dataset of (epoch, id, item) from the first example of `step` on."""
+        if self._source.random_access:
+            return self._by_id(step)
+        return self._by_stream(step, log)
+
+    def _by_id(self, step):
+        n, local = self._source.num_examples, self._local
+
+        def order(k):  # k-th example of this process -> epoch, id
+            i = k // local * self._batch_size + self._process_index * local + k % local
+            epoch = i // n
+            seed = _fold(self._seed, ORDER, epoch)
+            return epoch, tf.random.experimental.index_shuffle(i % n, seed, tf.constant(n - 1, tf.int64))
+
+        ds = tf.data.Dataset.range(step * local, FOREVER)
+        return _with_items(ds.map(order, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True), self._source)
+
+    def _by_stream(self, step, log):
+        low, high = _share(self._source.num_examples, self._process_index, self._process_count)
+        first, skip = divmod(step * self._local, high - low)
+        if log:
+            logging.info("%s, split %s, has no random access: step %d replays the shuffle of epoch %d and skips "
+                         "%d of its %d records (array_record would start at once).",
+                         self._source.name, self._source.split, step, first, skip, high - low)
+
+        def epoch_items(epoch):
+            seed = _fold(self._seed, ORDER, epoch, self._process_index)
+            ds = self._source.stream(low, high, seed).skip(tf.where(epoch == first, tf.constant(skip, tf.int64), 0))
+            return ds.map(lambda i, item: (epoch, i, item))
+
+        return tf.data.Dataset.range(first, FOREVER).flat_map(epoch_items)
+
+    def _make(self, epoch, example_id, item):
+        image, label = self._source.load(item)
+        uniforms = tf.random.stateless_uniform([augment.UNIFORMS], _fold(self._seed, CROP, epoch, example_id))
+        image = augment.train_image(image, self._crop, self._size, self._source.channels, uniforms)
+        return {"image": image, "label": label, "id": example_id}
+
+
+def eval_batches(source, *, batch_size, size, resize_ratio, process_index=0, process_count=1, limit=0):
+    """The whole split (or its first `limit` examples) exactly once over all processes.
+
+    Yields {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b], "valid": bool [b]}, the same number
+    of batches on every process; padding is zeros with label and id -1 and valid False. The shorter side goes to
+    size / resize_ratio, then the centre is cut out; an image of the target size stays as it is.
+
+    Raises:
+      DataError: at once if the sizes do not fit together; while iterating if an image cannot be read.
+    """
+    _check(batch_size, size, process_index, process_count)
+    if not 0 < resize_ratio <= 1:
+        raise DataError(f"resize_ratio={resize_ratio}: expected 0 < resize_ratio <= 1 (224 / 256 = .875).")
+    local, n = batch_size // process_count, min(source.num_examples, limit or source.num_examples)
+    if source.random_access:
+        places = np.arange(n, dtype=np.int64)
+        mine = places[places // local % process_count == process_index]
+        ds = _with_items(tf.data.Dataset.from_tensor_slices((np.zeros_like(mine), mine)), source)
+    else:
+        low, high = _share(n, process_index, process_count)
+        ds = source.stream(low, high).map(lambda i, item: (tf.constant(0, tf.int64), i, item))
+
+    def make(_, example_id, item):
+        image, label = source.load(item)
+        return {"image": augment.eval_image(image, tuple(size), resize_ratio, source.channels),
+                "label": label, "id": example_id}
+
+    def batches():
+        iterator = _finish(ds, make, local, 2)
+        for k in range(-(-n // batch_size)):
+            try:
+                batch = next(iterator, None)
+            except tf.errors.OpError as error:
+                raise _explain(error, source, ds.skip(k * local).take(local)) from error
+            yield _pad(batch, local, (*size, source.channels))
+
+    return batches()
+
+
+def _pad(batch, local, shape):
+    """A batch of at most `local` examples, or None -> a batch of `local`, with "valid"."""
+    padded = {"image": np.zeros((local, *shape), np.uint8), "label": np.full(local, -1, np.int32),
+              "id": np.full(local, -1, np.int64), "valid": np.zeros(local, bool)}
+    if batch is not None:
+        count = len(batch["id"])
+        for name, values in batch.items():
+            padded[name][:count] = values
+        padded["valid"][:count] = True
+    return padded

@@ -1,0 +1,106 @@
+"""TFDS datasets: array_record by random access, TFRecord as a seeded stream."""
+import dataclasses
+import os
+from typing import Any
+
+from absl import logging
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from mim_jax.data.augment import DataError
+from mim_jax.data.sources import WAYS, Source
+
+SHUFFLE_BUFFER = 8192  # encoded records: about 1 GB for ImageNet
+CYCLE = 16             # files read in turns while shuffling
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TfdsSource(Source):
+    """Serialized records; `load` parses one and leaves the image encoded."""
+    features: Any = None
+    files: tuple = ()      # (filename, skip, take), in the order of the ids
+    records: Any = None    # array_record only: ids -> list of bytes
+    shuffle_buffer: int = SHUFFLE_BUFFER
+
+    def lookup(self, ids):
+        def fetch(wanted):
+            return np.array(self.records.__getitems__(wanted.tolist()), object)
+        return tf.ensure_shape(tf.numpy_function(fetch, [ids], tf.string, stateful=False), ids.shape)
+
+    def load(self, item):
+        example = self.features.deserialize_example(item, decoders={"image": tfds.decode.SkipDecoding()})
+        label = tf.cast(example["label"], tf.int32) if self.num_classes else tf.constant(-1)
+        return example["image"], label
+
+    def stream(self, low, high, seed=None):
+        pieces = _cut(self.files, low, high)
+        columns = [tf.constant(np.array(column)) for column in zip(*pieces)]
+        if seed is not None:
+            order = tf.random.experimental.stateless_shuffle(tf.range(len(pieces)), seed)
+            columns = [tf.gather(column, order) for column in columns]
+
+        def read(file, skip, take, first):
+            records = tf.data.TFRecordDataset(file).skip(skip).take(take)
+            return tf.data.Dataset.zip((tf.data.Dataset.range(first, first + take), records))
+
+        ds = tf.data.Dataset.from_tensor_slices(tuple(columns))
+        ds = ds.interleave(read, cycle_length=1 if seed is None else min(CYCLE, len(pieces)),
+                           num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        if seed is not None:
+            ds = ds.shuffle(min(self.shuffle_buffer, high - low), seed=seed[0], reshuffle_each_iteration=False)
+        return ds
+
+
+def _cut(files, low, high):
+    """[(file, skip, take)] -> [(file, skip, take, id of the first record)] of the ids low .. high - 1."""
+    pieces, start = [], 0
+    for file, skip, take in files:
+        first, last = max(low, start), min(high, start + take)
+        if first < last:
+            pieces.append((file, skip + first - start, last - first, first))
+        start += take
+    return pieces
+
+
+def _open_builder(name, data_dir):
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
+    except tfds.core.DatasetNotFoundError as error:
+        raise DataError(f"data.source={name!r} is neither 'sample' nor 'folder' nor a TFDS dataset; {WAYS}") from error
+    if not builder.info.splits:
+        option = f"data.data_dir={data_dir!r}" if data_dir else "the default folder of TFDS (data.data_dir is empty)"
+        raise DataError(f"{name} is not prepared in {option}: {os.fspath(builder.data_path)!r} does not hold it; {WAYS}")
+    return builder
+
+
+def open_tfds(name, split, *, data_dir, channels):
+    """Opens a prepared TFDS dataset with an `image` feature; nothing is ever downloaded.
+
+    Raises:
+      DataError: it is not there, has no such split, no image, or lies in a format that is not read.
+    """
+    builder = _open_builder(name, data_dir)
+    try:
+        info = builder.info.splits[split]
+        files = tuple((os.fspath(f.filename), f.skip, f.take) for f in info.file_instructions)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}, "
+                        "and slices of them such as 'train[:1%]' or 'train[10000:]'.") from error
+    if not info.num_examples:
+        raise DataError(f"The split {split!r} of {name} is empty.")
+
+    features = builder.info.features
+    if "image" not in features or not isinstance(features["image"], tfds.features.Image):
+        raise DataError(f"{name} has no feature 'image' that is an image; it has {', '.join(features)}.")
+    label = features["label"] if "label" in features else None
+    names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
+
+    file_format = builder.info.file_format.value
+    if file_format not in ("array_record", "tfrecord"):
+        raise DataError(f"{name} is stored as {file_format}; read are array_record and tfrecord.")
+    random_access = file_format == "array_record"
+    records = builder.as_data_source(split).data_source if random_access else None
+    logging.info("%s, split %s: %d examples, %d classes, %s", name, split, info.num_examples, len(names), file_format)
+    return TfdsSource(name, split, info.num_examples, len(names), names, channels, random_access, bulk=True,
+                      features=features, files=files, records=records)

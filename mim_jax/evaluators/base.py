@@ -1,0 +1,41 @@
+"""What evaluators share: running a jitted function over a split, exactly once per example."""
+
+import jax
+import numpy as np
+
+from mim_jax import sharding
+
+
+class SplitRunner:
+    """Applies `fn(variables, batch) -> {name: [b ...]}` to every example of a split.
+
+    `batches()` yields this process's padded slices with a `valid` mask; results come back on every process, padding
+    removed, in a fixed order.
+    """
+
+    def __init__(self, fn, mesh, batches, num_examples: int):
+        self._fn = jax.jit(fn, out_shardings=sharding.replicated(mesh))
+        self._mesh, self._batches, self.num_examples = mesh, batches, num_examples
+
+    def __call__(self, variables) -> dict[str, np.ndarray]:
+        """Raises RuntimeError unless exactly the split's examples were seen."""
+        parts = []
+        for batch in self._batches():
+            batch = sharding.to_global(batch, self._mesh)
+            out = self._fn(variables, batch)
+            parts.append(jax.tree.map(np.asarray, {**out, "valid": gather(batch["valid"], self._mesh)}))
+        whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        valid = whole.pop("valid")
+        if valid.sum() != self.num_examples:
+            raise RuntimeError(f"the evaluation saw {valid.sum()} examples of a split of {self.num_examples}")
+        return {key: value[valid] for key, value in whole.items()}
+
+
+def gather(x, mesh):
+    """A global array on every process."""
+    return jax.jit(lambda y: y, out_shardings=sharding.replicated(mesh))(x)
+
+
+def balanced_accuracy(predicted, labels) -> float:
+    """The mean over classes of the share of each class that is right."""
+    return float(np.mean([(predicted[labels == c] == c).mean() for c in np.unique(labels)]))

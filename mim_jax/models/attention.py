@@ -1,0 +1,57 @@
+"""Multi-head self-attention with an optional contextual relative-position term (iRPE)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from mim_jax.models import irpe
+from mim_jax.models.layers import Dense
+
+
+class Attention(nn.Module):
+    """[r n d], buckets -> [r n d].
+
+    `buckets` is None (no relative positions), one table [n n] for all rows, or a table per row [r n n].
+    """
+
+    heads: int
+    relative: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, buckets=None):
+        width = x.shape[-1]
+        head_dim = width // self.heads
+        qkv = Dense(3 * width, self.dtype, name="qkv")(x)
+        q, k, v = rearrange(qkv, "r n (three h e) -> three r h n e", three=3, h=self.heads)
+        logits = jnp.einsum("rhie,rhje->rhij", q * head_dim**-0.5, k, preferred_element_type=jnp.float32)
+        if self.relative:
+            logits = logits + RelativeKeys(self.dtype, name="rpe_k")(q, buckets)
+        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)  # float32 until here
+        out = jnp.einsum("rhij,rhje->rhie", weights, v)
+        return Dense(width, self.dtype, name="proj")(rearrange(out, "r h n e -> r n (h e)"))
+
+
+class RelativeKeys(nn.Module):
+    """[r h n e], buckets -> [r h n n] float32: q . table[:, bucket(i, j)], one table shared by the heads."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, q, buckets):
+        table = self.param("table", nn.initializers.zeros, (q.shape[-1], irpe.BUCKETS)).astype(self.dtype)
+        if buckets.ndim == 2:
+            # A key per pair, the same for all rows and heads: one matrix product per query position. Twice as fast
+            # on a CPU as picking from the 50 products q . table.
+            keys = pair_keys(table, buckets)
+            return jnp.einsum("rhie,eij->rhij", q, keys, preferred_element_type=jnp.float32)
+        products = jnp.einsum("rhie,eb->rhib", q, table, preferred_element_type=jnp.float32)
+        return jnp.take_along_axis(products, buckets[:, None], axis=-1)
+
+
+def pair_keys(table, buckets):
+    """[e buckets], [n n] -> [e n n]: the table's column for every pair of tokens."""
+    return jnp.take(table, buckets.reshape(-1), axis=1).reshape(table.shape[0], *buckets.shape)

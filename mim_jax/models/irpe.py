@@ -1,0 +1,30 @@
+"""iRPE, contextual product on keys, heads shared (arXiv 2107.14222; LoMaR's ratio 1.9): a fixed bucket for every pair.
+
+logits += q . table[:, bucket(i, j)], with the *unscaled* q. One table per layer, [head_dim, 50].
+"""
+
+import numpy as np
+
+ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2  # ratio 1.9: alpha, 2 alpha, 8 alpha
+REACH = 3  # the piecewise index lies in [-3, 3]
+SIDE = 2 * REACH + 1
+CLS_BUCKET = SIDE * SIDE
+BUCKETS = CLS_BUCKET + 1
+
+
+def piecewise_index(offset) -> np.ndarray:
+    """Integer offsets -> indices in [-3, 3]: exact near, logarithmic and clipped far (eq. 18 of iRPE)."""
+    offset = np.asarray(offset, np.float64)
+    distance = np.maximum(np.abs(offset), 1e-9)
+    far = ALPHA + np.log(distance / ALPHA) / np.log(GAMMA / ALPHA) * (BETA - ALPHA)
+    clipped = np.minimum(BETA, np.round(np.maximum(far, 0)))
+    return np.where(distance <= ALPHA, offset, np.sign(offset) * clipped).astype(np.int32)
+
+
+def bucket_table(grid, cls: bool = True) -> np.ndarray:
+    """-> [n n] int32, row = query, column = key; with cls a first row and column of bucket 49."""
+    row, column = (x.reshape(-1) for x in np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij"))
+    r = piecewise_index(row[:, None] - row[None, :])
+    c = piecewise_index(column[:, None] - column[None, :])
+    table = (r + REACH) * SIDE + (c + REACH)
+    return np.pad(table, ((1, 0), (1, 0)), constant_values=CLS_BUCKET) if cls else table

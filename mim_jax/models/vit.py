@@ -1,0 +1,128 @@
+"""The Vision Transformer: patches in, tokens out. It knows nothing of masking."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from mim_jax.config import ConfigError
+from mim_jax.models import irpe
+from mim_jax.models.attention import Attention
+from mim_jax.models.layers import Dense, DropPath, LayerNorm, Mlp, token_init
+from mim_jax.models.posembed import sincos_table
+from mim_jax.tokens import patchify
+
+# width, depth, heads of the usual letters (ViT, arXiv 2010.11929; S as in DeiT)
+SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
+
+
+class Block(nn.Module):
+    """[r n d] -> [r n d]: pre-norm attention and MLP, each in a residual branch."""
+
+    heads: int
+    mlp_ratio: float = 4.0
+    relative: bool = False
+    drop_path: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, buckets=None, train: bool = False):
+        drop = DropPath(self.drop_path)
+        h = LayerNorm(self.dtype, name="norm1")(x)
+        h = Attention(self.heads, self.relative, self.dtype, name="attn")(h, buckets)
+        x = x + drop(h, train)
+        h = LayerNorm(self.dtype, name="norm2")(x)
+        h = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(h)
+        return x + drop(h, train)
+
+
+class ViT(nn.Module):
+    """Patch embedding, cls token, blocks, final norm.
+
+    position: "rpe" (iRPE in every block, nothing added to tokens), "absolute" (a fixed sin-cos table is added),
+    "learned" (the same table as a trainable parameter, cls row included, as timm fine-tunes it).
+    """
+
+    grid: tuple[int, int]
+    patch: int = 16
+    channels: int = 3
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    position: str = "rpe"
+    drop_path: float = 0.0
+    final_norm: bool = True
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        if self.width % self.heads:
+            raise ConfigError(f"encoder width {self.width} is not divisible by its {self.heads} heads")
+        self.patch_embed = Dense(self.width, self.dtype)
+        self.cls_token = self.param("cls_token", token_init, (1, 1, self.width))
+        if self.position == "learned":
+            self.pos_embed = self.param(
+                "pos_embed", lambda _: jnp.asarray(sincos_table(self.width, self.grid, cls=True))[None]
+            )
+        block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+        for i in range(self.depth):
+            rate = self.drop_path * i / max(self.depth - 1, 1)  # linear in depth, as timm's
+            setattr(self, f"block_{i:02d}", block(self.heads, self.mlp_ratio, self.relative, rate, self.dtype))
+        if self.final_norm:
+            self.norm = LayerNorm(self.dtype)
+
+    @property
+    def relative(self) -> bool:
+        return self.position == "rpe"
+
+    def embed_patches(self, patches):
+        """[... (p p c)] -> [... d], nothing added."""
+        return self.patch_embed(patches)
+
+    def embed(self, images):
+        """[b h w c] -> [b n d]: all tokens of the image, positions added where the model adds them."""
+        tokens = self.embed_patches(patchify(images, self.patch))
+        tokens = tokens.reshape(tokens.shape[0], -1, self.width)
+        return tokens + self.positions()
+
+    def positions(self):
+        """-> [n d], or 0 where nothing is added to patch tokens."""
+        if self.position == "absolute":
+            return jnp.asarray(sincos_table(self.width, self.grid), self.dtype)
+        if self.position == "learned":
+            return self.pos_embed[0, 1:].astype(self.dtype)
+        return 0
+
+    def with_cls(self, tokens):
+        """[r n d] -> [r 1+n d]: the cls token (with its position, where it has one) comes first."""
+        cls = self.cls_token + (self.pos_embed[:, :1] if self.position == "learned" else 0)
+        return jnp.concatenate([jnp.broadcast_to(cls.astype(tokens.dtype), (tokens.shape[0], 1, self.width)), tokens], 1)
+
+    def encode(self, tokens, taps: Sequence[int] = (), *, buckets=None, train: bool = False):
+        """[r n d] with cls first -> [r n d] after the final norm, and a list of the outputs of the blocks in `taps`.
+
+        `buckets` defaults to the table of the whole grid.
+        """
+        if self.relative and buckets is None:
+            buckets = irpe.bucket_table(self.grid)
+        if buckets is not None:
+            buckets = jnp.asarray(buckets)
+        self.sow("intermediates", "tokens_in", tokens)
+        tapped = []
+        for i in range(self.depth):
+            tokens = getattr(self, f"block_{i:02d}")(tokens, buckets, train)
+            if i in taps:
+                tapped.append(tokens)
+        return (self.norm(tokens) if self.final_norm else tokens), tapped
+
+    def __call__(self, images, train: bool = False):
+        """[b h w c] -> [b 1+n d]: the whole image, nothing hidden."""
+        return self.encode(self.with_cls(self.embed(images)), train=train)[0]
+
+
+def pool(tokens, how: str):
+    """[b 1+n d] -> [b d]: "cls", or "mean" over the patch tokens, in float32."""
+    tokens = tokens.astype(jnp.float32)
+    return tokens[:, 0] if how == "cls" else tokens[:, 1:].mean(1)

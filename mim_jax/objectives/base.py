@@ -1,0 +1,31 @@
+"""What every method is: a module of encoder, decoders and loss; hiding is data that it is given."""
+
+from typing import Any
+
+import flax.linen as nn
+
+
+class Objective(nn.Module):
+    """The contract. `params["encoder"]` is what transfers; images are float32 [b h w c], already normalised."""
+
+    encoder: nn.Module
+
+    def masks(self, key, batch_size: int) -> Any:
+        """What to hide: arrays of static shape, first axis b, drawn on the device; no parameters."""
+        raise NotImplementedError
+
+    def __call__(self, images, masks, train: bool = False):
+        """-> loss [], metrics {name: []}."""
+        raise NotImplementedError
+
+    def pictures(self, images, masks):
+        """-> {name: [b h w c]} in the space of the normalised images, what visualise draws."""
+        raise NotImplementedError
+
+    def features(self, images, pool: str = "mean"):
+        """-> [b d]: deterministic, nothing hidden; for kNN, probes and fine-tuning."""
+        raise NotImplementedError
+
+    def flops(self) -> int:
+        """Forward FLOPs per image of the matrix products, by formula (models/flops.py)."""
+        raise NotImplementedError

@@ -1,0 +1,93 @@
+"""Classification by a pretrained encoder: fine-tuning, and the classifier whose released tensors are recorded."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mim_jax.models import flops
+from mim_jax.models.heads import LinearProbeHead
+from mim_jax.models.layers import Dense, LayerNorm
+from mim_jax.models.vit import pool as pool_tokens
+from mim_jax.objectives.base import Objective
+
+
+def soft_cross_entropy(logits, targets):
+    """[b classes], [b classes] -> [b]: -sum targets * log softmax, in float32."""
+    return -(targets * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(-1)
+
+
+def smooth_labels(labels, classes: int, smoothing: float):
+    """[b] int -> [b classes]: 1 - smoothing on the label, smoothing / classes on every class."""
+    return jax.nn.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
+
+
+def one_hot_targets(targets, classes: int, smoothing: float = 0.0):
+    """[b] int labels, or [b classes] soft targets as they are -> [b classes]."""
+    return targets if targets.ndim == 2 else smooth_labels(targets, classes, smoothing)
+
+
+def whole_image_flops(encoder) -> int:
+    """Forward FLOPs per image with nothing hidden; the head is negligible."""
+    patches = encoder.grid[0] * encoder.grid[1]
+    return flops.vit(encoder, 1 + patches, patches)
+
+
+class Classify(Objective):
+    """Encoder, pooling, norm, linear head. Here `masks` are the targets: [b] labels or [b classes].
+
+    pool "mean": mean of patch tokens, then `fc_norm`; the encoder has no final norm. pool "cls": the cls token after it.
+    """
+
+    classes: int = 1000
+    pool: str = "mean"
+    smoothing: float = 0.0
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        if self.pool == "mean":
+            self.fc_norm = LayerNorm()
+        self.head = Dense(self.classes, kernel_init=nn.initializers.truncated_normal(2e-5))
+
+    def features(self, images, pool: str = "", train: bool = False):
+        """[b h w c] -> [b d]: what the head sees; `pool` other than the model's own is refused."""
+        if pool not in ("", self.pool):
+            raise ValueError(f"this classifier pools by '{self.pool}', not '{pool}'")
+        pooled = pool_tokens(self.encoder(images, train), self.pool)
+        return self.fc_norm(pooled) if self.pool == "mean" else pooled
+
+    def logits(self, images, train: bool = False):
+        return self.head(self.features(images, train=train))
+
+    def flops(self) -> int:
+        return whole_image_flops(self.encoder)
+
+    def __call__(self, images, targets, train: bool = False):
+        logits = self.logits(images, train)
+        loss = soft_cross_entropy(logits, one_hot_targets(targets, self.classes, self.smoothing)).mean()
+        return loss, {"accuracy": (logits.argmax(-1) == (targets if targets.ndim == 1 else targets.argmax(-1))).mean()}
+
+
+class LinearProbe(Objective):
+    """MAE's linear probe on a frozen encoder: pooled features -> LinearProbeHead. `masks` are labels [b]."""
+
+    classes: int = 1000
+    pool: str = "cls"
+
+    def setup(self):
+        self.head = LinearProbeHead(self.classes)
+
+    def features(self, images, pool: str = ""):
+        return jax.lax.stop_gradient(pool_tokens(self.encoder(images), pool or self.pool))
+
+    def logits(self, images, train: bool = False):
+        return self.head(self.features(images), train)
+
+    def flops(self) -> int:
+        return whole_image_flops(self.encoder)
+
+    def __call__(self, images, targets, train: bool = False):
+        logits = self.logits(images, train)
+        loss = soft_cross_entropy(logits, one_hot_targets(targets, self.classes)).mean()
+        return loss, {"accuracy": (logits.argmax(-1) == targets).mean()}

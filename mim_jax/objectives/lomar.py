@@ -1,0 +1,158 @@
+"""LoMaR: masked reconstruction inside small random windows of patches (arXiv 2206.00790)."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from einops import rearrange
+
+from mim_jax.masking import windows
+from mim_jax.models import flops, irpe
+from mim_jax.models.decoders import MaskedDecoder
+from mim_jax.models.layers import Dense, token_init
+from mim_jax.models.posembed import sincos_table
+from mim_jax.models.vit import pool as pool_tokens
+from mim_jax.objectives.base import Objective
+from mim_jax.targets.pixels import masked_mean, patch_statistics, pixel_targets
+from mim_jax.tokens import cut_windows, patchify, take, unpatchify
+
+
+class LoMaR(Objective):
+    """Windows are cut, 80 % of each is hidden, the rest predicts it; the loss counts hidden patches only.
+
+    arch "simple": hidden patches enter the encoder as mask tokens, and one linear layer predicts (section 3.2).
+    arch "asymmetric": only visible patches enter, and MAE's decoder predicts (the ablation of section 4.3).
+    """
+
+    window: int = 7
+    views: int = 4
+    mask_ratio: float = 0.8
+    pairing: str = "paper"
+    arch: str = "simple"
+    norm_pix: bool = True
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        encoder = self.encoder
+        windows.check(encoder.grid, self.window, self.views, self.mask_ratio, self.pairing)
+        out = encoder.patch**2 * encoder.channels
+        if self.arch == "simple":
+            self.mask_token = self.param("mask_token", token_init, (1, 1, encoder.width))
+            self.head = Dense(out, self.dtype)
+        else:
+            self.decoder = MaskedDecoder(
+                self.decoder_width, self.decoder_depth, self.decoder_heads, out, encoder.relative, self.dtype
+            )
+
+    @property
+    def region(self) -> tuple[int, int]:
+        """Rows and columns of patches in what is reconstructed together: a window."""
+        return (self.window, self.window)
+
+    def masks(self, key, batch_size: int) -> windows.WindowMask:
+        return windows.draw(
+            key, batch_size, self.encoder.grid,
+            window=self.window, views=self.views, mask_ratio=self.mask_ratio, pairing=self.pairing,
+        )  # fmt: skip
+
+    def __call__(self, images, masks, train: bool = False):
+        """[b h w c], WindowMask -> loss [], metrics."""
+        prediction, patches = self.predict(images, masks, train)
+        error = jnp.square(prediction - pixel_targets(patches, self.norm_pix)).mean(-1)
+        self.sow("intermediates", "error", error)
+        return masked_mean(error, masks.hidden), {}
+
+    def predict(self, images, masks, train: bool = False):
+        """[b h w c], WindowMask -> prediction and pixels of the windows' patches, both [b m n (p p c)], float32."""
+        b, m, n = masks.hidden.shape
+        rows, columns = self.encoder.grid
+        grid_patches = patchify(images, self.encoder.patch)
+        patches = cut_windows(grid_patches, masks.corners, self.window)
+        if m * n <= rows * columns:  # embed what the windows hold, or the whole grid, whichever is less
+            tokens = self.encoder.embed_patches(patches)
+        else:
+            tokens = cut_windows(self.encoder.embed_patches(grid_patches), masks.corners, self.window)
+        flat = rearrange(tokens, "b m n d -> (b m) n d")
+        hidden = rearrange(masks.hidden, "b m n -> (b m) n")
+        predict = self.predict_simple if self.arch == "simple" else self.predict_asymmetric
+        prediction = predict(flat, hidden, masks.corners, train)
+        return rearrange(prediction, "(b m) n c -> b m n c", b=b).astype(jnp.float32), patches
+
+    def predict_simple(self, tokens, hidden, corners, train):
+        """[r n d], [r n] -> [r n (p p c)]: mask tokens go through the encoder."""
+        tokens = jnp.where(hidden[..., None], self.mask_token.astype(tokens.dtype), tokens)
+        tokens = self.encoder.with_cls(tokens + self.positions(corners, self.encoder.width))
+        tokens, _ = self.encoder.encode(tokens, buckets=self.buckets(), train=train)
+        return self.head(tokens[:, 1:])
+
+    def predict_asymmetric(self, tokens, hidden, corners, train):
+        """[r n d], [r n] -> [r n (p p c)]: the encoder sees the visible tokens alone."""
+        n = tokens.shape[1]
+        kept = n - windows.hidden_count(self.window, self.mask_ratio)
+        visible = jnp.argsort(hidden, axis=-1, stable=True)[:, :kept]  # ids of visible places, ascending
+        slot = jnp.maximum(jnp.cumsum(~hidden, -1) - 1, 0)
+        tokens = take(tokens + self.positions(corners, self.encoder.width), visible)
+        buckets = self.buckets()
+        if buckets is not None:
+            with_cls = jnp.pad(visible + 1, ((0, 0), (1, 0)))
+            kept_buckets = buckets[with_cls[:, :, None], with_cls[:, None, :]]
+        else:
+            kept_buckets = None
+        tokens, _ = self.encoder.encode(self.encoder.with_cls(tokens), buckets=kept_buckets, train=train)
+        return self.decoder(tokens, slot, hidden, self.positions(corners, self.decoder_width), buckets, train)
+
+    def buckets(self):
+        return jnp.asarray(irpe.bucket_table((self.window, self.window))) if self.encoder.relative else None
+
+    def positions(self, corners, width: int):
+        """[b m 2] -> [(b m) n d]: sin-cos rows of the true places in the image, or 0 under relative positions."""
+        if self.encoder.relative:
+            return 0
+        table = jnp.asarray(sincos_table(width, self.encoder.grid), self.dtype).reshape(1, *self.encoder.grid, width)
+        table = jnp.broadcast_to(table, (corners.shape[0], *table.shape[1:]))
+        return rearrange(cut_windows(table, corners, self.window), "b m n d -> (b m) n d")
+
+    def features(self, images, pool: str = "mean"):
+        """[b h w c] -> [b d]: the whole grid, final norm, then the mean of patch tokens or the cls token."""
+        return pool_tokens(self.encoder(images), pool)
+
+    def pictures(self, images, masks):
+        """-> {name: [b h w c]} for the first window of every image.
+
+        `window`: what the window shows; `masked`: the same with hidden patches gray; `reconstruction`: hidden patches
+        predicted. Under norm_pix that one borrows the mean and deviation of each true patch, so
+        `reconstruction_own` has the prediction with the statistics of the visible patches of its window instead.
+        """
+        first = windows.WindowMask(masks.corners[:, :1], masks.hidden[:, :1])
+        prediction, patches = self.predict(images, first)
+        hidden = first.hidden[..., None]
+        own = borrowed = prediction
+        if self.norm_pix:
+            mean, deviation = patch_statistics(patches)
+            borrowed = prediction * deviation + mean
+            share = ~hidden / jnp.sum(~hidden, axis=2, keepdims=True)
+            own = prediction * (share * deviation).sum(2, keepdims=True) + (share * mean).sum(2, keepdims=True)
+
+        def whole(x):
+            return unpatchify(rearrange(x[:, 0], "b (r s) c -> b r s c", r=self.window), self.encoder.patch)
+
+        return {
+            "window": whole(patches),
+            "masked": whole(jnp.where(hidden, 0.0, patches)),
+            "reconstruction": whole(jnp.where(hidden, borrowed, patches)),
+            "reconstruction_own": whole(jnp.where(hidden, own, patches)),
+        }
+
+    def flops(self) -> int:
+        """Forward FLOPs per image: every window is a sequence of its own; see models/flops.py."""
+        e, n, m = self.encoder, self.window**2, self.views
+        embedded = min(n, e.grid[0] * e.grid[1] / m)  # the cheaper of embedding windows and embedding the grid
+        out = e.patch**2 * e.channels
+        if self.arch == "simple":
+            return round(m * (flops.vit(e, 1 + n, embedded) + flops.dense(n, e.width, out)))
+        kept = n - windows.hidden_count(self.window, self.mask_ratio)
+        decoder = flops.dense(1 + kept, e.width, self.decoder_width) + flops.dense(1 + n, self.decoder_width, out)
+        decoder += self.decoder_depth * flops.block(1 + n, self.decoder_width, 4.0, e.relative)
+        return round(m * (flops.vit(e, 1 + kept, embedded) + decoder))

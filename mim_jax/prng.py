@@ -1,0 +1,11 @@
+"""Randomness from one seed by named streams: nothing is carried from step to step, so a resumed run draws the same."""
+
+import zlib
+
+import jax
+
+
+def stream(seed: int, name: str, step=None) -> jax.Array:
+    """The key of the stream `name`, folded with `step` (a traced integer is fine) when given."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    return key if step is None else jax.random.fold_in(key, step)

@@ -1,0 +1,89 @@
+"""The linear probe and kNN on cached features of a finished run, beside a random encoder and raw pixels."""
+
+import json
+import os
+import time
+
+import jax
+import numpy as np
+
+from mim_jax import build
+from mim_jax.config import ConfigError
+from mim_jax.evaluators.base import balanced_accuracy
+from mim_jax.evaluators.knn import knn_predict
+from mim_jax.evaluators.linear_probe import ProbeSettings, probe
+from mim_jax.logs import Logger
+from mim_jax.train import checkpoint
+from mim_jax.train.state import init_variables
+from mim_jax.tree import flatten, nest
+
+SPLITS = ("train", "validation", "test")
+
+
+def cached_probe(config, plain: dict, workdir: str, mesh) -> dict:
+    """Probes the checkpoint, a random encoder of the same shape, and raw pixels -> the numbers, also in result.json.
+
+    The learning rate is chosen on the validation split; the test split chooses nothing.
+    """
+    began = time.perf_counter()
+    open_split = build.sources(config)
+    named = {name: config.data[f"{name}_split"] for name in SPLITS}
+    sources = {name: open_split(split) for name, split in named.items() if split}
+    classes = sources["train"].num_classes
+    if not classes:
+        raise ConfigError(f"a linear probe needs labels, which the data '{config.data.source}' has not")
+    normalise = build.normaliser(config)
+    made = build.probe_objective(config, config.pretrained, classes)
+    folder = checkpoint.find(config.init_from)
+    loaded = checkpoint.load_params(folder, mesh, "^encoder/")
+    random = init_variables(made, build.example(config, made), config.seed)
+    fits, report = checkpoint.match_params(flatten(random["params"]), loaded, allow_missing=(r"^head/",))
+    trained = {**random, "params": nest({**flatten(random["params"]), **fits})}
+    settings = ProbeSettings(
+        classes, epochs=config.probe.epochs, warmup_epochs=config.probe.warmup_epochs,
+        batch_size=config.probe.batch_size, base_lrs=tuple(config.probe.base_lrs), seed=config.seed,
+    )  # fmt: skip
+    pool, eval_batch, k, temperature = config.pool, config.probe.eval_batch_size, config.probe.k, config.probe.temperature
+    config.require_all_read()
+
+    checkpoint.claim(workdir, plain)
+    logger = Logger(workdir, write=jax.process_index() == 0, tensorboard=False)
+    logger.say(f"workdir      {workdir}\nweights      {folder}: {report}")
+    logger.say("data         " + ", ".join(f"{name} {s.num_examples}" for name, s in sources.items()) + f", {classes} classes")
+    batches = {name: build.split_batches(config, source, eval_batch) for name, source in sources.items()}
+
+    def encoded(variables):
+        runners = {name: build.feature_runner(made, normalise, mesh, b, pool) for name, b in batches.items()}
+        return hold_out({name: run(variables) for name, run in runners.items()})
+
+    def raw(variables, batch):
+        return {"features": normalise(batch["image"]).reshape(batch["image"].shape[0], -1), "label": batch["label"]}
+
+    pixels = hold_out({name: build.SplitRunner(raw, mesh, *b)({}) for name, b in batches.items()})
+    results = {}
+    for name, features in (("probe", encoded(trained)), ("random_encoder", encoded(random)), ("raw_pixel", pixels)):
+        scores = probe(features["train"], features["validation"], features["test"], settings)
+        guess = knn_predict(features["train"]["features"], features["train"]["label"], features["test"]["features"], classes, k, temperature)  # fmt: skip
+        scores["knn"] = float(np.mean(guess == features["test"]["label"]))
+        scores["knn_balanced"] = balanced_accuracy(guess, features["test"]["label"])
+        results.update({f"{name}_{key}": value for key, value in scores.items()})
+        logger.say(
+            f"{name:<15} train {scores['train']:.3f}  validation {scores['validation']:.3f}  test {scores['test']:.3f} "
+            f"(balanced {scores['test_balanced']:.3f})  kNN {scores['knn']:.3f}  base lr {scores['base_lr']:g}"
+        )
+    results.update(seconds=time.perf_counter() - began, chance=1 / classes, test_examples=sources["test"].num_examples)
+    logger.scalars(0, results)
+    logger.close()
+    if jax.process_index() == 0:
+        with open(os.path.join(workdir, "result.json"), "w") as f:
+            json.dump(results, f, indent=1)
+    return results
+
+
+def hold_out(splits: dict) -> dict:
+    """Where the data has no validation split beside the test split, every tenth training example serves as one."""
+    if "validation" in splits:
+        return splits
+    tenth = np.arange(len(splits["train"]["label"])) % 10 == 9
+    held = {key: value[tenth] for key, value in splits["train"].items()}
+    return {**splits, "train": {key: value[~tenth] for key, value in splits["train"].items()}, "validation": held}

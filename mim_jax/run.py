@@ -1,0 +1,170 @@
+"""`run(config, workdir)`: everything `python -m mim_jax.main` does, callable from tests and notebooks."""
+
+import json
+import os
+import time
+
+import jax
+
+from mim_jax import build, durations, sharding, tree
+from mim_jax.clock import Clock
+from mim_jax.config import ConfigDict, ConfigError, TrackedConfig, choice, flatten
+from mim_jax.logs import Logger
+from mim_jax.probe import cached_probe
+from mim_jax.train import checkpoint, loop
+from mim_jax.train.state import create
+from mim_jax.train.step import make_step
+
+
+def run(config, workdir: str) -> dict:
+    """Runs the experiment and returns its last numbers; the same call again continues an interrupted run.
+
+    Raises ConfigError (and its kin DataError, CheckpointError) before any compute for anything that cannot work.
+    """
+    plain = config.to_dict()
+    config = TrackedConfig(config)
+    job = choice("job", config.job, ("pretrain", "linprobe"))
+    mesh = sharding.make_mesh()
+    if job == "linprobe":
+        config = with_pretrained(config)
+        if choice("features", config.features, ("cached", "streamed")) == "cached":
+            return cached_probe(config, plain, workdir, mesh)
+    return train(config, plain, workdir, mesh, job)
+
+
+def with_pretrained(config: TrackedConfig) -> TrackedConfig:
+    """The probe's config completed by the pretraining run's: its model, its images, and its data where none is named."""
+    if not config.init_from:
+        raise ConfigError("linprobe needs the run to probe: --config.init_from=<folder of a pretraining run>")
+    meta = checkpoint.read_meta(checkpoint.find(config.init_from))
+    pretrained = ConfigDict(meta["config"])
+    merged = ConfigDict(config.to_dict())
+    merged.pretrained = pretrained
+    merged.image_size = tuple(config.image_size) if any(config.image_size) else tuple(pretrained.image_size)
+    merged.channels = pretrained.channels
+    for key in ("compute_dtype", "remat"):
+        merged.pretrained[key] = config[key]
+    if not config.data.source:
+        for key in ("source", "path", "data_dir", "normalise", "mean", "std", "resize_ratio"):
+            merged.data[key] = pretrained.data[key]
+    sample = merged.data.source == "sample"
+    automatic = dict(train_split="train_tiles" if sample else "train", validation_split="validation" if sample else "",
+                     test_split="test" if sample else "validation")  # fmt: skip
+    for key, value in automatic.items():
+        if key in merged.data and merged.data[key] == "auto":
+            merged.data[key] = value
+    merged.pretrained.image_size = merged.image_size
+    done = TrackedConfig(merged)
+    for key in flatten(merged.pretrained, "pretrained."):
+        done._read.add(key)  # the pretraining run has checked its own keys
+    done._read.update({"init_from", "image_size", "compute_dtype", "remat", "channels"})
+    return done
+
+
+def train(config: TrackedConfig, plain: dict, workdir: str, mesh, job: str) -> dict:
+    """A run of the training loop: pretraining, or a probe on streamed features."""
+    began = time.perf_counter()
+    sharding.check_batch(config.batch_size, config.accumulation, mesh)
+    open_split = build.sources(config)
+    source = open_split(config.data.train_split)
+    normalise = build.normaliser(config)
+    if job == "pretrain":
+        made = build.objective(config)
+        prepare, frozen = build.pretraining_input(made, normalise), ()
+        build.picture_split(config)
+    else:
+        if not source.num_classes:
+            raise ConfigError(f"a linear probe needs labels, which {source.name} at '{config.data.path}' has not")
+        made = build.probe_objective(config, config.pretrained, source.num_classes)
+        prepare, frozen = build.supervised_input(normalise), (r"^encoder/",)
+    per_epoch = source.num_examples
+    total = durations.in_steps(config, "total", batch_size=config.batch_size, examples_per_epoch=per_epoch)
+    if total < 1:
+        raise ConfigError("the run has no length: set one of total_steps, total_epochs, total_examples")
+    lr, peak_lr, warmup = build.schedule(config, total, per_epoch)
+    tx = build.optimizer(config, lr)
+    evaluators = build.evaluators(config, made, normalise, mesh, open_split, total, per_epoch)
+    save_every = durations.in_steps(config.checkpoint, "every", batch_size=config.batch_size, examples_per_epoch=per_epoch,
+                                    total_steps=total)  # fmt: skip
+    log_every, tensorboard, fsdp = config.log.every_steps, config.log.tensorboard, config.fsdp
+    keep, keep_every, init_from = config.checkpoint.keep, config.checkpoint.keep_every_steps, config.init_from
+    replace, loaded = {}, "from scratch"
+    example = build.example(config, made)
+    if init_from:
+        replace, loaded = pretrained_params(init_from, made, example, mesh, encoder_only=job != "pretrain")
+    batches = build.training_batches(config, source)
+    config.require_all_read()
+
+    checkpoint.claim(workdir, plain)
+    logger = Logger(workdir, write=jax.process_index() == 0, tensorboard=tensorboard)
+    checkpoints = checkpoint.Checkpoints(workdir, every=save_every, keep=keep, keep_every=keep_every)
+    state, shardings = create(made, tx, example, seed=config.seed, mesh=mesh, fsdp=fsdp, frozen_patterns=frozen,
+                              replace=replace)  # fmt: skip
+    restored, meta = checkpoints.restore(state, shardings)
+    if restored is not None:
+        state, first, clock, loaded = restored, meta["step"], Clock(meta["clock"]), f"continued at step {meta['step']}"
+    else:
+        first, clock = 0, Clock()
+    logger.say(describe(config, made, state, source, workdir, mesh, loaded, total, peak_lr, warmup))
+    logger.text("parameters", tree.overview(state.params))
+    if first == 0:
+        logger.say(tree.overview(state.params))
+    result_file = os.path.join(workdir, "result.json")
+    if first >= total and os.path.exists(result_file):
+        logger.say(f"this run is finished: {result_file}")
+        with open(result_file) as f:
+            return json.load(f)
+    step_fn = make_step(made, tx, mesh, shardings, prepare=prepare, seed=config.seed, accumulation=config.accumulation, lr=lr)
+    logger.say(f"ready to compile after {time.perf_counter() - began:.1f} s")
+    checkpoints.stop_on_sigterm()
+    try:
+        state, results, finished = loop.train(
+            state, step_fn, batches, first=first, total=total, batch_size=config.batch_size, mesh=mesh,
+            evaluators=evaluators, checkpoints=checkpoints, clock=clock, logger=logger, log_every=log_every,
+            meta={"config": plain, "git": checkpoint.git_hash()},
+        )  # fmt: skip
+    finally:
+        checkpoints.close()
+        batches.close()
+    results = {**results, "seconds": clock.total(), "steps": total, **clock.shares()}
+    if finished:
+        write_result(workdir, results)
+        logger.say(f"finished in {results['seconds']:.0f} s; checkpoints and logs are in {workdir}")
+    logger.close()
+    return results
+
+
+def pretrained_params(init_from: str, made, example, mesh, encoder_only: bool):
+    """-> ({path: array} that fit the objective, a report). Raises CheckpointError naming what does not fit."""
+    folder = checkpoint.find(init_from)
+    loaded = checkpoint.load_params(folder, mesh, "^encoder/" if encoder_only else "")
+    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), *example))["params"]
+    allowed = (r"^head/",) if encoder_only else ()
+    fits, report = checkpoint.match_params(tree.flatten(shapes), loaded, allow_missing=allowed)
+    return fits, f"parameters of {folder}: {report}"
+
+
+def describe(config, made, state, source, workdir, mesh, loaded, total, peak_lr, warmup) -> str:
+    """What a reader wants to know before the first step."""
+    local = config.batch_size // (mesh.size * config.accumulation)
+    o = config.optim
+    lr = f"{peak_lr:.3e}" if o.lr else f"{o.base_lr:g} x {config.batch_size} / 256 = {peak_lr:.3e}"
+    parameters = tree.count(state.params)
+    return "\n".join([
+        f"workdir      {workdir}",
+        f"weights      {loaded}",
+        f"data         {source.name} '{source.split}': {source.num_examples} images, {source.num_classes} classes",
+        f"devices      {mesh.size} x {jax.devices()[0].device_kind} in {jax.process_count()} process(es)",
+        f"batch        {config.batch_size} = {local} per device x {mesh.size} devices x {config.accumulation} accumulation",
+        f"steps        {total}, warm-up {warmup}; {config.batch_size * total / source.num_examples:.1f} epochs",
+        f"lr           {lr} at the peak",
+        f"parameters   {parameters:,} trained, {tree.count(state.frozen):,} frozen",
+        f"FLOPs/image  {made.flops() / 1e9:.3f} G forward",
+    ])  # fmt: skip
+
+
+def write_result(workdir: str, results: dict):
+    if jax.process_index() == 0:
+        with open(os.path.join(workdir, "result.json.part"), "w") as f:
+            json.dump(results, f, indent=1)
+        os.replace(os.path.join(workdir, "result.json.part"), os.path.join(workdir, "result.json"))

@@ -1,0 +1,60 @@
+"""Pixels as input and as target: normalisation of images, and of each patch (`norm_pix`)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+NORM_PIX_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Normaliser:
+    """uint8 images to the model's input and back.
+
+    `mean` and `std` are per channel for images in [0, 1]; when `per_image`, each image is standardised by its own mean
+    and deviation over pixels and channels instead, so that neither brightness nor contrast tells images apart.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    per_image: bool = False
+
+    def statistics(self, images):
+        """[b h w c] in [0, 1] -> mean and std that broadcast against it."""
+        if not self.per_image:
+            return jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
+        mean = images.mean((1, 2, 3), keepdims=True)
+        return mean, jnp.maximum(images.std((1, 2, 3), keepdims=True), 1 / 255)
+
+    def __call__(self, images):
+        """uint8 [b h w c] -> float32 [b h w c]."""
+        images = images.astype(jnp.float32) / 255
+        mean, std = self.statistics(images)
+        return (images - mean) / std
+
+    def undo(self, normalised, images):
+        """float32 [b h w c] -> [b h w c] in [0, 1], by the statistics of the uint8 `images` it came from."""
+        mean, std = self.statistics(images.astype(jnp.float32) / 255)
+        return jnp.clip(normalised * std + mean, 0, 1)
+
+
+def patch_statistics(patches):
+    """[... d] -> mean and deviation [... 1] with the unbiased variance (ddof 1), as the released code of MAE has it."""
+    mean = patches.mean(-1, keepdims=True)
+    return mean, jnp.sqrt(patches.var(-1, keepdims=True, ddof=1) + NORM_PIX_EPS)
+
+
+def pixel_targets(patches, norm_pix: bool):
+    """[... (p p c)] -> [... (p p c)]: the patches themselves, or each standardised by its own statistics."""
+    patches = jax.lax.stop_gradient(patches.astype(jnp.float32))
+    if not norm_pix:
+        return patches
+    mean, deviation = patch_statistics(patches)
+    return (patches - mean) / deviation
+
+
+def masked_mean(values, hidden):
+    """[... n], [... n] -> []: the mean of `values` over hidden tokens; a fractional weight counts as such."""
+    weight = hidden.astype(jnp.float32)
+    return (values * weight).sum() / weight.sum()

@@ -1,0 +1,74 @@
+"""AdamW with the released decay rule and per-layer learning rates; LARS of MAE's linear probe."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mim_jax import tree
+
+
+def decays(path: str, leaf, no_decay=()) -> bool:
+    """timm's rule: everything with more than one axis, tokens [1 1 d] included, unless a pattern exempts it."""
+    return leaf.ndim > 1 and not tree.matches(no_decay, path)
+
+
+def layer_id(path: str, depth: int) -> int:
+    """0 for tokens, positions and patch embedding; i+1 for block i; depth+1 for the rest (MAE, BEiT)."""
+    if re.search(r"(cls_token|mask_token|pos_embed|patch_embed)", path):
+        return 0
+    block = re.search(r"encoder/block_(\d+)/", path)
+    return int(block.group(1)) + 1 if block else depth + 1
+
+
+def lr_scale(path: str, depth: int, layer_decay: float) -> float:
+    """layer_decay^(depth + 1 - layer): the last block gets decay^1, the head 1."""
+    return layer_decay ** (depth + 1 - layer_id(path, depth))
+
+
+def adamw(lr, *, b1: float, b2: float, weight_decay: float, no_decay=(), clip_norm: float = 0.0, lr_scales=None):
+    """AdamW as torch has it: decoupled decay, scaled by the learning rate; eps 1e-8 outside the root.
+
+    `lr` is a function of the step; `lr_scales` a function of the path (layer-wise decay), applied to the whole update.
+    """
+    parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    parts += [
+        optax.scale_by_adam(b1=b1, b2=b2, eps=1e-8),
+        optax.add_decayed_weights(weight_decay, lambda params: tree.map_named(lambda p, x: decays(p, x, no_decay), params)),
+    ]
+    if lr_scales is not None:
+        parts.append(scale_by_path(lr_scales))
+    return optax.chain(*parts, optax.scale_by_learning_rate(lr))
+
+
+def scale_by_path(scale) -> optax.GradientTransformation:
+    """Multiplies every update by `scale(path)`."""
+
+    def update(updates, state, params=None):
+        return tree.map_named(lambda path, u: u * scale(path), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def lars(lr, *, momentum: float = 0.9, trust: float = 0.001, weight_decay: float = 0.0):
+    """LARS as MAE's linear probe uses it: the learning rate is applied *after* momentum (optax.lars: before).
+
+    Vectors get neither trust ratio nor decay.
+    """
+
+    def matrices(params):
+        return jax.tree.map(lambda x: x.ndim > 1, params)
+
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, matrices),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), matrices),
+        optax.trace(momentum),
+        optax.scale_by_learning_rate(lr),
+    )
+
+
+def all_finite(*values):
+    """[] bool: whether every number in the trees is finite."""
+    leaves = jax.tree.leaves(values)
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()

@@ -1,0 +1,78 @@
+"""One optimisation step of any objective: jitted once, sharded, donated, with nothing random carried over."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mim_jax import prng, sharding
+from mim_jax.train.optimizer import all_finite
+from mim_jax.train.state import TrainState, merge
+
+
+def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulation: int = 1, lr=None):
+    """-> step(state, batch) -> (state, metrics), compiled on the first call.
+
+    `prepare(batch, key) -> (images, masks)` turns a batch of the pipeline into what the objective takes, on the device:
+    normalisation and what is hidden. Masks are drawn for the whole batch at once, so that neither the number of
+    devices nor the accumulation changes them.
+    """
+
+    def step(state: TrainState, batch):
+        images, masks = prepare(batch, prng.stream(seed, "masks", state.step))
+        images, masks = jax.lax.with_sharding_constraint((images, masks), sharding.batch_sharding(mesh))
+        key = prng.stream(seed, "dropout", state.step)
+        loss, metrics, stats, grads = accumulate(objective, state, images, masks, key, accumulation)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        new = (optax.apply_updates(state.params, updates), opt_state, stats)
+        finite = all_finite(loss, grads)
+        old = (state.params, state.opt_state, state.stats)
+        params, opt_state, stats = jax.tree.map(partial(jnp.where, finite), new, old)
+        bad = jnp.where(finite, 0, 1)
+        in_row = (state.skipped_in_row + 1) * bad
+        metrics = {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads), "skipped_in_row": in_row,
+                   "skipped": state.skipped + bad}  # fmt: skip
+        if lr is not None:
+            metrics["lr"] = lr(state.step)
+        state = TrainState(state.step + 1, params, state.frozen, stats, opt_state, state.skipped + bad, in_row)
+        return state, metrics
+
+    # one sharding for every leaf of the batch: masks that come with it are split over images too
+    where = (shardings, sharding.batch_sharding(mesh))
+    return jax.jit(step, in_shardings=where, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
+
+
+def accumulate(objective, state, images, masks, key, accumulation: int):
+    """Mean loss, metrics and gradients over `accumulation` micro-batches -> loss, metrics, stats, grads."""
+
+    def loss_fn(params, stats, images, masks, key):
+        (loss, metrics), updated = objective.apply(
+            {"params": merge(params, state.frozen), **stats}, images, masks, True,
+            rngs={"dropout": key}, mutable=list(stats),
+        )  # fmt: skip
+        return loss, (metrics, dict(updated) or stats)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if accumulation == 1:
+        (loss, (metrics, stats)), grads = grad_fn(state.params, state.stats, images, masks, key)
+        return loss, metrics, stats, grads
+
+    def micro(carry, x):
+        stats, sums = carry
+        index, images, masks = x
+        (loss, (metrics, stats)), grads = grad_fn(state.params, stats, images, masks, jax.random.fold_in(key, index))
+        return (stats, jax.tree.map(jnp.add, sums, (loss, metrics, grads))), None
+
+    xs = (jnp.arange(accumulation), *jax.tree.map(partial(micro_batches, accumulation=accumulation), (images, masks)))
+    first = jax.tree.map(lambda x: x[0], xs)
+    (loss, (metrics, _)), grads = jax.eval_shape(grad_fn, state.params, state.stats, first[1], first[2], key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, metrics, grads))
+    (stats, sums), _ = jax.lax.scan(micro, (state.stats, zeros), xs)
+    loss, metrics, grads = jax.tree.map(lambda x: x / accumulation, sums)
+    return loss, metrics, stats, grads
+
+
+def micro_batches(x, accumulation: int):
+    """[b ...] -> [a b/a ...]: micro-batch i takes every a-th image, so each device keeps its own images."""
+    return jnp.swapaxes(x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]), 0, 1)

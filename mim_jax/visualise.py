@@ -1,0 +1,69 @@
+"""`python -m mim_jax.visualise --workdir=runs/...`: reconstructions of a run at several shares of hidden patches, as PNG."""
+
+import os
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from PIL import Image
+
+from mim_jax.config import ConfigDict, ConfigError, TrackedConfig
+from mim_jax.logs import fail
+
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of a pretraining run", required=True)
+OUT = flags.DEFINE_string("out", "", "folder of the pictures; default <workdir>/figures")
+RATIOS = flags.DEFINE_list("ratios", ["0.6", "0.7", "0.8", "0.9"], "shares of hidden patches")
+IMAGES = flags.DEFINE_integer("images", 6, "how many images, one per row")
+SPLIT = flags.DEFINE_string("split", "", "split to draw from; default the run's data.picture_split")
+SEED = flags.DEFINE_integer("seed", 0, "chooses images and windows")
+
+
+def visualise(workdir: str, out: str, ratios, images: int, split: str, seed: int) -> list[str]:
+    """Writes one figure with every ratio and one per ratio -> their paths. Raises ConfigError for a run without checkpoint."""
+    from mim_jax import build, prng, sharding
+    from mim_jax.evaluators.pictures import draw_windows
+    from mim_jax.train import checkpoint
+    from mim_jax.tree import flatten, nest
+
+    folder = checkpoint.find(workdir)
+    meta = checkpoint.read_meta(folder)
+    config = TrackedConfig(ConfigDict(meta["config"]))
+    if config.job != "pretrain":
+        raise ConfigError(f"'{workdir}' holds a {config.job} run; pictures come from a pretraining run")
+    made, normalise = build.objective(config), build.normaliser(config)
+    params = checkpoint.load_params(folder, sharding.make_mesh())
+    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), *build.example(config, made)))["params"]
+    params, _ = checkpoint.match_params(flatten(shapes), params)
+    source = build.sources(config)(split or build.picture_split(config))
+    chosen = np.random.default_rng(seed).permutation(source.num_examples)[:images]
+    batches, _ = build.split_batches(config, source, 64)
+    picked = {}
+    for batch in batches():
+        picked.update({int(i): x for i, x in zip(batch["id"], batch["image"], strict=True) if i in chosen})
+        if len(picked) == len(chosen):
+            break
+    shown = np.stack([picked[int(i)] for i in chosen])
+    os.makedirs(out, exist_ok=True)
+    paths = []
+    for group in [ratios] + [(ratio,) for ratio in ratios]:
+        draw = draw_windows(made, normalise, group)
+        figure = draw({"params": nest(params)}, shown, prng.stream(seed, "visualise"))
+        name = "reconstructions" if group is ratios else f"reconstructions_{round(100 * group[0])}"
+        paths.append(os.path.join(out, f"{name}_step{meta['step']}.png"))
+        Image.fromarray(figure).save(paths[-1])
+        print(paths[-1], flush=True)
+    return paths
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)
+    try:
+        ratios = tuple(float(r) for r in RATIOS.value)
+        visualise(WORKDIR.value, OUT.value or os.path.join(WORKDIR.value, "figures"), ratios, IMAGES.value, SPLIT.value,
+                  SEED.value)  # fmt: skip
+    except ValueError as error:  # ConfigError, DataError, a ratio that is no number
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,300 @@
+"""Folders, TFDS and their failures."""
+import io
+import os
+import tarfile
+
+import numpy as np
+from PIL import Image
+import pytest
+import tensorflow as tf
+
+from mim_jax.data import augment, pipeline
+from mim_jax.data.sources import DataError, check_folder, open_source
+
+
+def picture(seed, height=40, width=48):
+    """A smooth colour image uint8 [h w 3]; smooth, so that JPEG keeps it."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return np.asarray(small.resize((width, height), Image.BICUBIC))
+
+
+def encode(image, fmt, mode="RGB", **options):
+    stream = io.BytesIO()
+    Image.fromarray(image).convert(mode).save(stream, fmt, **options)
+    return stream.getvalue()
+
+
+def write(path, data):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as f:
+        f.write(data)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def make(*names):
+        for k, name in enumerate(names):
+            fmt = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}.get(os.path.splitext(name)[1].lower(), "JPEG")
+            write(str(tmp_path / name), encode(picture(k), fmt))
+        return str(tmp_path)
+    return make
+
+
+def everything(source, **options):
+    options = {"batch_size": 4, "size": (16, 16), "resize_ratio": 1., **options}
+    batches = list(pipeline.eval_batches(source, **options))
+    return {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+
+
+# ---- image folders
+
+def test_class_folders_and_nesting(folder):
+    path = folder("train/dog/b.JPG", "train/cat/deep/er/a.png", "train/cat/c.webp", "val/dog/v.jpeg", "notes.txt")
+    train = open_source("folder", "train", path=path)
+    assert train.class_names == ("cat", "dog") and train.num_examples == 3
+    assert [os.path.relpath(train.describe(i), path) for i in range(3)] == [
+        "train/cat/c.webp", "train/cat/deep/er/a.png", "train/dog/b.JPG"]
+    assert train.labels.numpy().tolist() == [0, 0, 1]
+    # one class only in val, yet numbered as in train
+    assert open_source("folder", "validation", path=path).labels.numpy().tolist() == [1]
+
+
+def test_validation_folder_has_two_names(folder):
+    path = folder("train/a/1.png", "train/b/2.png", "validation/b/3.png")
+    assert open_source("folder", "validation", path=path).num_examples == 1
+
+
+def test_class_missing_from_train(folder):
+    path = folder("train/a/1.png", "train/b/2.png", "val/zebra/3.png")
+    with pytest.raises(DataError, match="zebra"):
+        open_source("folder", "validation", path=path)
+
+
+@pytest.mark.parametrize("names", [("1.png", "2.jpg"), ("all/1.png", "all/2.jpg")])
+def test_without_labels(folder, names):
+    source = open_source("folder", "train", path=folder(*names))
+    assert (source.num_examples, source.num_classes, source.class_names) == (2, 0, ())
+    assert everything(source)["label"].tolist() == [-1] * 4
+
+
+def test_whole_folder_is_train_only(folder):
+    path = folder("a/1.png", "b/2.png")
+    assert open_source("folder", "train", path=path).num_classes == 2
+    with pytest.raises(DataError, match="it has train.*val"):
+        open_source("folder", "validation", path=path)
+
+
+def test_hidden_files_are_no_images(folder):
+    assert open_source("folder", "train", path=folder("a/1.png", "b/2.png", "a/._1.png", ".cache/3.png")).num_examples == 2
+
+
+def test_empty_folder_counts_what_it_holds(tmp_path):
+    write(str(tmp_path / "x.tif"), b"")
+    write(str(tmp_path / "y.tif"), b"")
+    with pytest.raises(DataError, match=r"2 \.tif"):
+        open_source("folder", "train", path=str(tmp_path))
+
+
+@pytest.mark.parametrize("path", ["", "/nowhere/at/all"])
+def test_missing_folder_names_the_three_ways(path):
+    with pytest.raises(DataError, match="(?s)data.data_dir.*data.source=folder.*data.source=sample"):
+        open_source("folder", "train", path=path)
+
+
+def test_options_that_do_not_fit():
+    with pytest.raises(DataError, match="data.channels=4"):
+        open_source("sample", "train", channels=4)
+    with pytest.raises(DataError, match="data.path"):
+        open_source("imagenet2012", "train", path="/data")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0 no jpeg", None])
+def test_broken_files_are_named(folder, content):
+    path = folder("a/1.jpg", "a/2.jpg", "b/3.jpg")
+    whole = encode(picture(9, 300, 300), "JPEG")
+    write(os.path.join(path, "b/broken.jpg"), whole[:len(whole) // 3] if content is None else content)
+    assert check_folder(path) == [os.path.join(path, "b/broken.jpg")]
+    source = open_source("folder", "train", path=path)
+    batches = pipeline.TrainBatches(source, batch_size=4, size=(16, 16), crop=augment.RandomCrop(), seed=0)
+    with pytest.raises(DataError, match="b/broken.jpg") as failure:
+        batches.batch(0)
+    assert "1.jpg" not in str(failure.value)
+    with pytest.raises(DataError, match="b/broken.jpg"):
+        everything(source)
+
+
+def test_file_deleted_while_training(folder):
+    path = folder("1.jpg", "2.jpg")
+    source = open_source("folder", "train", path=path)
+    os.remove(os.path.join(path, "2.jpg"))
+    with pytest.raises(DataError, match="2.jpg"):
+        everything(source)
+
+
+# ---- formats
+
+def sixteen_bit(image):
+    stream = io.BytesIO()
+    Image.fromarray(image[..., 0].astype(np.uint16) * 257).save(stream, "PNG")
+    return stream.getvalue()
+
+
+FORMATS = {
+    "rgb.png": lambda x: encode(x, "PNG"), "gray.png": lambda x: encode(x, "PNG", "L"),
+    "rgba.png": lambda x: encode(x, "PNG", "RGBA"), "palette.png": lambda x: encode(x, "PNG", "P"),
+    "rgb.jpg": lambda x: encode(x, "JPEG"), "gray.jpg": lambda x: encode(x, "JPEG", "L"),
+    "cmyk.jpg": lambda x: encode(x, "JPEG", "CMYK"), "rgb.webp": lambda x: encode(x, "WEBP"),
+    "rgba.webp": lambda x: encode(x, "WEBP", "RGBA"), "palette.bmp": lambda x: encode(x, "BMP", "P"),
+    "rgb.gif": lambda x: encode(x, "GIF"), "png_called.jpg": lambda x: encode(x, "PNG"),
+    "animated.webp": lambda x: encode(x, "WEBP", save_all=True, append_images=[Image.fromarray(x[::-1])]),
+}
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_formats_decode_as_pil_does(channels):
+    for name, make in FORMATS.items():
+        data = make(picture(1))
+        ours = augment.decode(tf.constant(data), channels).numpy()
+        pil = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        if channels == 1:
+            pil = np.asarray(Image.fromarray(pil).convert("L"))[..., None]
+        assert ours.shape == (40, 48, channels)
+        assert np.abs(ours.astype(int) - pil).max() <= (2 if name == "cmyk.jpg" else 0), name
+
+
+def test_sixteen_bit_png_keeps_its_high_byte():
+    image = picture(2)
+    ours = augment.decode(tf.constant(sixteen_bit(image)), 3).numpy()
+    np.testing.assert_array_equal(ours, np.repeat(image[..., :1], 3, -1))
+
+
+def test_every_format_goes_through_training(tmp_path):
+    for name, make in FORMATS.items():
+        write(str(tmp_path / name), make(picture(1)))
+    source = open_source("folder", "train", path=str(tmp_path), channels=1)
+    batch = pipeline.TrainBatches(source, batch_size=len(FORMATS), size=(20, 12), crop=augment.RandomCrop(),
+                                  seed=0).batch(0)
+    assert batch["image"].shape == (len(FORMATS), 20, 12, 1)
+    assert sorted(batch["id"]) == list(range(len(FORMATS)))
+
+
+# ---- TFDS
+
+TRAIN, VALIDATION = 12, 6
+SYNSETS = ["n01440764", "n01443537", "n01484850"]
+
+
+def _add(tar, name, data):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="session")
+def fake_tars(tmp_path_factory):
+    """The two files of the ImageNet site, with 12 + 6 images; pixel [0, 0] of a training image tells its class."""
+    folder = tmp_path_factory.mktemp("tars")
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
+        for c, synset in enumerate(SYNSETS):
+            stream = io.BytesIO()
+            with tarfile.open(fileobj=stream, mode="w") as inner:
+                for k in range(TRAIN // len(SYNSETS)):
+                    image = np.full((40, 48, 3), 100 * c, np.uint8)
+                    _add(inner, f"{synset}_{k}.JPEG", encode(image, "JPEG"))
+            _add(outer, f"{synset}.tar", stream.getvalue())
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
+        for k in range(1, VALIDATION + 1):
+            _add(tar, f"ILSVRC2012_val_{k:08d}.JPEG", encode(picture(k), "JPEG"))
+    return str(folder)
+
+
+@pytest.fixture(scope="session", params=["tfrecord", "array_record"])
+def imagenet(request, fake_tars, tmp_path_factory):
+    """Data folders prepared by the real TFDS builder, in three shards."""
+    import tensorflow_datasets as tfds
+    data_dir = str(tmp_path_factory.mktemp(request.param))
+    builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format=request.param)
+    config = tfds.download.DownloadConfig(manual_dir=fake_tars, num_shards=3)
+    builder.download_and_prepare(download_config=config)
+    return data_dir, request.param == "array_record"
+
+
+def train_batches(source, **options):
+    options = {"batch_size": 4, "size": (16, 16), "crop": augment.RandomCrop(), "seed": 5, **options}
+    return pipeline.TrainBatches(source, **options)
+
+
+def test_imagenet_trains(imagenet):
+    data_dir, random_access = imagenet
+    source = open_source("imagenet2012", "train", data_dir=data_dir)
+    assert source.random_access == random_access
+    assert (source.num_examples, source.num_classes) == (TRAIN, 1000)
+    assert source.class_names[:3] == tuple(SYNSETS)
+    batches = train_batches(source)
+    epochs = [[batches.batch(3 * e + k) for k in range(3)] for e in range(2)]
+    orders = [np.concatenate([b["id"] for b in epoch]) for epoch in epochs]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(TRAIN))
+    assert orders[0].tolist() != orders[1].tolist() and orders[0].tolist() != list(range(TRAIN))
+    for batch in epochs[0]:  # image and label belong together
+        np.testing.assert_allclose(batch["image"][:, 0, 0, 0], 100 * batch["label"], atol=2)
+    for step in (4, 1):  # a jump gives what the sequence gave
+        for name, values in train_batches(source).batch(step).items():
+            np.testing.assert_array_equal(values, epochs[step // 3][step % 3][name])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_imagenet_shards_are_the_epoch(imagenet, processes):
+    source = open_source("imagenet2012", "train", data_dir=imagenet[0])
+    shards = [[train_batches(source, process_index=p, process_count=processes).batch(k)["id"] for k in range(3)]
+              for p in range(processes)]
+    assert sorted(np.ravel(shards)) == list(range(TRAIN))
+
+
+@pytest.mark.parametrize("processes,limit", [(1, 0), (4, 0), (2, 5)])
+def test_imagenet_evaluates_once(imagenet, processes, limit):
+    source = open_source("imagenet2012", "validation", data_dir=imagenet[0])
+    parts = [everything(source, process_index=p, process_count=processes, limit=limit) for p in range(processes)]
+    assert len({len(part["id"]) for part in parts}) == 1
+    ids = np.concatenate([part["id"][part["valid"]] for part in parts])
+    assert sorted(ids) == list(range(limit or VALIDATION))
+
+
+def test_imagenet_ids_name_the_same_image(imagenet):
+    source = open_source("imagenet2012", "validation", data_dir=imagenet[0])
+    seen = everything(source)
+    batch = train_batches(source, batch_size=6, crop=augment.RandomCrop((1, 1), (1.2, 1.2), flip=False)).batch(0)
+    whole = dict(zip(seen["id"], seen["label"]))
+    assert [whole[i] for i in batch["id"]] == batch["label"].tolist()
+
+
+def test_imagenet_slices(imagenet):
+    source = open_source("imagenet2012", "train[4:10]", data_dir=imagenet[0])
+    assert source.num_examples == 6
+    assert sorted(i for k in range(2) for i in train_batches(source, batch_size=3).batch(k)["id"]) == list(range(6))
+    rest = open_source("imagenet2012", "train[:4]+train[10:]", data_dir=imagenet[0])
+    labels = np.concatenate([everything(s)["label"] for s in (source, rest)])
+    assert sorted(labels[labels >= 0]) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("split", ["nonsense", "train[", "train[a:b]"])
+def test_imagenet_unknown_split(imagenet, split):
+    with pytest.raises(DataError, match="train, validation"):
+        open_source("imagenet2012", split, data_dir=imagenet[0])
+
+
+@pytest.mark.parametrize("name", ["imagenet2012", "imagenet", "no_such_set"])
+def test_missing_dataset_names_the_three_ways(tmp_path, name):
+    with pytest.raises(DataError, match="(?s)manual_dir.*data.source=folder.*data.source=sample"):
+        open_source(name, "train", data_dir=str(tmp_path))
+
+
+def test_replay_is_logged(imagenet, caplog):
+    from absl import logging
+    source = open_source("imagenet2012", "train", data_dir=imagenet[0])
+    logging.set_verbosity(logging.INFO)
+    with caplog.at_level("INFO", logger="absl"):
+        train_batches(source).batch(4)
+    assert ("replays" in caplog.text) == (not imagenet[1])
+    if not imagenet[1]:
+        assert "epoch 1 and skips 4" in caplog.text
