@@ -13,7 +13,7 @@ from mim_jax.evaluators.base import SplitRunner
 from mim_jax.evaluators.classify import ClassifyEvaluator, hits
 from mim_jax.evaluators.knn import KnnEvaluator
 from mim_jax.evaluators.pictures import draw_windows
-from mim_jax.evaluators.reconstruct import ReconstructEvaluator, errors
+from mim_jax.evaluators.reconstruct import ReconstructEvaluator, moments
 from mim_jax.models.vit import ViT
 from mim_jax.objectives.classify import LinearProbe
 from mim_jax.objectives.lomar import LoMaR
@@ -186,7 +186,7 @@ def reconstruct_evaluator(e, config, made, normalise, mesh, open_split):
         images = normalise(batch["image"])
         masks = made.masks(key, images.shape[0])
         prediction, patches = made.apply(variables, images, masks, method="predict")
-        return errors(prediction, patches, masks.hidden, made.region, made.encoder.patch, made.norm_pix)
+        return moments(prediction, patches, masks.hidden, made.region, made.encoder.patch, made.norm_pix)
 
     shown = draw_windows(made, normalise, ratios=(made.mask_ratio,))
     batches, count = split_batches(config, source, e.batch_size, e.examples)
@@ -199,7 +199,7 @@ def reconstruct_evaluator(e, config, made, normalise, mesh, open_split):
             sample.append(next(iter(batches()))["image"][:pictures])
         return {"reconstruct/windows": shown(state.variables(), sample[0], key)}
 
-    return ReconstructEvaluator(SplitRunner(fn, mesh, batches, count), draw)
+    return ReconstructEvaluator(SplitRunner(fn, mesh, batches, count), made.norm_pix, draw)
 
 
 def classify_evaluator(e, config, made, normalise, mesh, open_split):

@@ -32,6 +32,7 @@ def parse(argv):
 def main(_):
     logging.set_verbosity(logging.WARNING)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow only decodes here; spares a notice at every start
     from mim_jax import sharding
     from mim_jax.run import run
 

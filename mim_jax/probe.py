@@ -44,13 +44,13 @@ def cached_probe(config, plain: dict, workdir: str, mesh) -> dict:
         batch_size=config.probe.batch_size, base_lrs=tuple(config.probe.base_lrs), seed=config.seed,
     )  # fmt: skip
     pool, eval_batch, k, temperature = config.pool, config.probe.eval_batch_size, config.probe.k, config.probe.temperature
+    batches = {name: build.split_batches(config, source, eval_batch) for name, source in sources.items()}
     config.require_all_read()
 
     checkpoint.claim(workdir, plain)
     logger = Logger(workdir, write=jax.process_index() == 0, tensorboard=False)
     logger.say(f"workdir      {workdir}\nweights      {folder}: {report}")
     logger.say("data         " + ", ".join(f"{name} {s.num_examples}" for name, s in sources.items()) + f", {classes} classes")
-    batches = {name: build.split_batches(config, source, eval_batch) for name, source in sources.items()}
 
     def encoded(variables):
         runners = {name: build.feature_runner(made, normalise, mesh, b, pool) for name, b in batches.items()}

@@ -16,6 +16,9 @@ from mim_jax.train.state import create
 from mim_jax.train.step import make_step
 
 
+STOPPED = 143  # exit status after SIGTERM, state saved: a scheduler may start the same command again
+
+
 def run(config, workdir: str) -> dict:
     """Runs the experiment and returns its last numbers; the same call again continues an interrupted run.
 
@@ -57,7 +60,7 @@ def with_pretrained(config: TrackedConfig) -> TrackedConfig:
     done = TrackedConfig(merged)
     for key in flatten(merged.pretrained, "pretrained."):
         done._read.add(key)  # the pretraining run has checked its own keys
-    done._read.update({"init_from", "image_size", "compute_dtype", "remat", "channels"})
+    done._read.update({"job", "features", "init_from", "image_size", "compute_dtype", "remat", "channels"})
     return done
 
 
@@ -126,10 +129,11 @@ def train(config: TrackedConfig, plain: dict, workdir: str, mesh, job: str) -> d
     finally:
         checkpoints.close()
         batches.close()
+    if not finished:
+        raise SystemExit(STOPPED)
     results = {**results, "seconds": clock.total(), "steps": total, **clock.shares()}
-    if finished:
-        write_result(workdir, results)
-        logger.say(f"finished in {results['seconds']:.0f} s; checkpoints and logs are in {workdir}")
+    write_result(workdir, results)
+    logger.say(f"finished in {results['seconds']:.0f} s; checkpoints and logs are in {workdir}")
     logger.close()
     return results
 

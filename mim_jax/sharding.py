@@ -1,5 +1,7 @@
 """Processes, the device mesh, and where arrays live: batches split over `data`, parameters replicated or FSDP."""
 
+import glob
+import importlib.util
 import os
 
 import jax
@@ -29,9 +31,14 @@ def start_processes():
         )
         return
     slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
-    tpu_pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if slurm or tpu_pod:
+    if slurm or on_tpu():
         jax.distributed.initialize()
+
+
+def on_tpu() -> bool:
+    """Whether this host has TPU chips, asked without starting a backend: a pod's processes must meet before that."""
+    wanted = os.environ.get("JAX_PLATFORMS", "tpu")
+    return "tpu" in wanted and importlib.util.find_spec("libtpu") is not None and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*"))
 
 
 def make_mesh(devices=None) -> jax.sharding.Mesh:

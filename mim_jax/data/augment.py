@@ -73,6 +73,7 @@ def _is_jpeg(data):
 
 
 def _pil_decode(data):
+    data = np.asarray(data, object).item()  # eagerly it comes as an array of one object, in graphs as bytes
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
@@ -123,10 +124,15 @@ def train_image(image, crop, size, channels, uniforms):
         y, x, h, w = crop_box(crop, tf.shape(pixels)[0], tf.shape(pixels)[1], uniforms)
         return pixels[y:y + h, x:x + w]
 
-    def cut_jpeg():  # decodes only the box
-        shape = tf.io.extract_jpeg_shape(image)
-        box = tf.stack(crop_box(crop, shape[0], shape[1], uniforms))
-        return tf.io.decode_and_crop_jpeg(image, box, channels=3, dct_method="INTEGER_ACCURATE")
+    def cut_jpeg():
+        height, width = tf.unstack(tf.io.extract_jpeg_shape(image)[:2])
+        y, x, h, w = crop_box(crop, height, width, uniforms)
+        # Decodes only the box, and 2 px around it: libjpeg has no chroma to interpolate with at the rim of a crop.
+        top, left = tf.maximum(y - 2, 0), tf.maximum(x - 2, 0)
+        bottom, right = tf.minimum(y + h + 2, height), tf.minimum(x + w + 2, width)
+        pixels = tf.io.decode_and_crop_jpeg(image, tf.stack([top, left, bottom - top, right - left]), channels=3,
+                                            dct_method="INTEGER_ACCURATE")
+        return pixels[y - top:y - top + h, x - left:x - left + w]
 
     if image.dtype == tf.string:
         pixels = tf.cond(_is_jpeg(image), cut_jpeg, lambda: cut(_decode_other(image)))

@@ -151,7 +151,7 @@ class TrainBatches:
                          self._source.name, self._source.split, step, first, skip, high - low)
 
         def epoch_items(epoch):
-            seed = _fold(self._seed, ORDER, epoch, self._process_index)
+            seed = _fold(self._seed, ORDER, epoch, tf.constant(self._process_index, tf.int64))
             ds = self._source.stream(low, high, seed).skip(tf.where(epoch == first, tf.constant(skip, tf.int64), 0))
             return ds.map(lambda i, item: (epoch, i, item))
 

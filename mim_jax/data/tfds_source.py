@@ -48,7 +48,8 @@ class TfdsSource(Source):
         ds = ds.interleave(read, cycle_length=1 if seed is None else min(CYCLE, len(pieces)),
                            num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         if seed is not None:
-            ds = ds.shuffle(min(self.shuffle_buffer, high - low), seed=seed[0], reshuffle_each_iteration=False)
+            buffer = tf.constant(min(self.shuffle_buffer, high - low), tf.int64)
+            ds = ds.shuffle(buffer, seed=tf.cast(seed[0], tf.int64), reshuffle_each_iteration=False)
         return ds
 
 

@@ -57,7 +57,8 @@ class Checkpoints:
         self._asked_to_stop = False
 
     def _open(self):
-        return ocp.CheckpointManager(self.folder, item_names=("state", "meta"), options=self._options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self.folder, item_handlers=handlers, options=self._options)
 
     def stop_on_sigterm(self):
         """From now on SIGTERM lets the current step end, saves, and stops the run; the same command continues it."""
@@ -153,7 +154,7 @@ def find(source: str) -> str:
     Raises CheckpointError when there is none.
     """
     source = os.path.abspath(os.path.expanduser(source))
-    if os.path.isdir(os.path.join(source, "state")):
+    if os.path.isdir(os.path.join(source, "state")) and os.path.basename(source).isdigit():
         return source
     folder = os.path.join(source, "checkpoints")
     steps = [int(s) for s in os.listdir(folder) if s.isdigit()] if os.path.isdir(folder) else []
@@ -163,28 +164,37 @@ def find(source: str) -> str:
     return os.path.join(folder, str(max(steps)))
 
 
+def _reader(step_folder: str):
+    """-> orbax manager over the run's checkpoints, for reading, and the step."""
+    folder, step = os.path.split(step_folder)
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(create=False)
+    return ocp.CheckpointManager(folder, item_handlers=handlers, options=options), int(step)
+
+
 def read_meta(step_folder: str) -> dict:
     """The meta data of one checkpoint: step, clock, config, git hash, fingerprints."""
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler("meta")) as reader:
-        return reader.restore(step_folder, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    manager, step = _reader(step_folder)
+    with manager:
+        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
 
 def load_params(step_folder: str, mesh, pattern: str = "") -> dict:
     """{path: array} of the parameters of a checkpoint, trained and frozen, whose path matches; bits are verified."""
     expected = read_meta(step_folder)["fingerprints"]
-    with ocp.PyTreeCheckpointer() as reader:
-        item = os.path.join(step_folder, "state")
-        stored = _arrays(reader.metadata(item).item_metadata)
+    manager, step = _reader(step_folder)
+    with manager:
         wanted = {
             path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
-            for path, leaf in stored.items()
+            for path, leaf in _arrays(manager.item_metadata(step).state).items()
             if path.split("/")[0] in ("params", "frozen") and tree.matches((pattern,), path.split("/", 1)[1])
         }
         if not wanted:
             raise CheckpointError(f"the checkpoint {step_folder} holds no parameter that matches '{pattern}'")
         target = tree.nest(wanted)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        loaded = reader.restore(item, args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True))
+        item = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
+        loaded = manager.restore(step, args=ocp.args.Composite(state=item)).state
     _require_fingerprints(loaded, expected)
     return {path.split("/", 1)[1]: x for path, x in tree.flatten(loaded).items()}
 

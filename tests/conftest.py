@@ -1,0 +1,57 @@
+"""What every test shares: the environment before JAX is imported, the recorded tensors, the command line."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+GOLDEN = REPO / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden("lomar_tiny") -> {key: array}: recorded tensors of the released code."""
+    loaded = {}
+
+    def load(name):
+        if name not in loaded:
+            with np.load(GOLDEN / f"{name}.npz") as file:
+                loaded[name] = {key: file[key] for key in file.files}
+        return dict(loaded[name])
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def run_cli():
+    """run_cli("--config=...", env={...}) -> CompletedProcess of `python -m mim_jax.main ...` in the repository's root."""
+
+    def run(*args, env=None, timeout=300):
+        return subprocess.run(
+            [sys.executable, "-m", "mim_jax.main", *map(str, args)],
+            cwd=REPO, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """run_python("import jax; ...") -> CompletedProcess of the code in a fresh interpreter at the repository's root."""
+
+    def run(code, env=None, timeout=120):
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=REPO, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+    return run

@@ -1,0 +1,187 @@
+"""Nothing leaks: hidden patches, and patches outside every window, change no prediction at all; visible ones do."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mim_jax.config import ConfigDict
+from mim_jax.masking.windows import WindowMask
+from mim_jax.models.vit import ViT
+from mim_jax.objectives.lomar import LoMaR
+from mim_jax.tokens import patchify, unpatchify
+from mim_jax.tree import flatten, nest
+
+GRID, PATCH, BATCH = (5, 6), 4, 2
+# views 2: 2 * 9 <= 30 patches, cut before the embedding; views 5: 45 > 30, cut after it
+MODES = list(itertools.product(["rpe", "absolute"], ["simple", "asymmetric"], [True, False], ["paper", "released"], [2, 5]))
+MODES = [m for m in MODES if not (m[3] == "released" and m[4] == 5)]  # released: at most 3 distinct rows
+
+
+def objective(position, arch, norm_pix, pairing, views, remat=False):
+    encoder = ViT(grid=GRID, patch=PATCH, width=24, depth=2, heads=2, position=position, remat=remat)
+    return LoMaR(encoder=encoder, window=3, views=views, mask_ratio=0.6, pairing=pairing, arch=arch, norm_pix=norm_pix,
+                 decoder_width=16, decoder_depth=1, decoder_heads=2)  # fmt: skip
+
+
+def pictures(seed=0):
+    return jax.random.normal(jax.random.key(seed), (BATCH, GRID[0] * PATCH, GRID[1] * PATCH, 3))
+
+
+def parameters(made, images, masks):
+    """Every parameter random: tables and biases start at zero, and zeros hide leaks."""
+    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), images, masks))["params"]
+    rng = np.random.default_rng(0)
+    return nest({path: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype) for path, s in flatten(shapes).items()})
+
+
+def places(masks, window=3):
+    """-> three bool [b rows columns]: hidden in some window, visible in some window, in no window."""
+    hidden, visible = np.zeros((2, BATCH, *GRID), bool)
+    for b, corners in enumerate(np.asarray(masks.corners)):
+        for v, (row, column) in enumerate(corners):
+            inside = np.asarray(masks.hidden[b, v]).reshape(window, window)
+            hidden[b, row : row + window, column : column + window] |= inside
+            visible[b, row : row + window, column : column + window] |= ~inside
+    return hidden, visible, ~(hidden | visible)
+
+
+def replace(images, where, value):
+    """The images with the patches at `where` [b rows columns] replaced by `value` [b rows columns d] or a number."""
+    patches = np.array(patchify(images, PATCH))
+    patches[where] = value[where] if np.ndim(value) else value
+    return unpatchify(jnp.asarray(patches), PATCH)
+
+
+@pytest.fixture(scope="module", params=MODES, ids=lambda m: "-".join(map(str, m)))
+def case(request):
+    made = objective(*request.param)
+    images = pictures()
+    masks = made.masks(jax.random.key(1), BATCH)
+    params = parameters(made, images, masks)
+    predict = jax.jit(lambda x, m: made.apply({"params": params}, x, m, method="predict")[0])
+    return made, params, images, masks, predict
+
+
+def test_hidden_patches_change_nothing(case):
+    made, params, images, masks, predict = case
+    # a patch may be hidden in one window and visible in another, so each window is judged by its own hidden patches
+    want = np.asarray(predict(images, masks))
+    assert np.isfinite(want).all() and want.std() > 0.1
+    other = np.asarray(patchify(pictures(seed=7), PATCH))
+    for view in range(masks.hidden.shape[1]):
+        only = WindowMask(masks.corners[:, view : view + 1], masks.hidden[:, view : view + 1])
+        hidden, _, _ = places(only)
+        assert hidden.sum() == BATCH * 5
+        for value in (other, 0.0, 1e30):
+            found = np.asarray(predict(replace(images, hidden, value), masks))
+            np.testing.assert_array_equal(found[:, view], want[:, view])
+
+
+def test_patches_hidden_everywhere_and_patches_outside_change_no_prediction(case):
+    made, params, images, masks, predict = case
+    want = np.asarray(predict(images, masks))
+    hidden, visible, outside = places(masks)
+    unseen = ~visible
+    assert (hidden & ~visible).any()
+    np.testing.assert_array_equal(np.asarray(predict(replace(images, unseen, 1e30), masks)), want)
+    loss = jax.jit(lambda x: made.apply({"params": params}, x, masks)[0])
+    if outside.any():
+        np.testing.assert_array_equal(loss(replace(images, outside, 1e30)), loss(images))
+    assert loss(replace(images, hidden & ~visible, 3.0)) != loss(images)  # as a target they count
+
+
+def test_visible_patches_do_change_every_prediction_of_their_window(case):
+    made, params, images, masks, predict = case
+    want = np.asarray(predict(images, masks))
+    for view in range(masks.hidden.shape[1]):
+        only = WindowMask(masks.corners[:, view : view + 1], masks.hidden[:, view : view + 1])
+        _, visible, _ = places(only)
+        first = np.zeros_like(visible)
+        for b in range(BATCH):
+            first[(b, *np.argwhere(visible[b])[0])] = True
+        found = np.asarray(predict(replace(images, first, 2.0), masks))
+        changed = (found[:, view] != want[:, view]).any(-1)
+        assert changed.all(), f"view {view}: {changed.mean():.0%} of the predictions moved"
+
+
+def test_images_do_not_see_each_other(case):
+    made, params, images, masks, predict = case
+    want = np.asarray(predict(images, masks))
+    found = np.asarray(predict(images.at[1].set(1e30), masks))
+    np.testing.assert_array_equal(found[0], want[0])
+
+
+def test_hidden_input_gets_no_gradient(case):
+    """What the loss of a fixed target says about the input: nothing at hidden patches, something at visible ones."""
+    made, params, images, masks, predict = case
+    gradient = jax.jit(jax.grad(lambda x: jnp.square(predict(x, masks)).sum()))(images)
+    size = np.abs(np.asarray(patchify(gradient, PATCH))).sum(-1)
+    _, visible, _ = places(masks)
+    assert (size[~visible] == 0).all() and (size[visible] > 0).all()
+
+
+@pytest.mark.parametrize("position", ["rpe", "absolute"])
+@pytest.mark.parametrize("arch", ["simple", "asymmetric"])
+def test_cutting_before_the_embedding_is_cutting_after_it(position, arch):
+    """The same windows, once among few (cut first) and once among many (embed first)."""
+    few, many = (objective(position, arch, True, "paper", views) for views in (2, 5))
+    images, masks = pictures(), many.masks(jax.random.key(2), BATCH)
+    params = parameters(many, images, masks)
+    assert 2 * 9 <= GRID[0] * GRID[1] < 5 * 9
+    part = WindowMask(masks.corners[:, :2], masks.hidden[:, :2])
+
+    def run(made, masks):
+        prediction, patches = made.apply({"params": params}, images, masks, method="predict")
+        return np.asarray(prediction), np.asarray(patches)
+
+    (after, patches), (before, same) = run(many, masks), run(few, part)
+    np.testing.assert_array_equal(patches[:, :2], same)
+    np.testing.assert_allclose(before, after[:, :2], rtol=0, atol=2e-6 * np.abs(after).max())
+
+
+def test_cutting_first_embeds_only_what_the_windows_hold():
+    """448 px of the paper: 9 windows of 7x7 hold 441 of 784 patches; 224 px: 4 hold 196 of 196."""
+    from mim_jax import build
+    from mim_jax.config import load
+
+    for arg, embedded in (("size=448", 9 * 49), ("size=224", 196), ("size=224,views=8", 196), ("size=448,views=20", 784)):
+        config = load(f"configs/lomar_vitb.py:{arg}")
+        config.encoder.depth = 1
+        made = build.objective(ConfigDict(config.to_dict()))
+        images, masks = jax.eval_shape(lambda: build.example(config, made, 1))  # noqa: B023
+        jaxpr = jax.make_jaxpr(lambda x, m: made.init_with_output(jax.random.key(0), x, m, method="predict")[0])(  # noqa: B023
+            images, masks
+        )
+        sizes = [
+            int(np.prod(eqn.outvars[0].aval.shape[:-1])) for eqn in walk(jaxpr.jaxpr)
+            if eqn.primitive.name == "dot_general" and eqn.invars[1].aval.shape == (768, 768)
+            and len(eqn.invars[0].aval.shape) == 4
+        ]  # fmt: skip
+        assert sizes == [embedded], f"{arg}: {sizes}"
+
+
+def walk(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            if hasattr(value, "jaxpr"):
+                yield from walk(value.jaxpr)
+
+
+def test_features_hide_nothing():
+    made = objective("rpe", "simple", True, "paper", 2)
+    images = pictures()
+    params = parameters(made, images, made.masks(jax.random.key(1), BATCH))
+    features = jax.jit(lambda x, how: made.apply({"params": params}, x, how, method="features"), static_argnums=1)
+    for how in ("mean", "cls"):
+        want = np.asarray(features(images, how))
+        assert want.shape == (BATCH, 24)
+        np.testing.assert_array_equal(np.asarray(features(images, how)), want)
+        for place in np.ndindex(*GRID):
+            where = np.zeros((BATCH, *GRID), bool)
+            where[0][place] = True
+            found = np.asarray(features(replace(images, where, 2.0), how))
+            assert (found[0] != want[0]).any() and (found[1] == want[1]).all()
