@@ -43,10 +43,6 @@ def main(_):
         run(CONFIG.value, workdir)
     except (ConfigError, FloatingPointError) as error:
         fail(str(error))
-    except ValueError as error:
-        if type(error).__name__ != "DataError":
-            raise
-        fail(str(error))
 
 
 def config_spec(filename: str) -> str:

@@ -131,7 +131,7 @@ def train(config: TrackedConfig, plain: dict, workdir: str, mesh, job: str) -> d
         batches.close()
     if not finished:
         raise SystemExit(STOPPED)
-    results = {**results, "seconds": clock.total(), "steps": total, **clock.shares()}
+    results = {**results, "seconds": clock.total(), "steps": total, "git": checkpoint.git_hash(), **clock.shares()}
     write_result(workdir, results)
     logger.say(f"finished in {results['seconds']:.0f} s; checkpoints and logs are in {workdir}")
     logger.close()

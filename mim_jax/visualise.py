@@ -61,7 +61,7 @@ def main(_):
         ratios = tuple(float(r) for r in RATIOS.value)
         visualise(WORKDIR.value, OUT.value or os.path.join(WORKDIR.value, "figures"), ratios, IMAGES.value, SPLIT.value,
                   SEED.value)  # fmt: skip
-    except ValueError as error:  # ConfigError, DataError, a ratio that is no number
+    except ValueError as error:  # ConfigError, or a ratio that is no number
         fail(str(error))
 
 

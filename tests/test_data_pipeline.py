@@ -1,6 +1,10 @@
 """Crops, resizing and the order of examples."""
+import dataclasses
+import gc
 import io
 import os
+import threading
+import time
 
 import numpy as np
 from PIL import Image
@@ -109,6 +113,59 @@ def test_batch_size_must_be_shared_evenly(numbered):
         batches(numbered(9), process_count=3)
     with pytest.raises(DataError, match="process_index=2"):
         batches(numbered(9), process_count=2, process_index=2)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CollectingSource(ArraySource):
+    """Reads its records in Python, and meets the garbage collector there."""
+    entered: threading.Semaphore = None
+    left: threading.Semaphore = None
+
+    def lookup(self, ids):
+        def fetch(wanted):
+            self.entered.release()
+            time.sleep(.05)  # meanwhile the test drops its batches
+            gc.collect()
+            self.left.release()
+            return wanted
+        return tf.ensure_shape(tf.numpy_function(fetch, [ids], tf.int64), [None])
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_dropped_batches_do_not_deadlock_their_readers(numbered, kind):
+    # A thread that destroys the iterator it works for waits for itself; only cyclic garbage gets there.
+    plain = numbered(200)
+    source = CollectingSource(**{**vars(plain), "bulk": True}, entered=threading.Semaphore(0),
+                              left=threading.Semaphore(0))
+
+    def use():
+        if kind == "train":
+            run = batches(source, batch_size=64)
+            run.batch(0)
+        else:
+            run = eval_batches(source, batch_size=8, size=(8, 8), resize_ratio=1.)
+            next(run)
+        cycle = [run]
+        cycle.append(cycle)
+        while source.entered.acquire(blocking=False):
+            pass
+        source.entered.acquire(timeout=1)  # a reader is at work now, or all are done
+
+    gc.disable()
+    try:
+        use()
+        deadline = time.time() + 10
+        while any(t.name == "data-streams" for t in threading.enumerate()) and time.time() < deadline:
+            gc.collect()
+            if not any(isinstance(o, TrainBatches) for o in gc.get_objects()):
+                break
+            time.sleep(.02)
+    finally:
+        gc.enable()
+    # The readers still finish: a new run over the same source gets through.
+    done = threading.Event()
+    threading.Thread(target=lambda: (batches(numbered(9)).batch(0), done.set()), daemon=True).start()
+    assert done.wait(10)
 
 
 # ---- evaluation

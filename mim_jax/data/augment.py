@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 import tensorflow as tf
 
+from mim_jax.config import ConfigError
+
 try:
     tf.config.set_visible_devices([], "GPU")  # the accelerator belongs to JAX
 except RuntimeError:  # somebody ran a TensorFlow op before the data was imported
@@ -21,7 +23,7 @@ TRIES = 10
 UNIFORMS = 2 * TRIES + 3  # area and ratio of each try, the corner, the flip
 
 
-class DataError(ValueError):
+class DataError(ConfigError):
     """A problem with the user's data or with the options that name it."""
 
 

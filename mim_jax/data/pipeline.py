@@ -1,4 +1,7 @@
 """Batches of uint8 images: training batches as a function of the step, evaluation over a split exactly once."""
+import queue
+import threading
+
 from absl import logging
 import numpy as np
 import tensorflow as tf
@@ -9,6 +12,39 @@ from mim_jax.data.augment import DataError
 FOREVER = np.iinfo(np.int64).max
 ORDER, CROP = 0, 1  # what a seed is for, so that the two are independent
 FETCH = 64          # records per bulk lookup
+
+_plain = tf.autograph.experimental.do_not_convert  # no function here needs rewriting
+_retired = queue.SimpleQueue()  # its put may be called by the garbage collector
+
+
+def _bury():
+    while True:
+        _retired.get()
+
+
+class _Stream:
+    """A tf.data iterator that dies in a thread of its own.
+
+    Records and some image formats are read by Python inside tf.data. If the garbage collector happened to run in
+    one of those threads and destroyed the iterator there, the thread would wait for itself for ever.
+    """
+    _undertaker = None
+
+    def __init__(self, ds):
+        if _Stream._undertaker is None:
+            _Stream._undertaker = threading.Thread(target=_bury, daemon=True, name="data-streams")
+            _Stream._undertaker.start()
+        self._iterator = ds.as_numpy_iterator()
+
+    def next(self):
+        return next(self._iterator, None)
+
+    def close(self):
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            _retired.put(iterator)
+
+    __del__ = close
 
 
 def _check(batch_size, size, process_index, process_count):
@@ -36,16 +72,17 @@ def _share(n, process_index, process_count):
 
 def _with_items(ds, source):
     """Dataset of (epoch, id) -> dataset of (epoch, id, item)."""
+    def look_up(epoch, i):
+        return epoch, i, source.lookup(i)
     if not source.bulk:
-        return ds.map(lambda epoch, i: (epoch, i, source.lookup(i)))
-    ds = ds.batch(FETCH).map(lambda epoch, i: (epoch, i, source.lookup(i)), num_parallel_calls=4, deterministic=True)
-    return ds.unbatch()
+        return ds.map(_plain(look_up))
+    return ds.batch(FETCH).map(_plain(look_up), num_parallel_calls=4, deterministic=True).unbatch()
 
 
 def _finish(ds, make, local, prefetch):
-    """Dataset of items -> iterator of numpy batches in the same order."""
-    ds = ds.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return ds.batch(local).prefetch(prefetch).as_numpy_iterator()
+    """Dataset of items -> stream of numpy batches in the same order."""
+    ds = ds.map(_plain(make), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return _Stream(ds.batch(local).prefetch(prefetch))
 
 
 def _explain(error, source, items):
@@ -100,7 +137,7 @@ class TrainBatches:
         self._seed = int(seed) % 2**63
         self._process_index, self._process_count = process_index, process_count
         self._prefetch = prefetch
-        self._iterator, self._next_step = None, None
+        self._stream, self._next_step = None, None
 
     def batch(self, step):
         """Step -> {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b]}: this process's slice.
@@ -110,19 +147,21 @@ class TrainBatches:
         Raises:
           DataError: an image of the batch cannot be read; the message names it.
         """
-        if self._iterator is None or step != self._next_step:
-            items = self._items(step, log=True)
-            self._iterator = _finish(items, self._make, self._local, self._prefetch)
+        if self._stream is None or step != self._next_step:
+            self.close()
+            self._stream = _finish(self._items(step, log=True), self._make, self._local, self._prefetch)
         self._next_step = step + 1
         try:
-            return next(self._iterator)
+            return self._stream.next()
         except tf.errors.OpError as error:
             self.close()
             raise _explain(error, self._source, self._items(step).take(self._local)) from error
 
     def close(self):
         """Stops reading ahead and frees the prefetched batches."""
-        self._iterator = None
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = None
 
     def _items(self, step, log=False):
         """Dataset of (epoch, id, item) from the first example of `step` on."""
@@ -140,7 +179,7 @@ class TrainBatches:
             return epoch, tf.random.experimental.index_shuffle(i % n, seed, tf.constant(n - 1, tf.int64))
 
         ds = tf.data.Dataset.range(step * local, FOREVER)
-        return _with_items(ds.map(order, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True), self._source)
+        return _with_items(ds.map(_plain(order), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True), self._source)
 
     def _by_stream(self, step, log):
         low, high = _share(self._source.num_examples, self._process_index, self._process_count)
@@ -153,9 +192,9 @@ class TrainBatches:
         def epoch_items(epoch):
             seed = _fold(self._seed, ORDER, epoch, tf.constant(self._process_index, tf.int64))
             ds = self._source.stream(low, high, seed).skip(tf.where(epoch == first, tf.constant(skip, tf.int64), 0))
-            return ds.map(lambda i, item: (epoch, i, item))
+            return ds.map(_plain(lambda i, item: (epoch, i, item)))
 
-        return tf.data.Dataset.range(first, FOREVER).flat_map(epoch_items)
+        return tf.data.Dataset.range(first, FOREVER).flat_map(_plain(epoch_items))
 
     def _make(self, epoch, example_id, item):
         image, label = self._source.load(item)
@@ -165,7 +204,9 @@ class TrainBatches:
 
 
 def eval_batches(source, *, batch_size, size, resize_ratio, process_index=0, process_count=1, limit=0):
-    """The whole split (or its first `limit` examples) exactly once over all processes.
+    """The whole split, or `limit` examples spread evenly over it, exactly once over all processes.
+
+    A source without random access gives its first `limit` examples instead.
 
     Yields {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b], "valid": bool [b]}, the same number
     of batches on every process; padding is zeros with label and id -1 and valid False. The shorter side goes to
@@ -181,10 +222,11 @@ def eval_batches(source, *, batch_size, size, resize_ratio, process_index=0, pro
     if source.random_access:
         places = np.arange(n, dtype=np.int64)
         mine = places[places // local % process_count == process_index]
+        mine = mine * source.num_examples // n  # folders are sorted by class, so the first `limit` would be one class
         ds = _with_items(tf.data.Dataset.from_tensor_slices((np.zeros_like(mine), mine)), source)
     else:
         low, high = _share(n, process_index, process_count)
-        ds = source.stream(low, high).map(lambda i, item: (tf.constant(0, tf.int64), i, item))
+        ds = source.stream(low, high).map(_plain(lambda i, item: (tf.constant(0, tf.int64), i, item)))
 
     def make(_, example_id, item):
         image, label = source.load(item)
@@ -192,10 +234,10 @@ def eval_batches(source, *, batch_size, size, resize_ratio, process_index=0, pro
                 "label": label, "id": example_id}
 
     def batches():
-        iterator = _finish(ds, make, local, 2)
+        stream = _finish(ds, make, local, 2)
         for k in range(-(-n // batch_size)):
             try:
-                batch = next(iterator, None)
+                batch = stream.next()
             except tf.errors.OpError as error:
                 raise _explain(error, source, ds.skip(k * local).take(local)) from error
             yield _pad(batch, local, (*size, source.channels))

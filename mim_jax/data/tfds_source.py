@@ -45,7 +45,8 @@ class TfdsSource(Source):
             return tf.data.Dataset.zip((tf.data.Dataset.range(first, first + take), records))
 
         ds = tf.data.Dataset.from_tensor_slices(tuple(columns))
-        ds = ds.interleave(read, cycle_length=1 if seed is None else min(CYCLE, len(pieces)),
+        ds = ds.interleave(tf.autograph.experimental.do_not_convert(read),
+                           cycle_length=1 if seed is None else min(CYCLE, len(pieces)),
                            num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         if seed is not None:
             buffer = tf.constant(min(self.shuffle_buffer, high - low), tf.int64)

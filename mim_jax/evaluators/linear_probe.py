@@ -74,13 +74,13 @@ def predict(variables, features, classes: int):
 
 def probe(train, validation, test, settings: ProbeSettings) -> dict[str, float]:
     """Each split is {"features": [n d], "label": [n]} -> accuracies on all three, of the learning rate that is best on
-    `validation` (balanced accuracy; the test split chooses nothing)."""
+    `validation`; the test split chooses nothing."""
     heads = train_heads(train["features"], train["label"], settings)
     found = {}
     for name, split in (("validation", validation), ("train", train), ("test", test)):
         guesses = np.asarray(predict(heads, jnp.asarray(split["features"], jnp.float32), settings.classes))
         found[name] = [(float((g == split["label"]).mean()), balanced_accuracy(g, split["label"])) for g in guesses]
-    best = int(np.argmax([balanced for _, balanced in found["validation"]]))
+    best = int(np.argmax([accuracy for accuracy, _ in found["validation"]]))
     result = {"base_lr": settings.base_lrs[best]}
     for name, scores in found.items():
         result[name], result[name + "_balanced"] = scores[best]

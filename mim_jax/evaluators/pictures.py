@@ -7,15 +7,20 @@ import numpy as np
 from mim_jax.evaluators.figure import box, panel_grid, to_rgb
 
 BORROWED = "reconstruction: hidden patches take the mean and deviation of the TRUE patch (norm_pix predicts neither)"
+SPREAD = 0.2  # of the gray scale for one standard deviation
 OWN = "own statistics: the same prediction with the average statistics of the visible patches, nothing borrowed"
 
 
 def draw_windows(objective, normalise, ratios):
     """-> draw(variables, uint8 [b h w c], key) -> uint8 figure [h w 3].
 
-    Each image gets the same window at every share of hidden patches.
+    Each image gets the same window at every share of hidden patches. Images standardised one by one are drawn as the
+    model sees them, mean at middle gray: the contrast of the file is not in its input.
     """
     variants = {ratio: objective.clone(mask_ratio=ratio) for ratio in ratios}
+
+    def shown(picture, images):
+        return 0.5 + SPREAD * picture if normalise.per_image else normalise.undo(picture, images)
 
     @jax.jit
     def panels(variables, images, key):
@@ -26,17 +31,17 @@ def draw_windows(objective, normalise, ratios):
         drawn = {}
         for ratio, made in variants.items():
             pictures = made.apply(variables, normalised, masks[ratio], method="pictures")
-            drawn[ratio] = {name: normalise.undo(x, images) for name, x in pictures.items()}
-        return first.corners[:, 0], drawn
+            drawn[ratio] = {name: shown(x, images) for name, x in pictures.items()}
+        return first.corners[:, 0], shown(normalised, images), drawn
 
     def draw(variables, images, key):
-        corners, drawn = jax.tree.map(np.asarray, panels(variables, jnp.asarray(images), key))
+        corners, whole, drawn = jax.tree.map(np.asarray, panels(variables, jnp.asarray(images), key))
         patch, side = objective.encoder.patch, objective.window * objective.encoder.patch
         names = ("masked", "reconstruction") + (("reconstruction_own",) if objective.norm_pix else ())
         titles = {"masked": "masked", "reconstruction": "reconstruction", "reconstruction_own": "own statistics"}
         rows = []
-        for i, image in enumerate(images):
-            row = [box(to_rgb(image / 255), *(corners[i] * patch), side)]
+        for i in range(len(images)):
+            row = [box(to_rgb(whole[i]), *(corners[i] * patch), side)]
             row.append(to_rgb(drawn[ratios[0]]["window"][i]))
             for ratio in ratios:
                 row += [to_rgb(drawn[ratio][name][i]) for name in names]

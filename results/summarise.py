@@ -1,0 +1,62 @@
+"""`python results/summarise.py RUN`: gathers a quickstart's numbers into RUN/summary.json and prints them.
+
+RUN holds `pretrain` and `probe`, the folders that the two commands of the quickstart wrote.
+"""
+
+import glob
+import json
+import os
+import sys
+
+
+def read(*parts):
+    path = os.path.join(*parts)
+    if not os.path.exists(path):
+        raise SystemExit(f"error: {path} is missing; run the pretraining and the probe first (see the Makefile)")
+    with open(path) as f:
+        return json.load(f)
+
+
+def summarise(run: str) -> dict:
+    pretrain, probe = read(run, "pretrain", "result.json"), read(run, "probe", "result.json")
+    config = read(run, "pretrain", "config.json")
+    keys = dict(probe_test="probe_test", random_encoder_test="random_encoder_test", raw_pixel_test="raw_pixel_test",
+                knn_test="probe_knn", knn_random="random_encoder_knn", probe_train="probe_train",
+                probe_test_balanced="probe_test_balanced", random_encoder_test_balanced="random_encoder_test_balanced",
+                chance="chance", test_examples="test_examples")  # fmt: skip
+    return {
+        **{ours: probe[theirs] for ours, theirs in keys.items()},
+        **{key: pretrain[f"reconstruct/{key}"] for key in ("masked_mse", "inpainting_mse", "zero_mse")},
+        "seconds": pretrain["seconds"] + probe["seconds"],
+        "seconds_pretrain": pretrain["seconds"],
+        "seconds_probe": probe["seconds"],
+        "steps": pretrain["steps"],
+        "seed": config["seed"],
+        "git": pretrain["git"],
+        "figures": sorted(glob.glob(os.path.join(run, "pretrain", "figures", "*.png"))),
+    }
+
+
+def main(run: str):
+    summary = summarise(run)
+    path = os.path.join(run, "summary.json")
+    with open(path, "w") as f:
+        json.dump(summary, f, indent=1)
+    percent = lambda key: f"{100 * summary[key]:5.1f} %"
+    gain = 100 * (summary["probe_test"] - summary["random_encoder_test"])
+    print(f"linear probe, test     {percent('probe_test')}   random encoder {percent('random_encoder_test')}   "
+          f"raw pixels {percent('raw_pixel_test')}   gain {gain:+.1f} points")  # fmt: skip
+    print(f"kNN, test              {percent('knn_test')}   random encoder {percent('knn_random')}")
+    print(f"held-out hidden error  {summary['masked_mse']:.3f}     harmonic inpainting {summary['inpainting_mse']:.3f}   "
+          f"predicting each patch's mean {summary['zero_mse']:.3f}")  # fmt: skip
+    print(f"seconds                {summary['seconds']:.0f}")
+    for figure in summary["figures"]:
+        print(f"picture                {figure}")
+    print(f"checkpoint             {os.path.join(run, 'pretrain', 'checkpoints')}")
+    print(f"summary                {path}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    main(sys.argv[1])

@@ -1,0 +1,307 @@
+"""What a user can get wrong: one clear message that names it, a non-zero exit, and nothing overwritten."""
+
+import hashlib
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mim_jax.config import load
+from mim_jax.run import run
+from mim_jax.train.checkpoint import CheckpointError
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+KINDS = ("ConfigError", "DataError", "CheckpointError")  # what main.py turns into one line and exit code 2
+
+
+def contents(folder):
+    """{relative path: digest} of every file below."""
+    files = (f for f in pathlib.Path(folder).rglob("*") if f.is_file())
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def toy(name="lomar_vitb", arg="toy", **changes):
+    """A toy config without evaluators or TensorBoard; `changes` are dotted keys with __ for the dots."""
+    config = load(f"{REPO}/configs/{name}.py:{arg}")
+    if config.job == "pretrain":
+        config.log.tensorboard = False
+        for key in config.evals.keys():
+            config.evals[key].on = False
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        assert last in node, f"the config has no key {key}"
+        with node.ignore_type():
+            node[last] = value
+    return config
+
+
+def refused(config, workdir, *words):
+    """Runs it, expects a refusal that says all the words and leaves the folder as it was -> the message."""
+    workdir = pathlib.Path(workdir)
+    before = contents(workdir) if workdir.exists() else None
+    with pytest.raises(ValueError) as caught:
+        run(config, str(workdir))
+    message = str(caught.value)
+    kinds = [kind.__name__ for kind in type(caught.value).__mro__]
+    assert set(kinds) & set(KINDS), f"{kinds[0]} would show a traceback: {message}"
+    missing = [word for word in words if word not in message]
+    assert not missing, f"{missing} not in: {message}"
+    assert "Traceback" not in message and "error(" not in message
+    assert (contents(workdir) if workdir.exists() else None) == before, "something was written"
+    return message
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished toy run of two steps -> its folder."""
+    workdir = tmp_path_factory.mktemp("bad_input") / "run"
+    run(toy(), str(workdir))
+    assert (workdir / "checkpoints" / "2").is_dir() and (workdir / "config.json").exists()
+    return workdir
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    return pathlib.Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+def picture(path, size=(40, 48)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+
+
+# the command line: exit code, one message, no traceback
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--config=configs/lomar_vitb.py:toy", "--config.optim.lrr=1"], ["lrr", 'Did you mean "lr"']),
+        (["--config=configs/lomar_vitb.py:toy", "--config.optin.lr=1"], ["optin"]),
+        (["--config=configs/lomar_vitb.py:toy", "--config.seed=abc"], ["config.seed", "abc"]),
+        (["--config=configs/lomar_vitb.py:toy", "--workdr=x"], ["workdr", "workdir"]),
+        (["--config=configs/lomar_vitb.py:toy", "extra"], ["extra"]),
+        (["--config=configs/lomar_vitb.py:vews=3"], ["vews", "Did you mean 'views'"]),
+        (["--config=configs/lomar_vitb.py:views=x"], ["views", "int"]),
+        (["--config=configs/lomar_vitb.py:variant=B"], ["variant"]),
+        (["--config=configs/nope.py"], ["configs/nope.py"]),
+        ([], ["--config"]),
+    ],
+    ids=lambda x: (x[-1].removeprefix("--") if x else "nothing") if isinstance(x, list) and str(x).count("-") else None,
+)
+def test_what_was_typed_wrong_is_said_in_one_line(args, words, run_cli, tmp_path):
+    done = run_cli(*args, *([f"--workdir={tmp_path / 'w'}"] if args else []))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode not in (0, None)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "\\n" not in lines[0] and "\\'" not in lines[0], "escaped: " + lines[0]
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_missing_data_set_names_the_three_ways(run_cli, tmp_path):
+    done = run_cli("--config=configs/lomar_vitb.py", f"--config.data.data_dir={tmp_path / 'none'}",
+                   f"--workdir={tmp_path / 'w'}")  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    for words in ("imagenet2012 is not prepared", str(tmp_path / "none"), "data.data_dir=DIR", "data.source=folder",
+                  "data.source=sample"):  # fmt: skip
+        assert words in done.stderr, words
+    assert not (tmp_path / "w").exists() and not (tmp_path / "none").exists()
+
+
+def test_a_workdir_of_another_config_by_the_command_line(run_cli, copy):
+    before = contents(copy)
+    done = run_cli("--config=configs/lomar_vitb.py:toy", "--config.seed=5", f"--workdir={copy}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "seed: 0 -> 5" in done.stderr and str(copy) in done.stderr
+    assert contents(copy) == before
+
+
+# settings that cannot be: refused before anything is compiled or written
+
+
+SETTINGS = {
+    "window": (dict(lomar__window=9), ["window=9", "8x8"]),
+    "views": (dict(lomar__views=0), ["views=0"]),
+    "mask_ratio": (dict(lomar__mask_ratio=1.0), ["mask_ratio=1.0"]),
+    "released pairing": (dict(lomar__pairing="released", lomar__views=5), ["pairing=released", "5 windows"]),
+    "image size": (dict(image_size=(32, 30)), ["32x30", "patch size 4"]),
+    "heads": (dict(encoder__heads=5), ["width 48", "5 heads"]),
+    "decoder heads": (dict(lomar__arch="asymmetric", lomar__decoder_heads=5), ["width 32", "5 heads"]),
+    "sin-cos width": (dict(encoder__position="absolute", encoder__width=42), ["42", "divisible by 4"]),
+    "batch": (dict(batch_size=9, accumulation=2), ["batch_size=9", "devices", "accumulation=2"]),
+    "accumulation": (dict(accumulation=0), ["accumulation=0"]),
+    "both lrs": (dict(optim__lr=1e-3), ["optim.base_lr", "optim.lr", "0.00015", "0.001"]),
+    "no lr": (dict(optim__base_lr=0.0), ["optim.base_lr", "optim.lr"]),
+    "warm-up": (dict(optim__warmup_percent=0.0, optim__warmup_steps=3), ["warm-up", "3 steps", "2 steps"]),
+    "two durations": (dict(total_epochs=1.0), ["total_steps=2", "total_epochs=1.0"]),
+    "two warm-ups": (dict(optim__warmup_steps=1), ["warmup_steps=1", "warmup_percent=5.0"]),
+    "no length": (dict(total_steps=0), ["total_steps"]),
+    "endless": (dict(total_steps=0, total_percent=5.0), ["total_percent=5.0"]),
+    "job": (dict(job="pretrian"), ["job", "pretrian", "pretrain"]),
+    "method": (dict(method="lomra"), ["method", "lomra", "lomar"]),
+    "arch": (dict(lomar__arch="simpel"), ["lomar.arch", "simpel", "simple"]),
+    "position": (dict(encoder__position="rep"), ["encoder.position", "rep", "rpe"]),
+    "dtype": (dict(compute_dtype="float16"), ["compute_dtype", "float16", "bfloat16"]),
+    "optimizer": (dict(optim__name="sgd"), ["optim.name", "sgd", "adamw"]),
+    "channel statistics": (dict(data__mean=(0.5, 0.5)), ["data.mean", "1 channels"]),
+    "channels": (dict(channels=2, data__mean=(0.5, 0.5), data__std=(0.5, 0.5)), ["channels=2"]),
+    "crop": (dict(data__crop_scale=(0.5, 0.1)), ["crop scale", "0.1"]),
+    "split": (dict(data__train_split="trian"), ["trian", "train"]),
+    "source": (dict(data__source="imagenet2013"), ["imagenet2013", "data.source=folder"]),
+    "path": (dict(data__path="somewhere"), ["data.path", "data.source=folder"]),
+    "evaluator": (dict(evals__knn__type="nkn"), ["evals.knn.type", "nkn", "knn"]),
+    "pool": (dict(evals__knn__pool="max"), ["pool", "max", "mean"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_cannot_be_is_named(name, tmp_path):
+    changes, words = SETTINGS[name]
+    refused(toy(**changes), tmp_path / "w", *words)
+
+
+def test_a_key_that_nobody_reads_is_named(tmp_path):
+    config = toy()
+    config.optim.lerning_rate = 1.0
+    refused(config, tmp_path / "w", "optim.lerning_rate")
+
+
+def test_a_key_that_is_missing_is_named(tmp_path):
+    config = toy()
+    del config.encoder["depth"]
+    refused(config, tmp_path / "w", "encoder.depth")
+
+
+# folders of images
+
+
+def folder_config(path, **changes):
+    return toy(data__source="folder", data__path=str(path), **changes)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    message = refused(folder_config(tmp_path / "none"), tmp_path / "w", str(tmp_path / "none"), "not a folder")
+    assert "three ways" in message and "data.source=sample" in message
+    refused(folder_config(""), tmp_path / "w", "data.path", "three ways")
+
+
+def test_an_empty_folder_says_what_it_holds_instead(tmp_path):
+    (tmp_path / "images").mkdir()
+    refused(folder_config(tmp_path / "images"), tmp_path / "w", "No images", str(tmp_path / "images"))
+    (tmp_path / "images" / "notes.txt").write_text("x")
+    refused(folder_config(tmp_path / "images"), tmp_path / "w", "No images", "1 .txt", ".jpg")
+
+
+def test_an_unreadable_image_is_named_and_no_checkpoint_is_written(tmp_path):
+    for split in ("train", "val"):
+        for k in range(8):
+            picture(tmp_path / "images" / split / "ab"[k % 2] / f"{k}.png")
+    bad = tmp_path / "images" / "train" / "a" / "0.png"
+    bad.write_bytes(bad.read_bytes()[:100])
+    config = folder_config(tmp_path / "images", evals__knn__train_split="train", data__crop_scale=(0.2, 1.0))
+    assert config.batch_size == 8, "the first batch holds every image"
+    with pytest.raises(ValueError) as caught:
+        run(config, str(tmp_path / "w"))
+    assert type(caught.value).__name__ == "DataError" and str(bad) in str(caught.value)
+    assert not list((tmp_path / "w").glob("checkpoints/[0-9]*")) and not (tmp_path / "w" / "result.json").exists()
+
+
+def test_unlabelled_images_need_the_knn_evaluator_off_as_the_message_says(tmp_path):
+    """Off is off: neither labels nor a second split are asked for."""
+    for split in ("train", "val"):
+        for k in range(8):
+            picture(tmp_path / "images" / split / f"{k}.png")
+    config = folder_config(tmp_path / "images", evals__knn__train_split="train", data__crop_scale=(0.2, 1.0),
+                           evals__knn__on=True)  # fmt: skip
+    refused(config, tmp_path / "w", "evals.knn", "labels", "--config.evals.knn.on=False")
+    config.evals.knn.on = False
+    run(config, str(tmp_path / "w"))
+
+
+def test_images_without_a_second_split_train_when_the_evaluators_are_off(tmp_path):
+    for k in range(8):
+        picture(tmp_path / "images" / f"{k}.png")
+    run(folder_config(tmp_path / "images", data__crop_scale=(0.2, 1.0)), str(tmp_path / "w"))
+
+
+# workdirs and checkpoints
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    refused(toy(), tmp_path / "file" / "run", str(tmp_path / "file" / "run"), "--workdir")
+    refused(toy(), tmp_path / "file", str(tmp_path / "file"), "--workdir")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_workdir_of_another_config_shows_the_difference(copy):
+    message = refused(toy(seed=3, optim__b2=0.999), copy, str(copy), "seed: 0 -> 3", "optim.b2: 0.95 -> 0.999")
+    assert "optim.b1" not in message and "nothing was changed" in message
+
+
+def test_settings_that_change_no_number_may_differ(copy):
+    before = json.loads((copy / "result.json").read_text())
+    again = run(toy(log__every_steps=5, checkpoint__keep=7), str(copy))
+    assert {k: again[k] for k in before} == before
+
+
+def test_a_workdir_with_a_damaged_config(copy):
+    (copy / "config.json").write_text('{"seed": ')
+    refused(toy(), copy, "config.json")
+
+
+def test_a_checkpoint_whose_shapes_do_not_fit(copy):
+    """The same config, another model: as after a change of the code, or of the file by hand."""
+    other = toy(encoder__width=24)
+    (copy / "config.json").write_text(json.dumps(other.to_dict()))
+    before = contents(copy / "checkpoints")
+    with pytest.raises(CheckpointError) as caught:
+        run(other, str(copy))
+    for word in ("does not fit", str(copy), "encoder/", "48", "24"):
+        assert word in str(caught.value)
+    assert contents(copy / "checkpoints") == before
+
+
+def test_init_from_another_architecture_names_the_shapes(trained, tmp_path):
+    refused(toy(init_from=str(trained), encoder__width=24), tmp_path / "w", "encoder/block_00", "(48,)", "(24,)")
+    refused(toy(init_from=str(trained), encoder__depth=3), tmp_path / "w", "missing", "encoder/block_02")
+    refused(toy(init_from=str(trained), encoder__depth=1), tmp_path / "w", "unexpected", "encoder/block_01")
+    refused(toy(init_from=str(trained), lomar__arch="asymmetric"), tmp_path / "w", "missing", "decoder/")
+
+
+@pytest.mark.parametrize("make", [toy, lambda **k: toy("linprobe", **k), lambda **k: toy("linprobe", "toy,features=streamed", **k)],
+                         ids=["pretrain", "cached", "streamed"])  # fmt: skip
+def test_init_from_a_folder_without_checkpoint(make, tmp_path):
+    for place in (tmp_path, tmp_path / "none"):
+        refused(make(init_from=str(place)), tmp_path / "w", "no checkpoint", str(place))
+    (tmp_path / "run" / "checkpoints" / "7").mkdir(parents=True)  # what a killed save may leave
+    refused(make(init_from=str(tmp_path / "run")), tmp_path / "w", "no checkpoint", str(tmp_path / "run"))
+
+
+def test_a_probe_needs_a_run_to_probe(tmp_path):
+    refused(toy("linprobe"), tmp_path / "w", "--config.init_from")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_damaged_weights_are_refused(damage, copy, tmp_path):
+    """orbax restores a flipped byte silently; the fingerprints notice. Its own error for a cut file is no message."""
+    arrays = [f for f in (copy / "checkpoints" / "2" / "state").rglob("*") if f.is_file() and f.parent.name == "d"]
+    largest = max(arrays, key=lambda f: f.stat().st_size)
+    whole = largest.read_bytes()
+    flipped = np.frombuffer(whole, np.uint8).copy()
+    flipped[2000:-2000:1001] ^= 16  # some land in the encoder's weights
+    largest.write_bytes(flipped.tobytes() if damage == "flipped" else whole[: len(whole) // 2])
+    refused(toy(init_from=str(copy)), tmp_path / "w", str(copy))
+
+
+def test_the_tests_ran_on_the_devices_they_think():
+    assert jax.device_count() in (1, 2, 4, 8), "batch_size=9 with accumulation=2 must not divide"
