@@ -20,12 +20,14 @@ from mim_jax import build, sharding, tree
 from mim_jax.config import ConfigError, TrackedConfig, load, name_of
 from mim_jax.logs import fail
 from mim_jax.models import flops
-from mim_jax.train.checkpoint import git_hash
 from mim_jax.train.schedule import warmup_cosine
 from mim_jax.train.state import create
 from mim_jax.train.step import make_step
+from mim_jax.train.workdir import git_hash
 
-CONFIG = flags.DEFINE_multi_string("config", None, "configs/NAME.py[:arguments]; may be given several times", required=True)
+CONFIG = flags.DEFINE_multi_string(
+    "config", None, "configs/NAME.py[:arguments]; may be given several times", required=True
+)
 BATCH = flags.DEFINE_integer("batch_size", 8, "images per step")
 STEPS = flags.DEFINE_integer("steps", 10, "measured steps of each config")
 DTYPE = flags.DEFINE_string("compute_dtype", "auto", "auto, float32 or bfloat16")
@@ -66,7 +68,9 @@ class MatrixProduct:
 
     def __init__(self, dtype, tokens: int, width: int):
         tokens = max(256, min(tokens, 2**15))
-        a, b = (jax.random.normal(jax.random.key(i), s, dtype) for i, s in enumerate([(tokens, width), (width, 4 * width)]))
+        a, b = (
+            jax.random.normal(jax.random.key(i), s, dtype) for i, s in enumerate([(tokens, width), (width, 4 * width)])
+        )
         self.flops = flops.dense(tokens, width, 4 * width)
         self.repeat = max(1, int((2e10 if jax.default_backend() == "cpu" else 5e12) / self.flops))
         self.product, self.operands, self.rates = jax.jit(jnp.matmul), (a, b), []

@@ -86,7 +86,9 @@ def normaliser(config) -> Normaliser:
 
 
 def picture_split(config) -> str:
-    """The split that visualise draws from."""
+    """The split that visualise draws from, and that its images can be cropped; a run reads both though it draws later."""
+    if not 0 < config.data.resize_ratio <= 1:
+        raise ConfigError(f"data.resize_ratio={config.data.resize_ratio} is not a share between 0 and 1")
     return config.data.picture_split
 
 
@@ -109,7 +111,9 @@ def schedule(config, total: int, examples_per_epoch: int):
         raise ConfigError(f"the warm-up of {warmup:.0f} steps is longer than the run of {total} steps")
     base_lr, peak = o.base_lr, o.lr
     if bool(base_lr) == bool(peak):
-        raise ConfigError(f"set one of optim.base_lr (per 256 images, now {base_lr}) and optim.lr (absolute, now {peak}), the other 0")
+        raise ConfigError(
+            f"set one of optim.base_lr (per 256 images, now {base_lr}) and optim.lr (absolute, now {peak}), the other 0"
+        )
     peak = peak or scaled_lr(base_lr, config.batch_size)
     return warmup_cosine(peak, total, warmup, o.min_lr), peak, round(warmup)
 
@@ -171,9 +175,13 @@ def feature_runner(made, normalise, mesh, batches_and_count, pool: str) -> Split
 def knn_evaluator(e, config, made, normalise, mesh, open_split):
     bank, queries = open_split(e.train_split), open_split(e.test_split)
     if not bank.num_classes:
-        raise ConfigError("evals.knn needs labels, which this data has not; remove it with --config.evals.knn.on=False")
+        raise ConfigError(f"kNN needs labels, which {bank.name} '{bank.split}' has not")
     run = lambda source, limit: feature_runner(
-        made, normalise, mesh, split_batches(config, source, e.batch_size, limit), choice("pool", e.pool, ("cls", "mean"))
+        made,
+        normalise,
+        mesh,
+        split_batches(config, source, e.batch_size, limit),
+        choice("pool", e.pool, ("cls", "mean")),
     )
     return KnnEvaluator(run(bank, e.train_examples), run(queries, 0), bank.num_classes, e.k, e.temperature)
 
@@ -224,9 +232,14 @@ def evaluators(config, made, normalise, mesh, open_split, total: int, examples_p
             e, "every", batch_size=config.batch_size, examples_per_epoch=examples_per_epoch, total_steps=total
         )
         kind = choice(f"evals.{name}.type", e.type, EVALUATORS)
-        evaluator = EVALUATORS[kind](e, config, made, normalise, mesh, open_split)
-        if e.on:
-            scheduled.append(ScheduledEvaluator(name, evaluator.run, every))
+        if not e.on:
+            e.ignore()
+            continue
+        try:
+            evaluator = EVALUATORS[kind](e, config, made, normalise, mesh, open_split)
+        except ConfigError as error:
+            raise type(error)(f"{error} (evaluator '{name}': --config.evals.{name}.on=False leaves it out)") from error
+        scheduled.append(ScheduledEvaluator(name, evaluator.run, every))
     return scheduled
 
 

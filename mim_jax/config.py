@@ -135,6 +135,10 @@ class TrackedConfig:
     def keys(self):
         return self._config.keys()
 
+    def ignore(self):
+        """Counts every key below as read: they belong to a part that is switched off."""
+        self._read.update(self._path + key for key in flatten(self._config))
+
     def to_dict(self) -> dict:
         """The plain tree; does not count as reading."""
         return self._config.to_dict()

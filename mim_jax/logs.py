@@ -6,6 +6,7 @@ import sys
 import time
 
 import numpy as np
+from etils import epath
 
 from mim_jax.clock import clock_text
 
@@ -13,15 +14,15 @@ from mim_jax.clock import clock_text
 class Logger:
     """`scalars`, `images`, `text` for a step; a progress line for the terminal."""
 
-    def __init__(self, workdir: str, *, write: bool, tensorboard: bool = True):
+    def __init__(self, workdir: epath.Path, *, write: bool, tensorboard: bool = True):
         self.write = write
-        self._jsonl = open(os.path.join(workdir, "metrics.jsonl"), "a") if write else None
+        self._jsonl = (workdir / "metrics.jsonl").open("a") if write else None
         self._board = None
         if write and tensorboard:
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
             from clu import metric_writers  # imports TensorFlow: seconds, and only here outside data/
 
-            self._board = metric_writers.SummaryWriter(os.path.join(workdir, "tensorboard"))
+            self._board = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
 
     def say(self, message: str):
         """A line on the terminal."""
@@ -51,7 +52,9 @@ class Logger:
         """One line: step, loss, images/s, time left."""
         left = f"{clock_text(seconds_left)} left" if images_per_second else ""
         rate = f"{images_per_second:8.1f} images/s" if images_per_second else " " * 17
-        self.say(f"step {step:>7}/{total}  {100 * step / total:5.1f} %  loss {loss:.4f}  lr {lr:.2e}  {rate}  {left}".rstrip())
+        self.say(
+            f"step {step:>7}/{total}  {100 * step / total:5.1f} %  loss {loss:.4f}  lr {lr:.2e}  {rate}  {left}".rstrip()
+        )
 
     def close(self):
         if self._jsonl:

@@ -9,27 +9,42 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mim_jax.config import ConfigError, name_of
+from mim_jax.config import ConfigError, load, name_of
 from mim_jax.logs import fail
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:arguments]", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run; default runs/<config name and arguments>")
 
 
+def typed_spec(argv) -> str:
+    """The config as typed, arguments included: `--config=FILE:ARGS` or `--config FILE:ARGS`."""
+    for arg, following in zip(argv, [*argv[1:], ""]):
+        name, eq, value = arg.lstrip("-").partition("=")
+        if name == "config" and arg.startswith("-"):
+            return value if eq else following
+    return ""
+
+
 def parse(argv):
     """absl's flag parser with one clear line instead of a traceback for what a user typed."""
     try:
+        spec = typed_spec(argv)
+        if spec:
+            load(spec)  # absl would wrap what a config says of its arguments into a traceback
         rest = flags.FLAGS(argv)
         if CONFIG.value is None:
             fail("give an experiment: --config=configs/lomar_vitb.py")
         if rest[1:]:
             fail(f"unexpected argument '{rest[1]}'; settings are flags such as --config.seed=1")
         return rest
-    except (flags.Error, ConfigError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        fail(str(error).strip("'\""))
+    except KeyError as error:  # ml_collections: a key the config has not
+        words = " ".join(str(error.args[0]).split())
+        fail(f"the config has no key {words}")
+    except (flags.Error, AttributeError, TypeError, ValueError, OSError) as error:
+        fail(str(error))
 
 
-def main(_):
+def main(argv):
     logging.set_verbosity(logging.WARNING)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow only decodes here; spares a notice at every start
@@ -38,19 +53,9 @@ def main(_):
 
     try:
         sharding.start_processes()
-        spec = config_flags.get_config_filename(flags.FLAGS["config"])
-        workdir = WORKDIR.value or os.path.join("runs", name_of(config_spec(spec)))
-        run(CONFIG.value, workdir)
+        run(CONFIG.value, WORKDIR.value or os.path.join("runs", name_of(typed_spec(sys.argv))))
     except (ConfigError, FloatingPointError) as error:
         fail(str(error))
-
-
-def config_spec(filename: str) -> str:
-    """The config as typed, arguments included: absl keeps the file name alone."""
-    for arg in sys.argv[1:]:
-        if arg.lstrip("-").startswith("config="):
-            return arg.split("=", 1)[1]
-    return filename
 
 
 if __name__ == "__main__":

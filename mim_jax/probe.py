@@ -1,7 +1,5 @@
 """The linear probe and kNN on cached features of a finished run, beside a random encoder and raw pixels."""
 
-import json
-import os
 import time
 
 import jax
@@ -13,8 +11,9 @@ from mim_jax.evaluators.base import balanced_accuracy
 from mim_jax.evaluators.knn import knn_predict
 from mim_jax.evaluators.linear_probe import ProbeSettings, probe
 from mim_jax.logs import Logger
-from mim_jax.train import checkpoint
+from mim_jax.train import pretrained
 from mim_jax.train.state import init_variables
+from mim_jax.train.workdir import RESULT, claim, write_json
 from mim_jax.tree import flatten, nest
 
 SPLITS = ("train", "validation", "test")
@@ -34,23 +33,30 @@ def cached_probe(config, plain: dict, workdir: str, mesh) -> dict:
         raise ConfigError(f"a linear probe needs labels, which the data '{config.data.source}' has not")
     normalise = build.normaliser(config)
     made = build.probe_objective(config, config.pretrained, classes)
-    folder = checkpoint.find(config.init_from)
-    loaded = checkpoint.load_params(folder, mesh, "^encoder/")
+    folder = pretrained.find(config.init_from)
+    loaded = pretrained.load_params(folder, mesh, "^encoder/")
     random = init_variables(made, build.example(config, made), config.seed)
-    fits, report = checkpoint.match_params(flatten(random["params"]), loaded, allow_missing=(r"^head/",))
+    fits, report = pretrained.match_params(flatten(random["params"]), loaded, allow_missing=(r"^head/",))
     trained = {**random, "params": nest({**flatten(random["params"]), **fits})}
     settings = ProbeSettings(
         classes, epochs=config.probe.epochs, warmup_epochs=config.probe.warmup_epochs,
         batch_size=config.probe.batch_size, base_lrs=tuple(config.probe.base_lrs), seed=config.seed,
     )  # fmt: skip
-    pool, eval_batch, k, temperature = config.pool, config.probe.eval_batch_size, config.probe.k, config.probe.temperature
+    pool, eval_batch, k, temperature = (
+        config.pool,
+        config.probe.eval_batch_size,
+        config.probe.k,
+        config.probe.temperature,
+    )
     batches = {name: build.split_batches(config, source, eval_batch) for name, source in sources.items()}
     config.require_all_read()
 
-    checkpoint.claim(workdir, plain)
+    claim(workdir, plain)
     logger = Logger(workdir, write=jax.process_index() == 0, tensorboard=False)
     logger.say(f"workdir      {workdir}\nweights      {folder}: {report}")
-    logger.say("data         " + ", ".join(f"{name} {s.num_examples}" for name, s in sources.items()) + f", {classes} classes")
+    logger.say(
+        "data         " + ", ".join(f"{name} {s.num_examples}" for name, s in sources.items()) + f", {classes} classes"
+    )
 
     def encoded(variables):
         runners = {name: build.feature_runner(made, normalise, mesh, b, pool) for name, b in batches.items()}
@@ -63,9 +69,10 @@ def cached_probe(config, plain: dict, workdir: str, mesh) -> dict:
     results = {}
     for name, features in (("probe", encoded(trained)), ("random_encoder", encoded(random)), ("raw_pixel", pixels)):
         scores = probe(features["train"], features["validation"], features["test"], settings)
-        guess = knn_predict(features["train"]["features"], features["train"]["label"], features["test"]["features"], classes, k, temperature)  # fmt: skip
-        scores["knn"] = float(np.mean(guess == features["test"]["label"]))
-        scores["knn_balanced"] = balanced_accuracy(guess, features["test"]["label"])
+        bank, queries = features["train"], features["test"]
+        guess = knn_predict(bank["features"], bank["label"], queries["features"], classes, k, temperature)
+        scores["knn"] = float(np.mean(guess == queries["label"]))
+        scores["knn_balanced"] = balanced_accuracy(guess, queries["label"])
         results.update({f"{name}_{key}": value for key, value in scores.items()})
         logger.say(
             f"{name:<15} train {scores['train']:.3f}  validation {scores['validation']:.3f}  test {scores['test']:.3f} "
@@ -74,9 +81,7 @@ def cached_probe(config, plain: dict, workdir: str, mesh) -> dict:
     results.update(seconds=time.perf_counter() - began, chance=1 / classes, test_examples=sources["test"].num_examples)
     logger.scalars(0, results)
     logger.close()
-    if jax.process_index() == 0:
-        with open(os.path.join(workdir, "result.json"), "w") as f:
-            json.dump(results, f, indent=1)
+    write_json(workdir / RESULT, results)
     return results
 
 

@@ -1,20 +1,19 @@
 """`run(config, workdir)`: everything `python -m mim_jax.main` does, callable from tests and notebooks."""
 
-import json
-import os
 import time
 
 import jax
+from etils import epath
 
 from mim_jax import build, durations, sharding, tree
 from mim_jax.clock import Clock
 from mim_jax.config import ConfigDict, ConfigError, TrackedConfig, choice, flatten
 from mim_jax.logs import Logger
 from mim_jax.probe import cached_probe
-from mim_jax.train import checkpoint, loop
+from mim_jax.train import checkpoint, loop, pretrained
 from mim_jax.train.state import create
 from mim_jax.train.step import make_step
-
+from mim_jax.train.workdir import RESULT, claim, git_hash, read_json, write_json
 
 STOPPED = 143  # exit status after SIGTERM, state saved: a scheduler may start the same command again
 
@@ -24,7 +23,7 @@ def run(config, workdir: str) -> dict:
 
     Raises ConfigError (and its kin DataError, CheckpointError) before any compute for anything that cannot work.
     """
-    plain = config.to_dict()
+    plain, workdir = config.to_dict(), epath.Path(workdir)
     config = TrackedConfig(config)
     job = choice("job", config.job, ("pretrain", "linprobe"))
     mesh = sharding.make_mesh()
@@ -39,17 +38,17 @@ def with_pretrained(config: TrackedConfig) -> TrackedConfig:
     """The probe's config completed by the pretraining run's: its model, its images, and its data where none is named."""
     if not config.init_from:
         raise ConfigError("linprobe needs the run to probe: --config.init_from=<folder of a pretraining run>")
-    meta = checkpoint.read_meta(checkpoint.find(config.init_from))
-    pretrained = ConfigDict(meta["config"])
+    meta = pretrained.read_meta(pretrained.find(config.init_from))
+    source = ConfigDict(meta["config"])
     merged = ConfigDict(config.to_dict())
-    merged.pretrained = pretrained
-    merged.image_size = tuple(config.image_size) if any(config.image_size) else tuple(pretrained.image_size)
-    merged.channels = pretrained.channels
+    merged.pretrained = source
+    merged.image_size = tuple(config.image_size) if any(config.image_size) else tuple(source.image_size)
+    merged.channels = source.channels
     for key in ("compute_dtype", "remat"):
         merged.pretrained[key] = config[key]
     if not config.data.source:
         for key in ("source", "path", "data_dir", "normalise", "mean", "std", "resize_ratio"):
-            merged.data[key] = pretrained.data[key]
+            merged.data[key] = source.data[key]
     sample = merged.data.source == "sample"
     automatic = dict(train_split="train_tiles" if sample else "train", validation_split="validation" if sample else "",
                      test_split="test" if sample else "validation")  # fmt: skip
@@ -98,7 +97,7 @@ def train(config: TrackedConfig, plain: dict, workdir: str, mesh, job: str) -> d
     batches = build.training_batches(config, source)
     config.require_all_read()
 
-    checkpoint.claim(workdir, plain)
+    claim(workdir, plain)
     logger = Logger(workdir, write=jax.process_index() == 0, tensorboard=tensorboard)
     checkpoints = checkpoint.Checkpoints(workdir, every=save_every, keep=keep, keep_every=keep_every)
     state, shardings = create(made, tx, example, seed=config.seed, mesh=mesh, fsdp=fsdp, frozen_patterns=frozen,
@@ -112,27 +111,27 @@ def train(config: TrackedConfig, plain: dict, workdir: str, mesh, job: str) -> d
     logger.text("parameters", tree.overview(state.params))
     if first == 0:
         logger.say(tree.overview(state.params))
-    result_file = os.path.join(workdir, "result.json")
-    if first >= total and os.path.exists(result_file):
-        logger.say(f"this run is finished: {result_file}")
-        with open(result_file) as f:
-            return json.load(f)
-    step_fn = make_step(made, tx, mesh, shardings, prepare=prepare, seed=config.seed, accumulation=config.accumulation, lr=lr)
+    if first >= total and (workdir / RESULT).exists():
+        logger.say(f"this run is finished: {workdir / RESULT}")
+        return read_json(workdir / RESULT)
+    step_fn = make_step(
+        made, tx, mesh, shardings, prepare=prepare, seed=config.seed, accumulation=config.accumulation, lr=lr
+    )
     logger.say(f"ready to compile after {time.perf_counter() - began:.1f} s")
     checkpoints.stop_on_sigterm()
     try:
         state, results, finished = loop.train(
             state, step_fn, batches, first=first, total=total, batch_size=config.batch_size, mesh=mesh,
             evaluators=evaluators, checkpoints=checkpoints, clock=clock, logger=logger, log_every=log_every,
-            meta={"config": plain, "git": checkpoint.git_hash()},
+            meta={"config": plain, "git": git_hash()},
         )  # fmt: skip
     finally:
         checkpoints.close()
         batches.close()
     if not finished:
         raise SystemExit(STOPPED)
-    results = {**results, "seconds": clock.total(), "steps": total, "git": checkpoint.git_hash(), **clock.shares()}
-    write_result(workdir, results)
+    results = {**results, "seconds": clock.total(), "steps": total, "git": git_hash(), **clock.shares()}
+    write_json(workdir / RESULT, results)
     logger.say(f"finished in {results['seconds']:.0f} s; checkpoints and logs are in {workdir}")
     logger.close()
     return results
@@ -140,11 +139,11 @@ def train(config: TrackedConfig, plain: dict, workdir: str, mesh, job: str) -> d
 
 def pretrained_params(init_from: str, made, example, mesh, encoder_only: bool):
     """-> ({path: array} that fit the objective, a report). Raises CheckpointError naming what does not fit."""
-    folder = checkpoint.find(init_from)
-    loaded = checkpoint.load_params(folder, mesh, "^encoder/" if encoder_only else "")
+    folder = pretrained.find(init_from)
+    loaded = pretrained.load_params(folder, mesh, "^encoder/" if encoder_only else "")
     shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), *example))["params"]
     allowed = (r"^head/",) if encoder_only else ()
-    fits, report = checkpoint.match_params(tree.flatten(shapes), loaded, allow_missing=allowed)
+    fits, report = pretrained.match_params(tree.flatten(shapes), loaded, allow_missing=allowed)
     return fits, f"parameters of {folder}: {report}"
 
 
@@ -165,10 +164,3 @@ def describe(config, made, state, source, workdir, mesh, loaded, total, peak_lr,
         f"parameters   {parameters:,} trained, {tree.count(state.frozen):,} frozen",
         f"FLOPs/image  {made.flops() / 1e9:.3f} G forward",
     ])  # fmt: skip
-
-
-def write_result(workdir: str, results: dict):
-    if jax.process_index() == 0:
-        with open(os.path.join(workdir, "result.json.part"), "w") as f:
-            json.dump(results, f, indent=1)
-        os.replace(os.path.join(workdir, "result.json.part"), os.path.join(workdir, "result.json"))

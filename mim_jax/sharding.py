@@ -38,7 +38,11 @@ def start_processes():
 def on_tpu() -> bool:
     """Whether this host has TPU chips, asked without starting a backend: a pod's processes must meet before that."""
     wanted = os.environ.get("JAX_PLATFORMS", "tpu")
-    return "tpu" in wanted and importlib.util.find_spec("libtpu") is not None and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*"))
+    return (
+        "tpu" in wanted
+        and importlib.util.find_spec("libtpu") is not None
+        and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*"))
+    )
 
 
 def make_mesh(devices=None) -> jax.sharding.Mesh:

@@ -22,18 +22,18 @@ def visualise(workdir: str, out: str, ratios, images: int, split: str, seed: int
     """Writes one figure with every ratio and one per ratio -> their paths. Raises ConfigError for a run without checkpoint."""
     from mim_jax import build, prng, sharding
     from mim_jax.evaluators.pictures import draw_windows
-    from mim_jax.train import checkpoint
+    from mim_jax.train import pretrained
     from mim_jax.tree import flatten, nest
 
-    folder = checkpoint.find(workdir)
-    meta = checkpoint.read_meta(folder)
+    folder = pretrained.find(workdir)
+    meta = pretrained.read_meta(folder)
     config = TrackedConfig(ConfigDict(meta["config"]))
     if config.job != "pretrain":
         raise ConfigError(f"'{workdir}' holds a {config.job} run; pictures come from a pretraining run")
     made, normalise = build.objective(config), build.normaliser(config)
-    params = checkpoint.load_params(folder, sharding.make_mesh())
+    params = pretrained.load_params(folder, sharding.make_mesh())
     shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), *build.example(config, made)))["params"]
-    params, _ = checkpoint.match_params(flatten(shapes), params)
+    params, _ = pretrained.match_params(flatten(shapes), params)
     source = build.sources(config)(split or build.picture_split(config))
     chosen = np.random.default_rng(seed).permutation(source.num_examples)[:images]
     batches, _ = build.split_batches(config, source, 64)

@@ -33,7 +33,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def run_cli():
-    """run_cli("--config=...", env={...}) -> CompletedProcess of `python -m mim_jax.main ...` in the repository's root."""
+    """run_cli("--config=...", env={...}) -> CompletedProcess of `python -m mim_jax.main` at the repository's root."""
 
     def run(*args, env=None, timeout=300):
         return subprocess.run(

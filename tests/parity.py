@@ -107,8 +107,12 @@ class LomarPort:
     def masks(self, draws: str, batch_size: int) -> windows.WindowMask:
         """The recorded draws under a prefix, through this project's own pairing and hiding."""
         case, m = self.case, self.objective.views
-        corners = jnp.stack([jnp.asarray(case[f"{draws}{side}_randperm"][:m], jnp.int32) for side in ("top", "left")], -1)
-        noise = jnp.asarray(case[f"{draws}noise"]).reshape(m, batch_size, -1).swapaxes(0, 1)  # recorded row = v*b + image
+        corners = jnp.stack(
+            [jnp.asarray(case[f"{draws}{side}_randperm"][:m], jnp.int32) for side in ("top", "left")], -1
+        )
+        noise = (
+            jnp.asarray(case[f"{draws}noise"]).reshape(m, batch_size, -1).swapaxes(0, 1)
+        )  # recorded row = v*b + image
         count = windows.hidden_count(self.objective.window, self.objective.mask_ratio)
         return windows.WindowMask(windows.pair_as_released(corners, batch_size), windows.hide_smallest(noise, count))
 
@@ -190,8 +194,9 @@ class ClassifierPort:
         relative = case.model.startswith(LOMAR_CLASSIFIER)
         pool = "mean" if case.meta.get("global_pool", "param/fc_norm.weight" in case) else "cls"
         encoder = case.encoder(position="rpe" if relative else "learned", final_norm=pool == "cls")
-        self.objective = Classify(encoder=encoder, classes=case["param/head.weight"].shape[0], pool=pool,
-                                  smoothing=float(case.meta.get("smoothing", case.meta.get("label_smoothing", 0.0))))  # fmt: skip
+        smoothing = float(case.meta.get("smoothing", case.meta.get("label_smoothing", 0.0)))
+        classes = case["param/head.weight"].shape[0]
+        self.objective = Classify(encoder=encoder, classes=classes, pool=pool, smoothing=smoothing)
         # the iRPE model carries a position table that it never adds; mean pooling leaves the final norm unused
         unused = (r"^pos_embed$",) * relative + (r"^norm\.",) * (pool == "mean")
         state = {key: x for key, x in case.under("param/").items() if not tree.matches(unused, key)}
@@ -286,7 +291,7 @@ def compare_run(report: Report, case: Case, port):
                          lr_scales=lr_scales)  # fmt: skip
     flat = tree.flatten(port.params)
     for name, group in meta["groups"].items():
-        path, _ = names.our_name(name, port.rules)
+        path, _ = names.our_name(name, port.rules) or ("", "")
         if path in flat:
             ours = (lr_scales(path) if lr_scales else 1.0,
                     opt["weight_decay"] if optimizer.decays(path, flat[path], port.no_decay) else 0.0)  # fmt: skip
@@ -317,7 +322,9 @@ def compare_run(report: Report, case: Case, port):
     for name, recorded in case.under("final/").items():
         path, layout = names.our_name(name, port.rules)
         if path not in final:
-            report.errors[f"final/{name}"] = float(np.abs(recorded - case[f"param/{name}"]).max())  # unused: must not move
+            report.errors[f"final/{name}"] = float(
+                np.abs(recorded - case[f"param/{name}"]).max()
+            )  # unused: must not move
             continue
         ours, recorded = np.asarray(final[path]), names.to_ours(recorded, layout)
         if name.endswith("qkv.bias"):  # the key third's gradient is rounding noise, which Adam amplifies

@@ -10,7 +10,16 @@ import pytest
 
 from mim_jax import build, durations
 from mim_jax.config import (
-    ConfigDict, ConfigError, TrackedConfig, arguments, choice, differences, duration, flatten, load, name_of,
+    ConfigDict,
+    ConfigError,
+    TrackedConfig,
+    arguments,
+    choice,
+    differences,
+    duration,
+    flatten,
+    load,
+    name_of,
 )  # fmt: skip
 from mim_jax.tree import count
 

@@ -1,4 +1,5 @@
 """The embedded sample: real photographs, cut so that the probe's task is honest."""
+
 import numpy as np
 import pytest
 
@@ -22,7 +23,7 @@ def test_labels_are_balanced_enough(splits):
     for split in ("train_tiles", "validation", "test"):
         counts = np.bincount(splits[split][1])
         assert counts.min() >= 14, split
-        assert counts.max() < .1 * counts.sum(), split
+        assert counts.max() < 0.1 * counts.sum(), split
 
 
 def test_splits_share_no_pixel():
@@ -58,7 +59,7 @@ def test_training_tiles_are_cut_from_the_training_blocks(splits):
     blocks, labels, _ = splits["train"]
     tiles = {tile.tobytes() for block in blocks for tile in photos.pieces(block[..., 0], photos.TILE)}
     found = [tile.tobytes() in tiles for tile in splits["train_tiles"][0][..., 0]]
-    assert np.mean(found) > .99  # a flat block that was skipped may hold a tile that is not flat
+    assert np.mean(found) > 0.99  # a flat block that was skipped may hold a tile that is not flat
 
 
 def test_gray_means_do_not_solve_it(splits):
@@ -67,13 +68,13 @@ def test_gray_means_do_not_solve_it(splits):
     labels = splits["train_tiles"][1]
     centres = np.array([means["train_tiles"][labels == k].mean() for k in range(16)])
     guess = np.abs(means["validation"][:, None] - centres).argmin(1)
-    assert np.mean(guess == splits["validation"][1]) < .4
+    assert np.mean(guess == splits["validation"][1]) < 0.4
 
 
 def test_flat_pieces_are_skipped_and_counted(splits):
-    for split, (images, _, skipped) in splits.items():
+    for split, (images, *_) in splits.items():
         assert images.std((1, 2, 3)).min() >= photos.MIN_STD, split
-    assert 0 < splits["train_tiles"][2] < .25 * len(splits["train_tiles"][1])
+    assert 0 < splits["train_tiles"][2] < 0.25 * len(splits["train_tiles"][1])
 
 
 def test_deterministic(splits):

@@ -1,12 +1,13 @@
 """Folders, TFDS and their failures."""
+
 import io
 import os
 import tarfile
 
 import numpy as np
-from PIL import Image
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 from mim_jax.data import augment, pipeline
 from mim_jax.data.sources import DataError, check_folder, open_source
@@ -38,23 +39,28 @@ def folder(tmp_path):
             fmt = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}.get(os.path.splitext(name)[1].lower(), "JPEG")
             write(str(tmp_path / name), encode(picture(k), fmt))
         return str(tmp_path)
+
     return make
 
 
 def everything(source, **options):
-    options = {"batch_size": 4, "size": (16, 16), "resize_ratio": 1., **options}
+    options = {"batch_size": 4, "size": (16, 16), "resize_ratio": 1.0, **options}
     batches = list(pipeline.eval_batches(source, **options))
     return {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
 
 
 # ---- image folders
 
+
 def test_class_folders_and_nesting(folder):
     path = folder("train/dog/b.JPG", "train/cat/deep/er/a.png", "train/cat/c.webp", "val/dog/v.jpeg", "notes.txt")
     train = open_source("folder", "train", path=path)
     assert train.class_names == ("cat", "dog") and train.num_examples == 3
     assert [os.path.relpath(train.describe(i), path) for i in range(3)] == [
-        "train/cat/c.webp", "train/cat/deep/er/a.png", "train/dog/b.JPG"]
+        "train/cat/c.webp",
+        "train/cat/deep/er/a.png",
+        "train/dog/b.JPG",
+    ]
     assert train.labels.numpy().tolist() == [0, 0, 1]
     # one class only in val, yet numbered as in train
     assert open_source("folder", "validation", path=path).labels.numpy().tolist() == [1]
@@ -86,7 +92,9 @@ def test_whole_folder_is_train_only(folder):
 
 
 def test_hidden_files_are_no_images(folder):
-    assert open_source("folder", "train", path=folder("a/1.png", "b/2.png", "a/._1.png", ".cache/3.png")).num_examples == 2
+    assert (
+        open_source("folder", "train", path=folder("a/1.png", "b/2.png", "a/._1.png", ".cache/3.png")).num_examples == 2
+    )
 
 
 def test_empty_folder_counts_what_it_holds(tmp_path):
@@ -113,7 +121,7 @@ def test_options_that_do_not_fit():
 def test_broken_files_are_named(folder, content):
     path = folder("a/1.jpg", "a/2.jpg", "b/3.jpg")
     whole = encode(picture(9, 300, 300), "JPEG")
-    write(os.path.join(path, "b/broken.jpg"), whole[:len(whole) // 3] if content is None else content)
+    write(os.path.join(path, "b/broken.jpg"), whole[: len(whole) // 3] if content is None else content)
     assert check_folder(path) == [os.path.join(path, "b/broken.jpg")]
     source = open_source("folder", "train", path=path)
     batches = pipeline.TrainBatches(source, batch_size=4, size=(16, 16), crop=augment.RandomCrop(), seed=0)
@@ -134,6 +142,7 @@ def test_file_deleted_while_training(folder):
 
 # ---- formats
 
+
 def sixteen_bit(image):
     stream = io.BytesIO()
     Image.fromarray(image[..., 0].astype(np.uint16) * 257).save(stream, "PNG")
@@ -141,12 +150,18 @@ def sixteen_bit(image):
 
 
 FORMATS = {
-    "rgb.png": lambda x: encode(x, "PNG"), "gray.png": lambda x: encode(x, "PNG", "L"),
-    "rgba.png": lambda x: encode(x, "PNG", "RGBA"), "palette.png": lambda x: encode(x, "PNG", "P"),
-    "rgb.jpg": lambda x: encode(x, "JPEG"), "gray.jpg": lambda x: encode(x, "JPEG", "L"),
-    "cmyk.jpg": lambda x: encode(x, "JPEG", "CMYK"), "rgb.webp": lambda x: encode(x, "WEBP"),
-    "rgba.webp": lambda x: encode(x, "WEBP", "RGBA"), "palette.bmp": lambda x: encode(x, "BMP", "P"),
-    "rgb.gif": lambda x: encode(x, "GIF"), "png_called.jpg": lambda x: encode(x, "PNG"),
+    "rgb.png": lambda x: encode(x, "PNG"),
+    "gray.png": lambda x: encode(x, "PNG", "L"),
+    "rgba.png": lambda x: encode(x, "PNG", "RGBA"),
+    "palette.png": lambda x: encode(x, "PNG", "P"),
+    "rgb.jpg": lambda x: encode(x, "JPEG"),
+    "gray.jpg": lambda x: encode(x, "JPEG", "L"),
+    "cmyk.jpg": lambda x: encode(x, "JPEG", "CMYK"),
+    "rgb.webp": lambda x: encode(x, "WEBP"),
+    "rgba.webp": lambda x: encode(x, "WEBP", "RGBA"),
+    "palette.bmp": lambda x: encode(x, "BMP", "P"),
+    "rgb.gif": lambda x: encode(x, "GIF"),
+    "png_called.jpg": lambda x: encode(x, "PNG"),
     "animated.webp": lambda x: encode(x, "WEBP", save_all=True, append_images=[Image.fromarray(x[::-1])]),
 }
 
@@ -173,8 +188,9 @@ def test_every_format_goes_through_training(tmp_path):
     for name, make in FORMATS.items():
         write(str(tmp_path / name), make(picture(1)))
     source = open_source("folder", "train", path=str(tmp_path), channels=1)
-    batch = pipeline.TrainBatches(source, batch_size=len(FORMATS), size=(20, 12), crop=augment.RandomCrop(),
-                                  seed=0).batch(0)
+    batch = pipeline.TrainBatches(
+        source, batch_size=len(FORMATS), size=(20, 12), crop=augment.RandomCrop(), seed=0
+    ).batch(0)
     assert batch["image"].shape == (len(FORMATS), 20, 12, 1)
     assert sorted(batch["id"]) == list(range(len(FORMATS)))
 
@@ -213,6 +229,7 @@ def fake_tars(tmp_path_factory):
 def imagenet(request, fake_tars, tmp_path_factory):
     """Data folders prepared by the real TFDS builder, in three shards."""
     import tensorflow_datasets as tfds
+
     data_dir = str(tmp_path_factory.mktemp(request.param))
     builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format=request.param)
     config = tfds.download.DownloadConfig(manual_dir=fake_tars, num_shards=3)
@@ -246,8 +263,10 @@ def test_imagenet_trains(imagenet):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_imagenet_shards_are_the_epoch(imagenet, processes):
     source = open_source("imagenet2012", "train", data_dir=imagenet[0])
-    shards = [[train_batches(source, process_index=p, process_count=processes).batch(k)["id"] for k in range(3)]
-              for p in range(processes)]
+    shards = [
+        [train_batches(source, process_index=p, process_count=processes).batch(k)["id"] for k in range(3)]
+        for p in range(processes)
+    ]
     assert sorted(np.ravel(shards)) == list(range(TRAIN))
 
 
@@ -291,6 +310,7 @@ def test_missing_dataset_names_the_three_ways(tmp_path, name):
 
 def test_replay_is_logged(imagenet, caplog):
     from absl import logging
+
     source = open_source("imagenet2012", "train", data_dir=imagenet[0])
     logging.set_verbosity(logging.INFO)
     with caplog.at_level("INFO", logger="absl"):

@@ -33,9 +33,7 @@ def run(script, *args, **env):
     dropped = ("SLURM_", "JAX_", "XLA_", "CUDA_", "PYTHON")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     command = ["bash", str(ROOT / script), *args]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd="/", env=clean | env, stdin=subprocess.DEVNULL
-    )
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=clean | env, stdin=subprocess.DEVNULL)
 
 
 def dry(script, *args, **env):

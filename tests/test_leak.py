@@ -155,9 +155,8 @@ def test_only_the_cheaper_of_windows_and_grid_is_embedded(arg, embedded):
     images, masks = jax.eval_shape(lambda: build.example(config, made, 1))
     params = jax.eval_shape(lambda x, m: made.init(jax.random.key(0), x, m), images, masks)["params"]
     traced = jax.make_jaxpr(lambda p, x, m: made.apply({"params": p}, x, m, method="predict"))(params, images, masks)
-    sizes = [
-        int(np.prod(eqn.outvars[0].aval.shape[:-1])) for eqn in walk(traced.jaxpr) if eqn.primitive.name == "dot_general"
-    ]
+    products = [eqn.outvars[0].aval.shape for eqn in walk(traced.jaxpr) if eqn.primitive.name == "dot_general"]
+    sizes = [int(np.prod(shape[:-1])) for shape in products]
     assert sizes == [embedded, config.lomar.views * 49], "two products: patch embedding, and the head on the windows"
 
 

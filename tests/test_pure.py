@@ -61,7 +61,8 @@ def test_cut_windows_is_slicing():
 
 def test_take_picks_tokens():
     tokens, ids = RNG.normal(size=(2, 5, 3)), np.array([[4, 0], [1, 1]])
-    np.testing.assert_array_equal(take(jnp.asarray(tokens, jnp.float32), ids), np.float32([t[i] for t, i in zip(tokens, ids)]))
+    want = np.float32([t[i] for t, i in zip(tokens, ids)])
+    np.testing.assert_array_equal(take(jnp.asarray(tokens, jnp.float32), ids), want)
 
 
 # positions
@@ -261,7 +262,8 @@ def test_layer_decay_and_the_decay_rule_of_fine_tuning_are_the_recorded_ones(tab
 
 
 def test_adamw_applies_scales_and_decay_by_path():
-    params = {"encoder": {"block_00": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}, "cls_token": jnp.ones((1, 1, 2))}
+    block = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    params = {"encoder": {"block_00": block}, "cls_token": jnp.ones((1, 1, 2))}
     tx = adamw(lambda _: 0.1, b1=0.9, b2=0.95, weight_decay=0.5, no_decay=("cls_token",),
                lr_scales=lambda path: 0.25 if "block_00" in path else 1.0)  # fmt: skip
     zero = jax.tree.map(jnp.zeros_like, params)
@@ -364,8 +366,8 @@ def test_knn_is_brute_force():
     bank, labels = rng.normal(size=(60, 8)).astype(np.float32), rng.integers(0, 4, 60)
     queries = rng.normal(size=(700, 8)).astype(np.float32)  # more than one chunk
     found = knn_predict(bank, labels, queries, classes=4, k=7, temperature=0.2)
-    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
-    similarity = unit(queries.astype(np.float64)) @ unit(bank.astype(np.float64)).T
+    lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(bank, axis=1)
+    similarity = queries.astype(np.float64) @ bank.astype(np.float64).T / lengths
     for row, guess in zip(similarity, found, strict=True):
         nearest = np.argsort(-row)[:7]
         votes = np.bincount(labels[nearest], np.exp(row[nearest] / 0.2), 4)
@@ -453,7 +455,8 @@ from mim_jax.train.checkpoint import fingerprints
 mesh = sharding.make_mesh()
 assert mesh.size == 8
 x = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
-found = [fingerprints({"x": jax.device_put(x, NamedSharding(mesh, spec))}) for spec in (P(), P("data"), P(None, "data"))]
+where = [NamedSharding(mesh, spec) for spec in (P(), P("data"), P(None, "data"))]
+found = [fingerprints({"x": jax.device_put(x, w)}) for w in where]
 print(found + [fingerprints({"x": x})])
 """
     done = run_python(code, env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})

@@ -3,14 +3,15 @@
 The random crop follows torchvision's RandomResizedCrop and the resize follows PIL's bicubic filter,
 because every published recipe was tuned with these two. EXIF orientation is ignored, as torchvision does.
 """
+
 import dataclasses
 import io
 import math
 
-from absl import logging
 import numpy as np
-from PIL import Image
 import tensorflow as tf
+from absl import logging
+from PIL import Image
 
 from mim_jax.config import ConfigError
 
@@ -34,7 +35,8 @@ class RandomCrop:
     Raises:
       DataError: a range is empty or leaves the legal interval.
     """
-    scale: tuple[float, float] = (.2, 1.)
+
+    scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
 
@@ -53,7 +55,7 @@ def crop_box(crop, height, width, uniforms):
     h, w = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
     area = h * w * (crop.scale[0] + uniforms[:TRIES] * (crop.scale[1] - crop.scale[0]))
     low, high = math.log(crop.ratio[0]), math.log(crop.ratio[1])
-    ratio = tf.exp(low + uniforms[TRIES:2 * TRIES] * (high - low))
+    ratio = tf.exp(low + uniforms[TRIES : 2 * TRIES] * (high - low))
     try_w, try_h = tf.round(tf.sqrt(area * ratio)), tf.round(tf.sqrt(area / ratio))
     fits = (try_w > 0) & (try_w <= w) & (try_h > 0) & (try_h <= h)
     first = tf.argmax(tf.cast(fits, tf.int32))  # the first of equals
@@ -84,7 +86,8 @@ def _decode_other(data):
     pixels = tf.cond(
         tf.strings.substr(data, 0, 4) == b"\x89PNG",
         lambda: tf.io.decode_png(data, channels=3),
-        lambda: tf.numpy_function(_pil_decode, [data], tf.uint8, stateful=False))
+        lambda: tf.numpy_function(_pil_decode, [data], tf.uint8, stateful=False),
+    )
     return tf.ensure_shape(pixels, [None, None, 3])
 
 
@@ -113,18 +116,21 @@ def decode(data, channels):
 
 def resize(pixels, size):
     """uint8 [h w c] -> uint8 [size c]: PIL's bicubic; untouched where the size is right already."""
+
     def bicubic():
         smooth = tf.image.resize(pixels, size, method="bicubic", antialias=True)
         return tf.saturate_cast(tf.round(smooth), tf.uint8)
+
     same = tf.reduce_all(tf.shape(pixels)[:2] == tf.stack(size))
     return tf.cond(same, lambda: pixels, bicubic)
 
 
 def train_image(image, crop, size, channels, uniforms):
     """Bytes or uint8 [h w c], [UNIFORMS] -> uint8 [size c]: a random crop, resized, perhaps mirrored."""
+
     def cut(pixels):
         y, x, h, w = crop_box(crop, tf.shape(pixels)[0], tf.shape(pixels)[1], uniforms)
-        return pixels[y:y + h, x:x + w]
+        return pixels[y : y + h, x : x + w]
 
     def cut_jpeg():
         height, width = tf.unstack(tf.io.extract_jpeg_shape(image)[:2])
@@ -132,9 +138,10 @@ def train_image(image, crop, size, channels, uniforms):
         # Decodes only the box, and 2 px around it: libjpeg has no chroma to interpolate with at the rim of a crop.
         top, left = tf.maximum(y - 2, 0), tf.maximum(x - 2, 0)
         bottom, right = tf.minimum(y + h + 2, height), tf.minimum(x + w + 2, width)
-        pixels = tf.io.decode_and_crop_jpeg(image, tf.stack([top, left, bottom - top, right - left]), channels=3,
-                                            dct_method="INTEGER_ACCURATE")
-        return pixels[y - top:y - top + h, x - left:x - left + w]
+        pixels = tf.io.decode_and_crop_jpeg(
+            image, tf.stack([top, left, bottom - top, right - left]), channels=3, dct_method="INTEGER_ACCURATE"
+        )
+        return pixels[y - top : y - top + h, x - left : x - left + w]
 
     if image.dtype == tf.string:
         pixels = tf.cond(_is_jpeg(image), cut_jpeg, lambda: cut(_decode_other(image)))
@@ -143,7 +150,7 @@ def train_image(image, crop, size, channels, uniforms):
         pixels = cut(image)
     pixels = resize(pixels, size)
     if crop.flip:
-        pixels = tf.cond(uniforms[-1] < .5, lambda: pixels[:, ::-1], lambda: pixels)
+        pixels = tf.cond(uniforms[-1] < 0.5, lambda: pixels[:, ::-1], lambda: pixels)
     return tf.ensure_shape(pixels, [*size, channels])
 
 
@@ -164,7 +171,7 @@ def eval_image(image, size, resize_ratio, channels):
         grown = resize(pixels, (new_h, new_w))
         y = tf.cast(tf.round((new_h - out_h) / 2), tf.int32)
         x = tf.cast(tf.round((new_w - out_w) / 2), tf.int32)
-        return grown[y:y + out_h, x:x + out_w]
+        return grown[y : y + out_h, x : x + out_w]
 
     same = tf.reduce_all(tf.shape(pixels)[:2] == tf.stack(size))
     return tf.ensure_shape(tf.cond(same, lambda: pixels, centre), [out_h, out_w, channels])

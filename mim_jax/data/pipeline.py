@@ -1,56 +1,25 @@
 """Batches of uint8 images: training batches as a function of the step, evaluation over a split exactly once."""
-import queue
-import threading
 
-from absl import logging
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from mim_jax.data import augment
 from mim_jax.data.augment import DataError
+from mim_jax.data.stream import Stream
 
 FOREVER = np.iinfo(np.int64).max
 ORDER, CROP = 0, 1  # what a seed is for, so that the two are independent
-FETCH = 64          # records per bulk lookup
-
+FETCH = 64  # records per bulk lookup
 _plain = tf.autograph.experimental.do_not_convert  # no function here needs rewriting
-_retired = queue.SimpleQueue()  # its put may be called by the garbage collector
-
-
-def _bury():
-    while True:
-        _retired.get()
-
-
-class _Stream:
-    """A tf.data iterator that dies in a thread of its own.
-
-    Records and some image formats are read by Python inside tf.data. If the garbage collector happened to run in
-    one of those threads and destroyed the iterator there, the thread would wait for itself for ever.
-    """
-    _undertaker = None
-
-    def __init__(self, ds):
-        if _Stream._undertaker is None:
-            _Stream._undertaker = threading.Thread(target=_bury, daemon=True, name="data-streams")
-            _Stream._undertaker.start()
-        self._iterator = ds.as_numpy_iterator()
-
-    def next(self):
-        return next(self._iterator, None)
-
-    def close(self):
-        iterator, self._iterator = self._iterator, None
-        if iterator is not None:
-            _retired.put(iterator)
-
-    __del__ = close
 
 
 def _check(batch_size, size, process_index, process_count):
     if batch_size < 1 or batch_size % process_count:
-        raise DataError(f"batch_size={batch_size} (global) cannot be shared by {process_count} processes: "
-                        f"choose a multiple of {process_count}.")
+        raise DataError(
+            f"batch_size={batch_size} (global) cannot be shared by {process_count} processes: "
+            f"choose a multiple of {process_count}."
+        )
     if not 0 <= process_index < process_count:
         raise DataError(f"process_index={process_index} of process_count={process_count}.")
     if len(size) != 2 or min(size) < 1:
@@ -72,8 +41,10 @@ def _share(n, process_index, process_count):
 
 def _with_items(ds, source):
     """Dataset of (epoch, id) -> dataset of (epoch, id, item)."""
+
     def look_up(epoch, i):
         return epoch, i, source.lookup(i)
+
     if not source.bulk:
         return ds.map(_plain(look_up))
     return ds.batch(FETCH).map(_plain(look_up), num_parallel_calls=4, deterministic=True).unbatch()
@@ -82,7 +53,7 @@ def _with_items(ds, source):
 def _finish(ds, make, local, prefetch):
     """Dataset of items -> stream of numpy batches in the same order."""
     ds = ds.map(_plain(make), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return _Stream(ds.batch(local).prefetch(prefetch))
+    return Stream(ds.batch(local).prefetch(prefetch))
 
 
 def _explain(error, source, items):
@@ -101,8 +72,10 @@ def _explain(error, source, items):
     reason = str(error.message).splitlines()[0][:300]
     if not bad:
         return DataError(f"Reading {source.name!r}, split {source.split!r}, failed: {reason}")
-    return DataError(f"Cannot read {', '.join(bad)}: delete or replace it. "
-                     f"(sources.check_folder lists every broken file of a folder.) TensorFlow says: {reason}")
+    return DataError(
+        f"Cannot read {', '.join(bad)}: delete or replace it. "
+        f"(sources.check_folder lists every broken file of a folder.) TensorFlow says: {reason}"
+    )
 
 
 class TrainBatches:
@@ -130,8 +103,10 @@ class TrainBatches:
     def __init__(self, source, *, batch_size, size, crop, seed, process_index=0, process_count=1, prefetch=2):
         _check(batch_size, size, process_index, process_count)
         if source.num_examples < (1 if source.random_access else process_count):
-            raise DataError(f"{source.name!r}, split {source.split!r}, holds {source.num_examples} examples, "
-                            f"too few for {process_count} processes.")
+            raise DataError(
+                f"{source.name!r}, split {source.split!r}, holds {source.num_examples} examples, "
+                f"too few for {process_count} processes."
+            )
         self._source, self._size, self._crop = source, tuple(size), crop
         self._batch_size, self._local = batch_size, batch_size // process_count
         self._seed = int(seed) % 2**63
@@ -185,9 +160,16 @@ class TrainBatches:
         low, high = _share(self._source.num_examples, self._process_index, self._process_count)
         first, skip = divmod(step * self._local, high - low)
         if log:
-            logging.info("%s, split %s, has no random access: step %d replays the shuffle of epoch %d and skips "
-                         "%d of its %d records (array_record would start at once).",
-                         self._source.name, self._source.split, step, first, skip, high - low)
+            logging.info(
+                "%s, split %s, has no random access: step %d replays the shuffle of epoch %d and skips "
+                "%d of its %d records (array_record would start at once).",
+                self._source.name,
+                self._source.split,
+                step,
+                first,
+                skip,
+                high - low,
+            )
 
         def epoch_items(epoch):
             seed = _fold(self._seed, ORDER, epoch, tf.constant(self._process_index, tf.int64))
@@ -230,25 +212,35 @@ def eval_batches(source, *, batch_size, size, resize_ratio, process_index=0, pro
 
     def make(_, example_id, item):
         image, label = source.load(item)
-        return {"image": augment.eval_image(image, tuple(size), resize_ratio, source.channels),
-                "label": label, "id": example_id}
+        return {
+            "image": augment.eval_image(image, tuple(size), resize_ratio, source.channels),
+            "label": label,
+            "id": example_id,
+        }
 
     def batches():
         stream = _finish(ds, make, local, 2)
-        for k in range(-(-n // batch_size)):
-            try:
-                batch = stream.next()
-            except tf.errors.OpError as error:
-                raise _explain(error, source, ds.skip(k * local).take(local)) from error
-            yield _pad(batch, local, (*size, source.channels))
+        try:
+            for k in range(-(-n // batch_size)):
+                try:
+                    batch = stream.next()
+                except tf.errors.OpError as error:
+                    raise _explain(error, source, ds.skip(k * local).take(local)) from error
+                yield _pad(batch, local, (*size, source.channels))
+        finally:
+            stream.close()
 
     return batches()
 
 
 def _pad(batch, local, shape):
     """A batch of at most `local` examples, or None -> a batch of `local`, with "valid"."""
-    padded = {"image": np.zeros((local, *shape), np.uint8), "label": np.full(local, -1, np.int32),
-              "id": np.full(local, -1, np.int64), "valid": np.zeros(local, bool)}
+    padded = {
+        "image": np.zeros((local, *shape), np.uint8),
+        "label": np.full(local, -1, np.int32),
+        "id": np.full(local, -1, np.int64),
+        "valid": np.zeros(local, bool),
+    }
     if batch is not None:
         count = len(batch["id"])
         for name, values in batch.items():

@@ -1,12 +1,13 @@
 """Where examples come from: TFDS, an image folder or the embedded sample, behind one interface."""
+
 import collections
 import concurrent.futures
 import dataclasses
 import os
 
-from absl import logging
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from mim_jax.data import augment
 from mim_jax.data.augment import DataError
@@ -28,6 +29,7 @@ class Source:
 
     Without `random_access`, `stream` replaces `lookup`. `load` works inside tf.data.
     """
+
     name: str
     split: str
     num_examples: int
@@ -57,6 +59,7 @@ class Source:
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArraySource(Source):
     """Images in memory, all of one size."""
+
     images: tf.Tensor = None  # uint8 [n h w c]
     labels: tf.Tensor = None  # int32 [n]
 
@@ -67,7 +70,8 @@ class ArraySource(Source):
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource(Source):
     """Image files, read when they are needed."""
-    paths: tf.Tensor = None   # string [n]
+
+    paths: tf.Tensor = None  # string [n]
     labels: tf.Tensor = None  # int32 [n]
 
     def load(self, item):
@@ -89,22 +93,34 @@ def open_source(name, split, *, path="", data_dir="", channels=3):
     if channels not in (1, 3):
         raise DataError(f"data.channels={channels}: images are decoded to 3 (colour) or 1 (gray) channels.")
     if path and name != "folder":
-        raise DataError(f"data.path={path!r} is read with data.source=folder only, not with {name!r}; "
-                        "the folder of a TFDS dataset is data.data_dir.")
+        raise DataError(
+            f"data.path={path!r} is read with data.source=folder only, not with {name!r}; "
+            "the folder of a TFDS dataset is data.data_dir."
+        )
     if name == "sample":
         return _open_sample(split)
     if name == "folder":
         return _open_folder(path, split, channels)
     from mim_jax.data import tfds_source  # here, so that the other sources need no TFDS
+
     return tfds_source.open_tfds(name, split, data_dir=data_dir, channels=channels)
 
 
 def _open_sample(split):
     images, labels, skipped = photos.load(split)
-    logging.info("sample, split %s: %d images of %d px, %d flat ones skipped",
-                 split, len(images), images.shape[1], skipped)
-    return ArraySource("sample", split, len(images), len(photos.NAMES), photos.NAMES, 1,
-                       images=tf.constant(images), labels=tf.constant(labels))
+    logging.info(
+        "sample, split %s: %d images of %d px, %d flat ones skipped", split, len(images), images.shape[1], skipped
+    )
+    return ArraySource(
+        "sample",
+        split,
+        len(images),
+        len(photos.NAMES),
+        photos.NAMES,
+        1,
+        images=tf.constant(images),
+        labels=tf.constant(labels),
+    )
 
 
 def list_images(root):
@@ -136,8 +152,12 @@ def _class_names(files, root):
     folders = sorted({p.split(os.sep)[0] for p in files if os.sep in p})
     loose = [p for p in files if os.sep not in p]
     if folders and loose:
-        logging.warning("%s holds both class folders and %d loose images (%s, ...): it is read without labels.",
-                        root, len(loose), loose[0])
+        logging.warning(
+            "%s holds both class folders and %d loose images (%s, ...): it is read without labels.",
+            root,
+            len(loose),
+            loose[0],
+        )
     return () if loose or len(folders) < 2 else tuple(folders)
 
 
@@ -151,7 +171,8 @@ def _open_folder(path, split, channels):
     if split not in roots:
         raise DataError(
             f"data.path={path!r} has no split {split!r}; it has {', '.join(roots)}. Splits are the folders train, "
-            "val (or validation) and test in data.path; without them the whole folder is the split 'train'.")
+            "val (or validation) and test in data.path; without them the whole folder is the split 'train'."
+        )
     root = roots[split]
     files, others = list_images(root)
     if not files:
@@ -159,23 +180,35 @@ def _open_folder(path, split, channels):
         raise DataError(f"No images in {root!r}: it holds {count}; read are {' '.join(EXTENSIONS)}.")
 
     # Labels must mean the same in every split, so the training folders number the classes.
-    names = _class_names(files if split == "train" or "train" not in roots else list_images(roots["train"])[0], root)
+    numbered = roots.get("train", root)
+    names = _class_names(files if numbered == root else list_images(numbered)[0], numbered)
     labels = np.full(len(files), -1, np.int32)
     if names:
         number = {name: k for k, name in enumerate(names)}
         folders = [p.split(os.sep)[0] if os.sep in p else None for p in files]
         unknown = sorted({str(f) for f in folders if f not in number})
         if unknown:
-            raise DataError(f"{root!r} has classes that {roots['train']!r} has not: {', '.join(unknown[:5])}"
-                            f"{' ...' if len(unknown) > 5 else ''} (None: images outside a class folder).")
+            raise DataError(
+                f"{root!r} has classes that {numbered!r} has not: {', '.join(unknown[:5])}"
+                f"{' ...' if len(unknown) > 5 else ''} (None: images outside a class folder)."
+            )
         labels = np.array([number[f] for f in folders], np.int32)
     logging.info("folder %s: %d images, %d classes", root, len(files), len(names))
-    return FolderSource("folder", split, len(files), len(names), names, channels,
-                        paths=tf.constant([os.path.join(root, p) for p in files]), labels=tf.constant(labels))
+    return FolderSource(
+        "folder",
+        split,
+        len(files),
+        len(names),
+        names,
+        channels,
+        paths=tf.constant([os.path.join(root, p) for p in files]),
+        labels=tf.constant(labels),
+    )
 
 
 def check_folder(path, threads=8):
     """Folder -> sorted paths of the images in it that cannot be read. Decodes every one of them."""
+
     def broken(file):
         try:
             augment.decode(tf.io.read_file(file), 3)

@@ -1,31 +1,34 @@
 """TFDS datasets: array_record by random access, TFRecord as a seeded stream."""
+
 import dataclasses
 import os
 from typing import Any
 
-from absl import logging
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from absl import logging
 
 from mim_jax.data.augment import DataError
 from mim_jax.data.sources import WAYS, Source
 
 SHUFFLE_BUFFER = 8192  # encoded records: about 1 GB for ImageNet
-CYCLE = 16             # files read in turns while shuffling
+CYCLE = 16  # files read in turns while shuffling
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TfdsSource(Source):
     """Serialized records; `load` parses one and leaves the image encoded."""
+
     features: Any = None
-    files: tuple = ()      # (filename, skip, take), in the order of the ids
-    records: Any = None    # array_record only: ids -> list of bytes
+    files: tuple = ()  # (filename, skip, take), in the order of the ids
+    records: Any = None  # array_record only: ids -> list of bytes
     shuffle_buffer: int = SHUFFLE_BUFFER
 
     def lookup(self, ids):
         def fetch(wanted):
             return np.array(self.records.__getitems__(wanted.tolist()), object)
+
         return tf.ensure_shape(tf.numpy_function(fetch, [ids], tf.string, stateful=False), ids.shape)
 
     def load(self, item):
@@ -45,9 +48,12 @@ class TfdsSource(Source):
             return tf.data.Dataset.zip((tf.data.Dataset.range(first, first + take), records))
 
         ds = tf.data.Dataset.from_tensor_slices(tuple(columns))
-        ds = ds.interleave(tf.autograph.experimental.do_not_convert(read),
-                           cycle_length=1 if seed is None else min(CYCLE, len(pieces)),
-                           num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        ds = ds.interleave(
+            tf.autograph.experimental.do_not_convert(read),
+            cycle_length=1 if seed is None else min(CYCLE, len(pieces)),
+            num_parallel_calls=tf.data.AUTOTUNE,
+            deterministic=True,
+        )
         if seed is not None:
             buffer = tf.constant(min(self.shuffle_buffer, high - low), tf.int64)
             ds = ds.shuffle(buffer, seed=tf.cast(seed[0], tf.int64), reshuffle_each_iteration=False)
@@ -72,7 +78,9 @@ def _open_builder(name, data_dir):
         raise DataError(f"data.source={name!r} is neither 'sample' nor 'folder' nor a TFDS dataset; {WAYS}") from error
     if not builder.info.splits:
         option = f"data.data_dir={data_dir!r}" if data_dir else "the default folder of TFDS (data.data_dir is empty)"
-        raise DataError(f"{name} is not prepared in {option}: {os.fspath(builder.data_path)!r} does not hold it; {WAYS}")
+        raise DataError(
+            f"{name} is not prepared in {option}: {os.fspath(builder.data_path)!r} does not hold it; {WAYS}"
+        )
     return builder
 
 
@@ -87,8 +95,10 @@ def open_tfds(name, split, *, data_dir, channels):
         info = builder.info.splits[split]
         files = tuple((os.fspath(f.filename), f.skip, f.take) for f in info.file_instructions)
     except (KeyError, ValueError, AssertionError) as error:
-        raise DataError(f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}, "
-                        "and slices of them such as 'train[:1%]' or 'train[10000:]'.") from error
+        raise DataError(
+            f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}, "
+            "and slices of them such as 'train[:1%]' or 'train[10000:]'."
+        ) from error
     if not info.num_examples:
         raise DataError(f"The split {split!r} of {name} is empty.")
 
@@ -104,5 +114,16 @@ def open_tfds(name, split, *, data_dir, channels):
     random_access = file_format == "array_record"
     records = builder.as_data_source(split).data_source if random_access else None
     logging.info("%s, split %s: %d examples, %d classes, %s", name, split, info.num_examples, len(names), file_format)
-    return TfdsSource(name, split, info.num_examples, len(names), names, channels, random_access, bulk=True,
-                      features=features, files=files, records=records)
+    return TfdsSource(
+        name,
+        split,
+        info.num_examples,
+        len(names),
+        names,
+        channels,
+        random_access,
+        bulk=True,
+        features=features,
+        files=files,
+        records=records,
+    )

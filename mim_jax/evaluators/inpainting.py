@@ -7,20 +7,24 @@ import jax.numpy as jnp
 def harmonic_inpaint(images, hidden, iterations: int = 200):
     """[b h w c], [b h w] bool -> [b h w c]: hidden pixels solve Laplace's equation, visible ones are kept.
 
-    Borders are free (zero flux). Conjugate gradients on the masked graph Laplacian, all channels at once.
+    Borders are free (zero flux). Conjugate gradients on the masked graph Laplacian, each image by itself: a common
+    stopping rule would leave faint images unsolved beside strong ones.
     """
-    unknown = hidden[..., None].astype(images.dtype)
+    return jax.vmap(lambda image, mask: inpaint_one(image, mask, iterations))(images, hidden)
+
+
+def inpaint_one(image, hidden, iterations: int):
+    """[h w c], [h w] bool -> [h w c]."""
+    unknown = hidden[..., None].astype(image.dtype)
 
     def laplacian(x):
-        down, right = jnp.diff(x, axis=1), jnp.diff(x, axis=2)
-        pad = lambda d, axis, side: jnp.pad(d, [(side if a == axis else (0, 0)) for a in range(4)])
-        return (
-            pad(down, 1, (1, 0)) - pad(down, 1, (0, 1)) + pad(right, 2, (1, 0)) - pad(right, 2, (0, 1))
-        )  # sum over neighbours of (x - neighbour)
+        """Sum over the neighbours of (x - neighbour)."""
+        down, right = jnp.diff(x, axis=0), jnp.diff(x, axis=1)
+        rows, columns = (lambda d, *p: jnp.pad(d, (p, (0, 0), (0, 0)))), (lambda d, *p: jnp.pad(d, ((0, 0), p, (0, 0))))
+        return rows(down, 1, 0) - rows(down, 0, 1) + columns(right, 1, 0) - columns(right, 0, 1)
 
-    known = images * (1 - unknown)
-    count = jnp.maximum((1 - unknown).sum((1, 2), keepdims=True), 1)
-    start = (known.sum((1, 2), keepdims=True) / count) * unknown  # the mean of what is visible
+    known = image * (1 - unknown)
+    start = known.sum((0, 1)) / jnp.maximum((1 - unknown).sum((0, 1)), 1) * unknown  # the mean of what is visible
     solved, _ = jax.scipy.sparse.linalg.cg(
         lambda x: laplacian(x * unknown) * unknown, -laplacian(known) * unknown, x0=start, maxiter=iterations
     )

@@ -50,7 +50,9 @@ def train_heads(features, labels, settings: ProbeSettings):
             ids = jax.lax.dynamic_slice(order, (i % per_epoch * batch,), (batch,))
 
             def loss_fn(p):
-                logits, new = head.apply({"params": p, "batch_stats": stats}, features[ids], True, mutable=["batch_stats"])
+                logits, new = head.apply(
+                    {"params": p, "batch_stats": stats}, features[ids], True, mutable=["batch_stats"]
+                )
                 return optax.softmax_cross_entropy_with_integer_labels(logits, labels[ids]).mean(), new["batch_stats"]
 
             grads, stats = jax.grad(loss_fn, has_aux=True)(params)

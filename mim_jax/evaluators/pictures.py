@@ -51,5 +51,3 @@ def draw_windows(objective, normalise, ratios):
         return panel_grid(rows, labels, "LoMaR: reconstruction inside one random window", notes)
 
     return draw
-
-

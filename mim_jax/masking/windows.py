@@ -29,6 +29,8 @@ def check(grid, window: int, views: int, mask_ratio: float, pairing: str):
     rows, columns = grid
     if not 1 <= window <= min(rows, columns):
         raise ConfigError(f"window={window} does not fit the {rows}x{columns} grid of patches; use 1 to {min(grid)}")
+    if not 0 < mask_ratio < 1:  # NaN included
+        raise ConfigError(f"mask_ratio={mask_ratio} is not a share between 0 and 1")
     if views < 1:
         raise ConfigError(f"views={views}: at least one window per image is needed")
     if not 1 <= hidden_count(window, mask_ratio) < window * window:
@@ -44,7 +46,9 @@ def check(grid, window: int, views: int, mask_ratio: float, pairing: str):
         )
 
 
-def draw(key, batch_size: int, grid, *, window: int, views: int, mask_ratio: float, pairing: str = "paper") -> WindowMask:
+def draw(
+    key, batch_size: int, grid, *, window: int, views: int, mask_ratio: float, pairing: str = "paper"
+) -> WindowMask:
     """Draws the windows of a batch and what is hidden in them. Static shapes; one global key, any number of devices."""
     corner_key, hide_key = jax.random.split(key)
     corners = (paper_corners if pairing == "paper" else released_corners)(corner_key, batch_size, grid, window, views)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from mim_jax.config import ConfigError
 from mim_jax.models import irpe
 from mim_jax.models.layers import Dense
 
@@ -24,6 +25,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, buckets=None):
         width = x.shape[-1]
+        if width % self.heads:
+            raise ConfigError(f"a width of {width} is not divisible by {self.heads} attention heads")
         head_dim = width // self.heads
         qkv = Dense(3 * width, self.dtype, name="qkv")(x)
         q, k, v = rearrange(qkv, "r n (three h e) -> three r h n e", three=3, h=self.heads)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mim_jax.config import ConfigError
+
 
 def sincos_table(width: int, grid, cls: bool = False) -> np.ndarray:
     """-> [n d] float32, n = rows*columns (+1 zero row first for the cls token).
@@ -12,7 +14,7 @@ def sincos_table(width: int, grid, cls: bool = False) -> np.ndarray:
     10000^(-i / (d/4)) (MAE, arXiv 2111.06377, released code).
     """
     if width % 4:
-        raise ValueError(f"a sin-cos table needs a width divisible by 4, not {width}")
+        raise ConfigError(f"a sin-cos table needs a width divisible by 4, not {width}")
     omega = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
     row, column = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
 

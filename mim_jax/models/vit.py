@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mim_jax.config import ConfigError
 from mim_jax.models import irpe
 from mim_jax.models.attention import Attention
 from mim_jax.models.layers import Dense, DropPath, LayerNorm, Mlp, token_init
@@ -58,8 +57,6 @@ class ViT(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        if self.width % self.heads:
-            raise ConfigError(f"encoder width {self.width} is not divisible by its {self.heads} heads")
         self.patch_embed = Dense(self.width, self.dtype)
         self.cls_token = self.param("cls_token", token_init, (1, 1, self.width))
         if self.position == "learned":
@@ -98,7 +95,9 @@ class ViT(nn.Module):
     def with_cls(self, tokens):
         """[r n d] -> [r 1+n d]: the cls token (with its position, where it has one) comes first."""
         cls = self.cls_token + (self.pos_embed[:, :1] if self.position == "learned" else 0)
-        return jnp.concatenate([jnp.broadcast_to(cls.astype(tokens.dtype), (tokens.shape[0], 1, self.width)), tokens], 1)
+        return jnp.concatenate(
+            [jnp.broadcast_to(cls.astype(tokens.dtype), (tokens.shape[0], 1, self.width)), tokens], 1
+        )
 
     def encode(self, tokens, taps: Sequence[int] = (), *, buckets=None, train: bool = False):
         """[r n d] with cls first -> [r n d] after the final norm, and a list of the outputs of the blocks in `taps`.

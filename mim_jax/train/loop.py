@@ -45,7 +45,9 @@ def train(
         stop = checkpoints.should_stop(step)
         if stop or checkpoints.due(step, first) or step == total:
             with clock.measure("save"):
-                checkpoints.save(step, state, {**meta, "step": step, "examples": step * batch_size, "clock": clock.state()})
+                checkpoints.save(
+                    step, state, {**meta, "step": step, "examples": step * batch_size, "clock": clock.state()}
+                )
         if stop and step < total:
             logger.say(f"stopping at step {step} as asked; the same command continues from here")
             return state, results, False
@@ -77,8 +79,8 @@ def log_step(logger: Logger, clock: Clock, metrics, done: int, total: int, batch
         )
     rate = clock.rate(done)
     per_second = rate * batch_size
-    logger.scalars(done, {**values, "images_per_second": per_second, "images_per_second_per_device": per_second / jax.device_count(),
-                          **clock.shares()})  # fmt: skip
+    rates = {"images_per_second": per_second, "images_per_second_per_device": per_second / jax.device_count()}
+    logger.scalars(done, {**values, **rates, **clock.shares()})
     logger.progress(done, total, values["loss"], values["lr"], per_second, (total - done) / rate if rate else 0)
 
 

@@ -69,7 +69,5 @@ def create(objective, tx, example, *, seed: int, mesh, fsdp: bool = False, froze
             where = tree.flatten(where)
             return tree.map_named(lambda path, leaf: pick(path, leaf, where[path]), part)
 
-        state = state.replace(
-            params=put(state.params, shardings.params), frozen=put(state.frozen, shardings.frozen)
-        )
+        state = state.replace(params=put(state.params, shardings.params), frozen=put(state.frozen, shardings.frozen))
     return state, shardings

@@ -4,6 +4,7 @@ scikit-image (0.26) and scikit-learn ship sixteen photographs that load with no 
 The blocks of a photo alternate like a chessboard between the splits, so no pixel is in two of them.
 Only gray values are kept: with colours, the mean of a tile nearly tells which photo it is from.
 """
+
 import importlib.util
 import os
 
@@ -33,8 +34,8 @@ PHOTOS = {  # name -> (package, file inside it)
 NAMES = tuple(PHOTOS)
 SPLITS = ("train", "train_tiles", "validation", "test")
 BLOCK, TILE = 128, 32  # px
-REGION = 512           # px; the centre of larger photos, so that classes stay balanced
-MIN_STD = 4.           # gray levels of 255; flatter pieces are skipped
+REGION = 512  # px; the centre of larger photos, so that classes stay balanced
+MIN_STD = 4.0  # gray levels of 255; flatter pieces are skipped
 
 
 def load_photo(name):
@@ -46,17 +47,21 @@ def load_photo(name):
     package, file = PHOTOS[name]
     spec = importlib.util.find_spec(package)  # finds the files without importing the package
     if spec is None:
-        raise DataError("data.source=sample reads photographs bundled with scikit-image and scikit-learn: "
-                        "pip install scikit-image scikit-learn")
+        raise DataError(
+            "data.source=sample reads photographs bundled with scikit-image and scikit-learn: "
+            "pip install scikit-image scikit-learn"
+        )
     path = os.path.join(os.path.dirname(spec.origin), file)
     if not os.path.exists(path):
-        raise DataError(f"data.source=sample: this version of {package} does not bundle {file!r}: "
-                        "pip install scikit-image==0.26.0 scikit-learn")
+        raise DataError(
+            f"data.source=sample: this version of {package} does not bundle {file!r}: "
+            "pip install scikit-image==0.26.0 scikit-learn"
+        )
     with Image.open(path) as image:
         gray = np.asarray(image.convert("L"))  # ITU-R 601
     h, w = (min(side, REGION) // BLOCK * BLOCK for side in gray.shape)
     y, x = (gray.shape[0] - h) // 2, (gray.shape[1] - w) // 2
-    return gray[y:y + h, x:x + w]
+    return gray[y : y + h, x : x + w]
 
 
 def split_of(i, j):
@@ -69,7 +74,7 @@ def split_of(i, j):
 def pieces(gray, side):
     """uint8 [h w] -> uint8 [n side side]: non-overlapping squares, row by row."""
     rows, columns = gray.shape[0] // side, gray.shape[1] // side
-    grid = gray[:rows * side, :columns * side].reshape(rows, side, columns, side)
+    grid = gray[: rows * side, : columns * side].reshape(rows, side, columns, side)
     return grid.transpose(0, 2, 1, 3).reshape(-1, side, side)
 
 

@@ -1,0 +1,97 @@
+"""Weights of a finished or running run: where they are, what they are, and whether they fit another model."""
+
+import contextlib
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from mim_jax import sharding, tree
+from mim_jax.train.checkpoint import CheckpointError, Damaged, arrays, require_fingerprints
+
+
+def find(source) -> epath.Path:
+    """A run's folder or one of its step folders -> the step folder; the newest by default.
+
+    Raises CheckpointError when there is none.
+    """
+    source = epath.Path(source).expanduser()
+    if source.name.isdigit() and (source / "state").is_dir():
+        return source.resolve()
+    folder = source / "checkpoints"
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "state").is_dir()] if folder.is_dir() else []
+    if not steps:
+        raise CheckpointError(
+            f"no checkpoint in '{source}': give the folder of a run (it holds checkpoints/), or one step of it"
+        )
+    return folder.resolve() / str(max(steps))
+
+
+def _reader(step_folder):
+    """-> orbax manager over the run's checkpoints, for reading, and the step."""
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(create=False)
+    return ocp.CheckpointManager(step_folder.parent, item_handlers=handlers, options=options), int(step_folder.name)
+
+
+def read_meta(step_folder: epath.Path) -> dict:
+    """The meta data of one checkpoint: step, clock, config, git hash, fingerprints."""
+    manager, step = _reader(step_folder)
+    with manager, _named(step_folder):
+        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+
+@contextlib.contextmanager
+def _named(step_folder: epath.Path):
+    """orbax has no one error for a damaged file: all of them become a CheckpointError that names the folder."""
+    try:
+        yield
+    except Damaged as error:
+        raise CheckpointError(f"the checkpoint {step_folder} is damaged: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise CheckpointError(
+            f"the checkpoint {step_folder} cannot be read, it is damaged or incomplete ({reason})"
+        ) from error
+
+
+def load_params(step_folder: epath.Path, mesh, pattern: str = "") -> dict:
+    """{path: array} of the parameters of a checkpoint, trained and frozen, whose path matches; bits are verified."""
+    expected = read_meta(step_folder)["fingerprints"]
+    manager, step = _reader(step_folder)
+    with manager, _named(step_folder):
+        wanted = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+            for path, leaf in arrays(manager.item_metadata(step).state).items()
+            if path.split("/")[0] in ("params", "frozen") and tree.matches((pattern,), path.split("/", 1)[1])
+        }
+        if not wanted:
+            raise CheckpointError(f"the checkpoint {step_folder} holds no parameter that matches '{pattern}'")
+        target = tree.nest(wanted)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        item = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
+        loaded = manager.restore(step, args=ocp.args.Composite(state=item)).state
+        require_fingerprints(loaded, expected)
+    return {path.split("/", 1)[1]: x for path, x in tree.flatten(loaded).items()}
+
+
+def match_params(wanted: dict, loaded: dict, allow_missing=(), allow_unexpected=()) -> tuple[dict, str]:
+    """Checks loaded {path: array} against the model's {path: shape} -> (what fits, a report in words).
+
+    Raises CheckpointError for a shape that differs, and for any missing or unexpected name that no pattern allows.
+    """
+    report = tree.shape_conflicts(tree.nest(wanted), tree.nest(loaded))
+    if report["shape"]:
+        raise CheckpointError("the checkpoint is of another architecture. " + "; ".join(report["shape"][:5]))
+    for kind, allowed in (("missing", allow_missing), ("unexpected", allow_unexpected)):
+        bad = [path for path in report[kind] if not tree.matches(allowed, path)]
+        if bad:
+            raise CheckpointError(
+                f"the checkpoint has {kind} parameters: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
+            )
+    fits = {path: x for path, x in loaded.items() if path in wanted}
+    words = [f"{len(fits)} loaded"]
+    words += [f"{len(report[k])} {k} ({', '.join(report[k][:4])})" for k in ("missing", "unexpected") if report[k]]
+    return fits, ", ".join(words)

@@ -1,0 +1,68 @@
+"""The folder of a run: whose it is, what it ended with, which code wrote it. Any path that etils.epath opens, gs:// too."""
+
+import json
+import subprocess
+
+import jax
+from etils import epath
+
+from mim_jax import config as config_lib
+from mim_jax import tree
+from mim_jax.config import ConfigError
+
+# Keys that may differ between the run a workdir holds and the command that continues it: none of them changes a number.
+MAY_CHANGE = (r"^log\.", r"^checkpoint\.", r"^evals\.", r"^data\.(path|data_dir)$", r"^(remat|fsdp)$")
+RESULT = "result.json"
+
+
+def claim(workdir: epath.Path, config: dict):
+    """Makes the workdir this run's own: writes config.json, or checks that the one there is of the same run.
+
+    Raises ConfigError when the folder cannot be written, or holds a run of another config (the difference is shown).
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        there = read_json(path)
+        changed = config_lib.differences(there, json.loads(json.dumps(config)))
+        changed = [line for line in changed if not tree.matches(MAY_CHANGE, line.split(":")[0])]
+        if changed:
+            raise ConfigError(
+                f"'{workdir}' holds a run of another config; nothing was changed there. Choose another --workdir, or "
+                "repeat the settings of that run. Differences (there -> now):\n  " + "\n  ".join(changed)
+            )
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, config)
+    except OSError as error:
+        raise ConfigError(
+            f"the workdir '{workdir}' cannot be written ({error.strerror}); choose another --workdir"
+        ) from error
+
+
+def read_json(path: epath.Path) -> dict:
+    """Raises ConfigError naming the file when it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"'{path}' cannot be read ({error}); restore it, or choose another --workdir") from error
+
+
+def write_json(path: epath.Path, values: dict):
+    """Written whole or not at all, by process 0."""
+    if jax.process_index() == 0:
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(values, indent=1))
+        part.replace(path)
+
+
+def git_hash() -> str:
+    """The commit this code runs from, `+` when the tree differs from it; empty outside a checkout."""
+    try:
+        here = epath.Path(__file__).parent
+        run = lambda *a: subprocess.run(
+            ["git", "-C", here, *a], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,129 @@
+"""1 device = 8 devices = 2 processes of 2 devices: the same losses; FSDP and checkpoints on other numbers of devices."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+FLAGS = ["--config=configs/lomar_vitb.py:toy", "--config.total_steps=4", "--config.log.tensorboard=False",
+         "--config.evals.knn.on=False", "--config.evals.reconstruct.pictures=0"]  # fmt: skip
+
+
+def launch(workdir, devices=1, env=None, flags=()):
+    """Starts the command line on this many fake devices."""
+    env = {**os.environ, **(env or {}), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen([sys.executable, "-m", "mim_jax.main", *FLAGS, *flags, f"--workdir={workdir}"], cwd=REPO, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def finish(*processes):
+    for process in processes:
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out[-3000:]
+
+
+def history(workdir):
+    """Losses, gradient norms and evaluation of a finished run."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    train = [(row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+    evals = [row["reconstruct/masked_mse"] for row in rows if "reconstruct/masked_mse" in row]
+    assert len(train) == 4 and len(evals) == 3
+    return np.array(train), np.array(evals)
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    finish(launch(workdir))
+    return history(workdir)
+
+
+def same(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5)
+
+
+def test_eight_devices(one_device, tmp_path):
+    finish(launch(tmp_path / "run", devices=8))
+    same(history(tmp_path / "run"), one_device)
+
+
+def test_two_processes_of_two_devices(one_device, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = lambda i: {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i),
+                     "JAX_HEARTBEAT_TIMEOUT_SECONDS": "20"}  # fmt: skip
+    finish(*(launch(tmp_path / "run", devices=2, env=env(i), flags=["--config.accumulation=2"]) for i in range(2)))
+    same(history(tmp_path / "run"), one_device)
+
+
+def test_one_missing_variable_is_an_error(tmp_path):
+    process = launch(tmp_path / "run", env={"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"})
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 2 and "JAX_NUM_PROCESSES" in out and "Traceback" not in out
+
+
+def test_fsdp_and_checkpoints_across_device_counts(tmp_path):
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, __file__, str(tmp_path)], cwd=REPO, env={**env, "PYTHONPATH": str(REPO)},
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+def scenario(workdir: str):
+    """On 8 devices: an FSDP step equals a replicated one; its state is saved and restored on 8, 2 and 1 devices."""
+    import jax
+
+    from mim_jax import build, sharding, tree
+    from mim_jax.config import TrackedConfig, load
+    from mim_jax.train import checkpoint
+    from mim_jax.train.schedule import warmup_cosine
+    from mim_jax.train.state import create
+    from mim_jax.train.step import make_step
+
+    sharding.FSDP_MIN_BYTES = 1  # toy tensors are small
+    config = TrackedConfig(load("configs/lomar_vitb.py:toy"))
+    made, normalise = build.objective(config), build.normaliser(config)
+    tx = build.optimizer(config, warmup_cosine(1e-3, 10, 1))
+
+    def state_on(devices, fsdp):
+        mesh = sharding.make_mesh(jax.devices()[:devices])
+        return mesh, *create(made, tx, build.example(config, made), seed=0, mesh=mesh, fsdp=fsdp)
+
+    def two_steps(devices, fsdp):
+        mesh, state, where = state_on(devices, fsdp)
+        step = make_step(made, tx, mesh, where, prepare=build.pretraining_input(made, normalise), seed=0)
+        for i in range(2):
+            state, metrics = step(state, sharding.to_global(build.synthetic_batch(config, 8, seed=i), mesh))
+        return state, float(metrics["loss"])
+
+    plain, plain_loss = two_steps(1, False)
+    state, loss = two_steps(8, True)
+    kernel = state.params["encoder"]["block_00"]["mlp"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size, "FSDP did not shard"
+    assert abs(loss - plain_loss) < 2e-6
+    for path, x in tree.flatten(plain.params).items():
+        if not path.endswith("qkv/bias"):
+            np.testing.assert_allclose(x, tree.flatten(state.params)[path], atol=2e-5, err_msg=path)
+
+    manager = checkpoint.Checkpoints(workdir, every=1, keep=1, keep_every=0)
+    manager.save(2, state, {"step": 2, "config": {}})
+    manager.close()
+    for devices, fsdp in ((8, True), (2, True), (1, False)):
+        _, target, where = state_on(devices, fsdp)
+        manager = checkpoint.Checkpoints(workdir, every=1, keep=1, keep_every=0)
+        restored, meta = manager.restore(target, where)
+        manager.close()
+        assert checkpoint.fingerprints(restored) == checkpoint.fingerprints(state) == meta["fingerprints"]
+    print("passed")
+
+
+if __name__ == "__main__":
+    scenario(sys.argv[1])

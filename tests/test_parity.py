@@ -1,0 +1,58 @@
+"""The recorded tensors of the released code, through tests/parity.py; and that a small mistake is noticed."""
+
+import json
+import pathlib
+
+import numpy as np
+import parity
+import pytest
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+CASES = ("lomar_tiny", "lomar_tiny_b4_w7", "lomar_vit_classifier_tiny_gap", "vit_abs_classifier_tiny_gap", "traj_lomar")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_tensors(case):
+    result = parity.compare(str(GOLDEN / f"{case}.npz"))
+    assert not result["failed"], {key: result["errors"][key] for key in result["failed"]}
+    assert not result["not_compared"]
+    assert any(key.startswith(("grad/", "final/")) for key in result["errors"])
+
+
+def changed(case: str, path, **arrays) -> str:
+    """A copy of a case with some arrays replaced, or keys of its meta when given as meta={...}."""
+    with np.load(GOLDEN / f"{case}.npz") as archive:
+        kept = {key: archive[key] for key in archive.files}
+    meta = json.loads(str(kept["meta"])) | arrays.pop("meta", {})
+    np.savez(path, **{**kept, **arrays, "meta": np.array(json.dumps(meta))})
+    return str(path)
+
+
+def test_a_small_mistake_is_noticed(tmp_path):
+    with np.load(GOLDEN / "lomar_tiny.npz") as archive:
+        table = archive["param/blocks.1.attn.rpe_k.lookup_table_weight"].copy()
+    table[0, 3, 7] += 1e-2
+    wrong = {"param/blocks.1.attn.rpe_k.lookup_table_weight": table}
+    result = parity.compare(changed("lomar_tiny", tmp_path / "wrong.npz", **wrong))
+    assert not result["passed"] and "loss/total" in result["failed"] and "out/block0" not in result["failed"]
+
+
+def test_an_unknown_recorded_tensor_is_not_passed_over(tmp_path):
+    result = parity.compare(changed("lomar_tiny", tmp_path / "more.npz", **{"out/block9": np.zeros(3, np.float32)}))
+    assert not result["passed"]
+
+
+def test_accumulation_and_layer_decay_follow_the_recorded_format(tmp_path):
+    """No such case is recorded here, so one is written: a run must read the keys that say so, and differ for them."""
+    half = changed("traj_lomar", tmp_path / "half.npz", meta={"accum_iter": 2, "optimizer_steps": 15})
+    errors = parity.compare(half)["errors"]
+    assert errors["run/loss"] > 1e-4  # 15 steps on mean gradients are not 30 steps
+    with np.load(GOLDEN / "traj_lomar.npz") as archive:
+        meta = json.loads(str(archive["meta"]))
+    groups = {
+        name: {**group, "lr_scale": 0.5 if "blocks.2." in name else group["lr_scale"]}
+        for name, group in meta["groups"].items()
+    }
+    decayed = parity.compare(changed("traj_lomar", tmp_path / "decayed.npz", meta={"groups": groups}))
+    assert decayed["errors"]["group/blocks.2.mlp.fc1.weight"] == 0  # decay .5 read off the last block
+    assert "group/blocks.1.mlp.fc1.weight" in decayed["failed"]  # whose groups here do not follow

@@ -1,0 +1,148 @@
+"""Interrupted = uninterrupted, bit for bit, through the real command line; and what a damaged checkpoint does."""
+
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mim_jax import sharding
+from mim_jax.train import checkpoint, pretrained
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+STEPS = 12
+
+
+def command(workdir):
+    flags = ["--config=configs/lomar_vitb.py:toy", f"--config.total_steps={STEPS}", "--config.evals.knn.on=False",
+             "--config.evals.reconstruct.on=False", "--config.log.tensorboard=False", f"--workdir={workdir}"]  # fmt: skip
+    return [sys.executable, "-m", "mim_jax.main", *flags]
+
+
+def fingerprints(workdir) -> dict:
+    return pretrained.read_meta(pretrained.find(str(workdir)))["fingerprints"]
+
+
+def start_and_kill(workdir, sign, when) -> int:
+    """Starts the run, sends the signal as soon as `when()` holds -> exit status."""
+    process = subprocess.Popen(command(workdir), cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not when() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    process.send_signal(sign)
+    process.communicate(timeout=120)
+    return process.returncode
+
+
+def test_killed_and_continued_is_uninterrupted(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(whole), cwd=REPO, check=True, capture_output=True)
+
+    folder = broken / "checkpoints"
+    status = start_and_kill(broken, signal.SIGTERM, lambda: (folder / "2").exists())
+    assert status == 143
+    stopped_at = int(pretrained.find(broken).name)
+    assert 2 <= stopped_at < STEPS
+    saving = lambda: (
+        folder.exists()
+        and any(
+            "tmp" in p.name and int(p.name.split(".")[0]) > stopped_at
+            for p in folder.iterdir()
+            if p.name.split(".")[0].isdigit()
+        )
+    )
+    assert start_and_kill(broken, signal.SIGKILL, saving) == -signal.SIGKILL
+    subprocess.run(command(broken), cwd=REPO, check=True, capture_output=True)
+    assert fingerprints(broken) == fingerprints(whole)  # parameters, moments, counters
+
+    def losses(workdir):
+        rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        return {row["step"]: (row["loss"], row["grad_norm"], row["lr"]) for row in rows if "loss" in row}
+
+    assert losses(broken) == losses(whole) and len(losses(whole)) == STEPS
+    clock = lambda workdir: pretrained.read_meta(pretrained.find(str(workdir)))["clock"]["total"]
+    assert clock(broken) > 0 and pretrained.read_meta(pretrained.find(str(broken)))["examples"] == STEPS * 8
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with the checkpoints of steps 1 and 2 of a small state -> (workdir, state, shardings)."""
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    where = sharding.replicated(mesh)
+    states = [
+        {"params": {"a": jnp.arange(64.0) * s, "b": {"c": jnp.ones((3, 5)) * s}}, "step": jnp.int32(s)} for s in (1, 2)
+    ]
+    states = [jax.device_put(s, where) for s in states]
+    manager = checkpoint.Checkpoints(str(tmp_path), every=1, keep=3, keep_every=0)
+    for state in states:
+        manager.save(int(state["step"]), state, {"step": int(state["step"]), "config": {}})
+    manager.close()
+    return tmp_path, states, jax.tree.map(lambda _: where, states[0])
+
+
+def restore(saved):
+    workdir, states, shardings = saved
+    manager = checkpoint.Checkpoints(str(workdir), every=1, keep=3, keep_every=0)
+    state, meta = manager.restore(states[0], shardings)
+    if state is not None:  # the run must be able to save on from where it is
+        manager.save(meta["step"] + 1, state, {"step": meta["step"] + 1, "config": {}})
+    manager.close()
+    return state, meta
+
+
+def data_files(workdir, step):
+    files = [p for p in (workdir / "checkpoints" / str(step) / "state").rglob("*") if p.is_file() and "/d/" in str(p)]
+    return sorted(files, key=lambda p: p.stat().st_size)
+
+
+def test_sound_checkpoint_is_restored(saved):
+    state, meta = restore(saved)
+    assert meta["step"] == 2 and float(state["params"]["a"][3]) == 6.0
+
+
+def test_a_flipped_byte_falls_back_to_the_step_before(saved):
+    """orbax restores it silently, or cannot read it: either way the damage is found and set aside."""
+    for file in data_files(saved[0], 2):
+        content = bytearray(file.read_bytes())
+        for i in range(len(content) // 3, len(content), 7):
+            content[i] ^= 0x10
+        file.write_bytes(bytes(content))
+    state, meta = restore(saved)
+    assert meta["step"] == 1 and float(state["params"]["a"][3]) == 3.0
+    assert (saved[0] / "checkpoints" / "broken_2").is_dir()
+
+
+def test_changed_bits_that_orbax_does_not_notice_are_noticed(saved):
+    workdir, states, shardings = saved
+    meta_file = next((workdir / "checkpoints" / "2" / "meta").glob("metadata"))
+    meta = json.loads(meta_file.read_text())
+    meta["fingerprints"]["params/b/c"] ^= 1  # as if one bit of the array had changed
+    meta_file.write_text(json.dumps(meta))
+    assert restore(saved)[1]["step"] == 1
+
+
+@pytest.mark.parametrize("damage", ["empty folder", "truncated", "no metadata"])
+def test_damage_falls_back_to_the_step_before(saved, damage):
+    step = saved[0] / "checkpoints" / ("3" if damage == "empty folder" else "2")
+    if damage == "empty folder":
+        step.mkdir()
+    elif damage == "truncated":
+        for file in data_files(saved[0], 2):
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        shutil.rmtree(step / "meta")
+    state, meta = restore(saved)
+    assert meta["step"] == (2 if damage == "empty folder" else 1)
+
+
+def test_nothing_readable_is_an_error_that_says_so(saved):
+    for step in (1, 2):
+        shutil.rmtree(saved[0] / "checkpoints" / str(step) / "state")
+    with pytest.raises(checkpoint.CheckpointError, match="none of the checkpoints"):
+        restore(saved)
