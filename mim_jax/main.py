@@ -37,11 +37,11 @@ def parse(argv):
         if rest[1:]:
             fail(f"unexpected argument '{rest[1]}'; settings are flags such as --config.seed=1")
         return rest
-    except KeyError as error:  # ml_collections: a key the config has not
-        words = " ".join(str(error.args[0]).split())
-        fail(f"the config has no key {words}")
-    except (flags.Error, AttributeError, TypeError, ValueError, OSError) as error:
-        fail(str(error))
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps one in another
+            error = error.args[0]
+        words = " ".join(str(error.args[0] if error.args else error).split())
+        fail(f"the config has no key {words}" if isinstance(error, KeyError) else words)
 
 
 def main(argv):

@@ -250,7 +250,7 @@ def look_at_encoder(report: Report, case: Case, seen, rows):
     parts = {"rpe": "attn/rpe_k"}
     for key in case.under("out/"):
         block = re.fullmatch(r"block(\d+)(?:\.(\w+))?", key)
-        if block:
+        if block and f"block_{int(block.group(1)):02d}" in seen["encoder"]:
             part = block.group(2)
             path = f"encoder/block_{int(block.group(1)):02d}" + (f"/{parts.get(part, part)}" if part else "")
             report.add(f"out/{key}", capture(seen, path)[rows], case[f"out/{key}"])

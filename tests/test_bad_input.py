@@ -159,7 +159,7 @@ SETTINGS = {
     "source": (dict(data__source="imagenet2013"), ["imagenet2013", "data.source=folder"]),
     "path": (dict(data__path="somewhere"), ["data.path", "data.source=folder"]),
     "evaluator": (dict(evals__knn__type="nkn"), ["evals.knn.type", "nkn", "knn"]),
-    "pool": (dict(evals__knn__pool="max"), ["pool", "max", "mean"]),
+    "pool": (dict(evals__knn__pool="max", evals__knn__on=True), ["pool", "max", "mean"]),
 }  # fmt: skip
 
 

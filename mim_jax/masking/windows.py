@@ -29,7 +29,7 @@ def check(grid, window: int, views: int, mask_ratio: float, pairing: str):
     rows, columns = grid
     if not 1 <= window <= min(rows, columns):
         raise ConfigError(f"window={window} does not fit the {rows}x{columns} grid of patches; use 1 to {min(grid)}")
-    if not 0 < mask_ratio < 1:  # NaN included
+    if not 0 <= mask_ratio <= 1:  # NaN included
         raise ConfigError(f"mask_ratio={mask_ratio} is not a share between 0 and 1")
     if views < 1:
         raise ConfigError(f"views={views}: at least one window per image is needed")

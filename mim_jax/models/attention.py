@@ -26,7 +26,7 @@ class Attention(nn.Module):
     def __call__(self, x, buckets=None):
         width = x.shape[-1]
         if width % self.heads:
-            raise ConfigError(f"a width of {width} is not divisible by {self.heads} attention heads")
+            raise ConfigError(f"width {width} is not divisible by {self.heads} heads")
         head_dim = width // self.heads
         qkv = Dense(3 * width, self.dtype, name="qkv")(x)
         q, k, v = rearrange(qkv, "r n (three h e) -> three r h n e", three=3, h=self.heads)
