@@ -82,7 +82,7 @@ def get_config(arg=""):
     c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", epochs=1)))
     c.log = ConfigDict(dict(every_steps=50, tensorboard=True))
     c.evals = ConfigDict()
-    c.evals.knn = dict(type="knn", on=True, train_split="train[:5%]", test_split="validation", train_examples=0, pool="mean",
+    c.evals.knn = dict(type="knn", on=True, train_split="train", test_split="validation", train_examples=64000, pool="mean",
                        k=20, temperature=0.07, batch_size=512, **duration("every", epochs=20))  # fmt: skip
     c.evals.reconstruct = dict(type="reconstruct", on=True, split="validation", examples=1024, pictures=6, batch_size=64,
                                **duration("every", epochs=5))  # fmt: skip

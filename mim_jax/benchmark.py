@@ -21,7 +21,7 @@ from mim_jax.config import ConfigError, TrackedConfig, load, name_of
 from mim_jax.logs import fail
 from mim_jax.models import flops
 from mim_jax.train.schedule import warmup_cosine
-from mim_jax.train.state import create
+from mim_jax.train.state import create, plan
 from mim_jax.train.step import make_step
 from mim_jax.train.workdir import git_hash
 
@@ -45,7 +45,8 @@ class Subject:
         self.made = build.objective(config)
         lr = warmup_cosine(1e-4, 1000, 10)
         tx = build.optimizer(config, lr)
-        self.state, shardings = create(self.made, tx, build.example(config, self.made), seed=0, mesh=mesh)
+        fresh, _, shardings = plan(self.made, tx, build.example(config, self.made), seed=0, mesh=mesh)
+        self.state = create(fresh, shardings)
         prepare = build.pretraining_input(self.made, build.normaliser(config))
         step = make_step(self.made, tx, mesh, shardings, prepare=prepare, seed=0, lr=lr)
         batch = build.synthetic_batch(config, batch_size)

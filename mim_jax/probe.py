@@ -16,6 +16,7 @@ from mim_jax.train.state import init_variables
 from mim_jax.train.workdir import RESULT, claim, write_json
 from mim_jax.tree import flatten, nest
 
+MAX_RAW_GIGABYTES = 4
 SPLITS = ("train", "validation", "test")
 
 
@@ -65,9 +66,16 @@ def cached_probe(config, plain: dict, workdir: str, mesh) -> dict:
     def raw(variables, batch):
         return {"features": normalise(batch["image"]).reshape(batch["image"].shape[0], -1), "label": batch["label"]}
 
-    pixels = hold_out({name: build.SplitRunner(raw, mesh, *b)({}) for name, b in batches.items()})
+    subjects = {"probe": lambda: encoded(trained), "random_encoder": lambda: encoded(random)}
+    gigabytes = 4e-9 * sum(s.num_examples for s in sources.values()) * np.prod(config.image_size) * config.channels
+    if gigabytes <= MAX_RAW_GIGABYTES:
+        raw_runners = {name: build.SplitRunner(raw, mesh, *b) for name, b in batches.items()}
+        subjects["raw_pixel"] = lambda: hold_out({name: run({}) for name, run in raw_runners.items()})
+    else:
+        logger.say(f"raw pixels are left out: {gigabytes:.0f} GB of them")
     results = {}
-    for name, features in (("probe", encoded(trained)), ("random_encoder", encoded(random)), ("raw_pixel", pixels)):
+    for name, make in subjects.items():
+        features = make()
         scores = probe(features["train"], features["validation"], features["test"], settings)
         bank, queries = features["train"], features["test"]
         guess = knn_predict(bank["features"], bank["label"], queries["features"], classes, k, temperature)

@@ -11,7 +11,7 @@ from mim_jax.config import ConfigDict, ConfigError, TrackedConfig, choice, flatt
 from mim_jax.logs import Logger
 from mim_jax.probe import cached_probe
 from mim_jax.train import checkpoint, loop, pretrained
-from mim_jax.train.state import create
+from mim_jax.train.state import create, plan
 from mim_jax.train.step import make_step
 from mim_jax.train.workdir import RESULT, claim, git_hash, read_json, write_json
 
@@ -47,6 +47,10 @@ def with_pretrained(config: TrackedConfig) -> TrackedConfig:
     for key in ("compute_dtype", "remat"):
         merged.pretrained[key] = config[key]
     if not config.data.source:
+        if config.data.path or config.data.data_dir:
+            raise ConfigError(
+                "data.path and data.data_dir belong to a data.source; give it too, for instance data.source=folder"
+            )
         for key in ("source", "path", "data_dir", "normalise", "mean", "std", "resize_ratio"):
             merged.data[key] = source.data[key]
     sample = merged.data.source == "sample"
@@ -90,9 +94,11 @@ def train(config: TrackedConfig, plain: dict, workdir: str, mesh, job: str) -> d
                                     total_steps=total)  # fmt: skip
     log_every, tensorboard, fsdp = config.log.every_steps, config.log.tensorboard, config.fsdp
     keep, keep_every, init_from = config.checkpoint.keep, config.checkpoint.keep_every_steps, config.init_from
+    if log_every < 1 or keep < 1:
+        raise ConfigError(f"log.every_steps={log_every} and checkpoint.keep={keep} must be at least 1")
     replace, loaded = {}, "from scratch"
     example = build.example(config, made)
-    if init_from:
+    if init_from and not pretrained.has_checkpoint(workdir):
         replace, loaded = pretrained_params(init_from, made, example, mesh, encoder_only=job != "pretrain")
     batches = build.training_batches(config, source)
     config.require_all_read()
@@ -100,13 +106,12 @@ def train(config: TrackedConfig, plain: dict, workdir: str, mesh, job: str) -> d
     claim(workdir, plain)
     logger = Logger(workdir, write=jax.process_index() == 0, tensorboard=tensorboard)
     checkpoints = checkpoint.Checkpoints(workdir, every=save_every, keep=keep, keep_every=keep_every)
-    state, shardings = create(made, tx, example, seed=config.seed, mesh=mesh, fsdp=fsdp, frozen_patterns=frozen,
-                              replace=replace)  # fmt: skip
-    restored, meta = checkpoints.restore(state, shardings)
-    if restored is not None:
-        state, first, clock, loaded = restored, meta["step"], Clock(meta["clock"]), f"continued at step {meta['step']}"
+    fresh, shapes, shardings = plan(made, tx, example, seed=config.seed, mesh=mesh, fsdp=fsdp, frozen_patterns=frozen)
+    state, meta = checkpoints.restore(shapes, shardings)
+    if state is not None:
+        first, clock, loaded = meta["step"], Clock(meta["clock"]), f"continued at step {meta['step']}"
     else:
-        first, clock = 0, Clock()
+        state, first, clock = create(fresh, shardings, replace), 0, Clock()
     logger.say(describe(config, made, state, source, workdir, mesh, loaded, total, peak_lr, warmup))
     logger.text("parameters", tree.overview(state.params))
     if first == 0:
@@ -129,6 +134,7 @@ def train(config: TrackedConfig, plain: dict, workdir: str, mesh, job: str) -> d
         checkpoints.close()
         batches.close()
     if not finished:
+        logger.close()
         raise SystemExit(STOPPED)
     results = {**results, "seconds": clock.total(), "steps": total, "git": git_hash(), **clock.shares()}
     write_json(workdir / RESULT, results)

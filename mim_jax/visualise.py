@@ -18,11 +18,12 @@ SPLIT = flags.DEFINE_string("split", "", "split to draw from; default the run's 
 SEED = flags.DEFINE_integer("seed", 0, "chooses images and windows")
 
 
-def visualise(workdir: str, out: str, ratios, images: int, split: str, seed: int) -> list[str]:
+def visualise(workdir: str, out: str, ratios, images: int, split: str, seed: int) -> list:
     """Writes one figure with every ratio and one per ratio -> their paths. Raises ConfigError for a run without checkpoint."""
     from mim_jax import build, prng, sharding
     from mim_jax.evaluators.pictures import draw_windows
     from mim_jax.train import pretrained
+    from mim_jax.train.checkpoint import absolute
     from mim_jax.tree import flatten, nest
 
     folder = pretrained.find(workdir)
@@ -35,31 +36,30 @@ def visualise(workdir: str, out: str, ratios, images: int, split: str, seed: int
     shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), *build.example(config, made)))["params"]
     params, _ = pretrained.match_params(flatten(shapes), params)
     source = build.sources(config)(split or build.picture_split(config))
-    chosen = np.random.default_rng(seed).permutation(source.num_examples)[:images]
-    batches, _ = build.split_batches(config, source, 64)
-    picked = {}
-    for batch in batches():
-        picked.update({int(i): x for i, x in zip(batch["id"], batch["image"], strict=True) if i in chosen})
-        if len(picked) == len(chosen):
-            break
-    shown = np.stack([picked[int(i)] for i in chosen])
-    os.makedirs(out, exist_ok=True)
+    batches, count = build.split_batches(config, source, 64, limit=16 * images)
+    candidates = np.concatenate([batch["image"][batch["valid"]] for batch in batches()])
+    shown = candidates[np.random.default_rng(seed).permutation(count)[:images]]
+    out = absolute(out)
+    out.mkdir(parents=True, exist_ok=True)
     paths = []
     for group in [ratios] + [(ratio,) for ratio in ratios]:
         draw = draw_windows(made, normalise, group)
         figure = draw({"params": nest(params)}, shown, prng.stream(seed, "visualise"))
         name = "reconstructions" if group is ratios else f"reconstructions_{round(100 * group[0])}"
-        paths.append(os.path.join(out, f"{name}_step{meta['step']}.png"))
-        Image.fromarray(figure).save(paths[-1])
+        paths.append(out / f"{name}_step{meta['step']}.png")
+        with paths[-1].open("wb") as f:
+            Image.fromarray(figure).save(f, format="PNG")
         print(paths[-1], flush=True)
     return paths
 
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         ratios = tuple(float(r) for r in RATIOS.value)
-        visualise(WORKDIR.value, OUT.value or os.path.join(WORKDIR.value, "figures"), ratios, IMAGES.value, SPLIT.value,
+        visualise(WORKDIR.value, OUT.value or f"{WORKDIR.value}/figures", ratios, IMAGES.value, SPLIT.value,
                   SEED.value)  # fmt: skip
     except ValueError as error:  # ConfigError, or a ratio that is no number
         fail(str(error))

@@ -137,6 +137,7 @@ def test_batch_size_must_be_shared_evenly(numbered):
 @dataclasses.dataclass(frozen=True, eq=False)
 class PythonSource(ArraySource):
     """Looks its ids up in Python, as array_record does; once `dropped`, meets the garbage collector there."""
+
     dropped: threading.Event = None
     entered: list = None
     left: list = None
@@ -144,11 +145,12 @@ class PythonSource(ArraySource):
     def lookup(self, ids):
         def fetch(wanted):
             self.entered.append(1)
-            time.sleep(.01)
+            time.sleep(0.01)
             if self.dropped.is_set():
                 gc.collect()
             self.left.append(1)
             return wanted
+
         return tf.ensure_shape(tf.numpy_function(fetch, [ids], tf.int64), [None])
 
 
@@ -165,7 +167,7 @@ def test_garbage_collected_in_a_reader_does_not_deadlock(numbered):
         source.dropped.set()
         deadline = time.time() + 30
         while time.time() < deadline and (alive() or len(source.entered) > len(source.left)):
-            time.sleep(.05)
+            time.sleep(0.05)
         assert not alive(), "never collected"
         assert len(source.entered) == len(source.left), "a reader waits for itself"
     finally:

@@ -3,12 +3,16 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+
+from mim_jax.train.pretrained import has_checkpoint
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = ["--config=configs/lomar_vitb.py:toy", "--config.total_steps=4", "--config.log.tensorboard=False",
@@ -54,14 +58,35 @@ def test_eight_devices(one_device, tmp_path):
     same(history(tmp_path / "run"), one_device)
 
 
-def test_two_processes_of_two_devices(one_device, tmp_path):
+def two_processes(workdir, flags=()):
+    """Starts two processes of two devices that meet over the loopback."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = lambda i: {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i),
-                     "JAX_HEARTBEAT_TIMEOUT_SECONDS": "20"}  # fmt: skip
-    finish(*(launch(tmp_path / "run", devices=2, env=env(i), flags=["--config.accumulation=2"]) for i in range(2)))
+    env = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_HEARTBEAT_TIMEOUT_SECONDS": "20",
+    }
+    return [launch(workdir, devices=2, env={**env, "JAX_PROCESS_ID": str(i)}, flags=flags) for i in range(2)]
+
+
+def test_two_processes_of_two_devices(one_device, tmp_path):
+    finish(*two_processes(tmp_path / "run", ["--config.accumulation=2"]))
     same(history(tmp_path / "run"), one_device)
+
+
+def test_two_processes_stop_together_on_sigterm(tmp_path):
+    log = tmp_path / "run" / "metrics.jsonl"
+    processes = two_processes(tmp_path / "run", ["--config.total_steps=100000", "--config.evals.reconstruct.on=False"])
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) > 2) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], outputs[0][-2000:] + outputs[1][-2000:]
+    assert "stopping at step" in outputs[0] and has_checkpoint(tmp_path / "run")
 
 
 def test_one_missing_variable_is_an_error(tmp_path):
@@ -85,7 +110,7 @@ def scenario(workdir: str):
     from mim_jax.config import TrackedConfig, load
     from mim_jax.train import checkpoint
     from mim_jax.train.schedule import warmup_cosine
-    from mim_jax.train.state import create
+    from mim_jax.train.state import create, plan
     from mim_jax.train.step import make_step
 
     sharding.FSDP_MIN_BYTES = 1  # toy tensors are small
@@ -95,10 +120,12 @@ def scenario(workdir: str):
 
     def state_on(devices, fsdp):
         mesh = sharding.make_mesh(jax.devices()[:devices])
-        return mesh, *create(made, tx, build.example(config, made), seed=0, mesh=mesh, fsdp=fsdp)
+        fresh, shapes, where = plan(made, tx, build.example(config, made), seed=0, mesh=mesh, fsdp=fsdp)
+        return mesh, fresh, shapes, where
 
     def two_steps(devices, fsdp):
-        mesh, state, where = state_on(devices, fsdp)
+        mesh, fresh, _, where = state_on(devices, fsdp)
+        state = create(fresh, where)
         step = make_step(made, tx, mesh, where, prepare=build.pretraining_input(made, normalise), seed=0)
         for i in range(2):
             state, metrics = step(state, sharding.to_global(build.synthetic_batch(config, 8, seed=i), mesh))
@@ -117,7 +144,7 @@ def scenario(workdir: str):
     manager.save(2, state, {"step": 2, "config": {}})
     manager.close()
     for devices, fsdp in ((8, True), (2, True), (1, False)):
-        _, target, where = state_on(devices, fsdp)
+        _, _, target, where = state_on(devices, fsdp)
         manager = checkpoint.Checkpoints(workdir, every=1, keep=1, keep_every=0)
         restored, meta = manager.restore(target, where)
         manager.close()

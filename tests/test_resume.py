@@ -141,8 +141,32 @@ def test_damage_falls_back_to_the_step_before(saved, damage):
     assert meta["step"] == (2 if damage == "empty folder" else 1)
 
 
-def test_nothing_readable_is_an_error_that_says_so(saved):
+def test_nothing_readable_is_an_error_that_says_so_and_moves_nothing(saved):
     for step in (1, 2):
         shutil.rmtree(saved[0] / "checkpoints" / str(step) / "state")
-    with pytest.raises(checkpoint.CheckpointError, match="none of the checkpoints"):
-        restore(saved)
+    for _ in range(2):  # the next start must not begin from scratch either
+        with pytest.raises(checkpoint.CheckpointError, match="none of the checkpoints"):
+            restore(saved)
+    assert (saved[0] / "checkpoints" / "2").is_dir()
+
+
+def test_a_passing_error_is_not_taken_for_damage(saved, monkeypatch):
+    def out_of_memory(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "require_fingerprints", out_of_memory)
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+            restore(saved)
+    assert restore(saved)[1]["step"] == 2
+
+
+def test_a_step_set_aside_twice_keeps_both(saved):
+    (saved[0] / "checkpoints" / "broken_2").mkdir()
+    shutil.rmtree(saved[0] / "checkpoints" / "2" / "state")
+    assert restore(saved)[1]["step"] == 1
+    assert (saved[0] / "checkpoints" / "broken_2.1").is_dir()
+
+
+def test_a_bucket_stays_a_bucket():
+    assert str(checkpoint.absolute("gs://bucket/run")) == "gs://bucket/run"

@@ -12,7 +12,7 @@ from mim_jax.config import TrackedConfig, load
 from mim_jax.models.flops import training
 from mim_jax.train import loop
 from mim_jax.train.schedule import warmup_cosine
-from mim_jax.train.state import create
+from mim_jax.train.state import create, plan
 from mim_jax.train.step import make_step
 
 
@@ -35,7 +35,8 @@ class Rig:
         mesh = sharding.make_mesh(jax.devices()[:1])
         lr = warmup_cosine(1e-3, 100, 1)
         tx = build.optimizer(self.config, lr)
-        self.state, where = create(self.made, tx, build.example(self.config, self.made), seed=0, mesh=mesh)
+        fresh, _, where = plan(self.made, tx, build.example(self.config, self.made), seed=0, mesh=mesh)
+        self.state = create(fresh, where)
         plain = build.pretraining_input(self.made, build.normaliser(self.config))
 
         def prepare(batch, key):

@@ -14,7 +14,8 @@ class SplitRunner:
     """
 
     def __init__(self, fn, mesh, batches, num_examples: int):
-        self._fn = jax.jit(fn, out_shardings=sharding.replicated(mesh))
+        with_valid = lambda variables, batch: {**fn(variables, batch), "valid": batch["valid"]}
+        self._fn = jax.jit(with_valid, out_shardings=sharding.replicated(mesh))
         self._mesh, self._batches, self.num_examples = mesh, batches, num_examples
 
     def __call__(self, variables) -> dict[str, np.ndarray]:
@@ -22,18 +23,12 @@ class SplitRunner:
         parts = []
         for batch in self._batches():
             batch = sharding.to_global(batch, self._mesh)
-            out = self._fn(variables, batch)
-            parts.append(jax.tree.map(np.asarray, {**out, "valid": gather(batch["valid"], self._mesh)}))
+            parts.append(jax.tree.map(np.asarray, self._fn(variables, batch)))
         whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         valid = whole.pop("valid")
         if valid.sum() != self.num_examples:
             raise RuntimeError(f"the evaluation saw {valid.sum()} examples of a split of {self.num_examples}")
         return {key: value[valid] for key, value in whole.items()}
-
-
-def gather(x, mesh):
-    """A global array on every process."""
-    return jax.jit(lambda y: y, out_shardings=sharding.replicated(mesh))(x)
 
 
 def balanced_accuracy(predicted, labels) -> float:

@@ -56,5 +56,13 @@ class RelativeKeys(nn.Module):
 
 
 def pair_keys(table, buckets):
-    """[e buckets], [n n] -> [e n n]: the table's column for every pair of tokens."""
-    return jnp.take(table, buckets.reshape(-1), axis=1).reshape(table.shape[0], *buckets.shape)
+    """[e buckets], [n n] -> [e n n]: the table's column for every pair of tokens.
+
+    As a product with one-hot columns, whose gradient sums in a fixed order: a gather's would be a scatter with
+    repeated indices, which a GPU adds up in any order, and a resumed run would differ in its last bits. Grids beyond
+    256 tokens gather all the same, the one-hot columns being 50 times their square.
+    """
+    if buckets.shape[0] > 257:
+        return jnp.take(table, buckets.reshape(-1), axis=1).reshape(table.shape[0], *buckets.shape)
+    columns = jax.nn.one_hot(buckets, table.shape[1], axis=0, dtype=table.dtype)
+    return jnp.einsum("eb,bij->eij", table, columns, precision=jax.lax.Precision.HIGHEST)

@@ -21,6 +21,7 @@ class MaskedDecoder(nn.Module):
     heads: int
     out: int
     relative: bool = False
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -29,7 +30,8 @@ class MaskedDecoder(nn.Module):
         mask_token = self.param("mask_token", token_init, (1, 1, self.width)).astype(self.dtype)
         patches = jnp.where(hidden[..., None], mask_token, jnp.take_along_axis(x[:, 1:], slot[..., None], axis=1))
         x = jnp.concatenate([x[:, :1], patches + positions], 1)
+        block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         for i in range(self.depth):
-            x = Block(self.heads, 4.0, self.relative, dtype=self.dtype, name=f"block_{i:02d}")(x, buckets, train)
+            x = block(self.heads, 4.0, self.relative, dtype=self.dtype, name=f"block_{i:02d}")(x, buckets, train)
         x = LayerNorm(self.dtype, name="norm")(x)
         return Dense(self.out, self.dtype, name="pred")(x)[:, 1:]

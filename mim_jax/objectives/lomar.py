@@ -43,7 +43,13 @@ class LoMaR(Objective):
             self.head = Dense(out, self.dtype)
         else:
             self.decoder = MaskedDecoder(
-                self.decoder_width, self.decoder_depth, self.decoder_heads, out, encoder.relative, self.dtype
+                self.decoder_width,
+                self.decoder_depth,
+                self.decoder_heads,
+                out,
+                encoder.relative,
+                encoder.remat,
+                self.dtype,
             )
 
     @property

@@ -44,7 +44,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str, *, every: int, keep: int, keep_every: int):
         self.every = every
-        self.folder = epath.Path(workdir).resolve() / "checkpoints"
+        self.folder = absolute(workdir) / "checkpoints"
         self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
         self._manager = self._open()
         self._saved = None
@@ -55,8 +55,12 @@ class Checkpoints:
         return ocp.CheckpointManager(self.folder, item_handlers=handlers, options=self._options)
 
     def stop_on_sigterm(self):
-        """From now on SIGTERM lets the current step end, saves, and stops the run; the same command continues it."""
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_asked_to_stop", True))
+        """From now on SIGTERM lets the current step end, saves, and stops the run; the same command continues it.
+
+        With several processes JAX itself listens, so that all of them agree on the step.
+        """
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_asked_to_stop", True))
 
     def should_stop(self, step: int) -> bool:
         if jax.process_count() > 1:  # every process must leave at the same step
@@ -79,39 +83,47 @@ class Checkpoints:
     def restore(self, state, shardings):
         """-> (state, meta) of the newest sound checkpoint, or (None, None) when there is none.
 
-        `state` gives structure, shapes and types. A damaged checkpoint is moved aside with a warning and the one before
-        is taken. Raises CheckpointError when the shapes differ, or when every checkpoint is damaged.
+        `state` gives structure, shapes and types. Damaged checkpoints newer than that one are moved aside with a warning.
+        Raises CheckpointError when the shapes differ, or when every checkpoint is damaged.
         """
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        damaged = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
                 _require_same_shapes(target, self._manager.item_metadata(step).state, f"{self.folder}/{step}")
                 item = ocp.args.Composite(state=ocp.args.StandardRestore(target))
                 restored = self._manager.restore(step, args=item).state
                 require_fingerprints(restored, meta["fingerprints"])
-                return restored, meta
-            except CheckpointError as error:
-                if not isinstance(error, Damaged):
+            except Exception as error:
+                if not is_damage(error):
                     raise
-                self._move_aside(step, error)
-            except Exception as error:  # orbax has no one error for a truncated or missing file
-                self._move_aside(step, error)
-        if steps:
+                damaged[step] = error
+                continue
+            self._move_aside(damaged)
+            return restored, meta
+        if damaged:  # they stay where they are: what cannot be read now may be read later
             raise CheckpointError(
-                f"none of the checkpoints in {self.folder} can be read (steps {steps}); see the warnings above"
+                f"none of the checkpoints in {self.folder} can be read: "
+                + "; ".join(f"step {step}: {str(error).splitlines()[0][:200]}" for step, error in damaged.items())
             )
         return None, None
 
-    def _move_aside(self, step: int, error: Exception):
-        broken = self.folder / f"broken_{step}"
-        logging.warning("checkpoint of step %d is damaged (%s); moved to %s", step, str(error)[:300], broken)
+    def _move_aside(self, damaged: dict):
+        """Renames the step folders: left in place they would count as the latest step and block later saves."""
+        if not damaged:
+            return
         self._manager.close()
-        if jax.process_index() == 0:  # left in place it would count as the latest step and block later saves
-            (self.folder / str(step)).rename(broken)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoint moved aside")
+        for step, error in damaged.items():
+            names = [f"broken_{step}", *(f"broken_{step}.{i}" for i in range(1, 100))]
+            broken = next(self.folder / name for name in names if not (self.folder / name).exists())
+            logging.warning("checkpoint of step %d is damaged (%s); moved to %s", step, str(error)[:300], broken)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("every process has chosen the name")
+            if jax.process_index() == 0:
+                (self.folder / str(step)).rename(broken)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("checkpoint moved aside")
         self._manager = self._open()
 
     def close(self):
@@ -121,7 +133,25 @@ class Checkpoints:
 
 
 class Damaged(CheckpointError):
-    pass
+    """Bits that are not those that were saved."""
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether a failed restore is the file's fault: not another shape, no memory, no permission, no network."""
+    if isinstance(error, CheckpointError):
+        return isinstance(error, Damaged)
+    passing = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "DEADLINE_EXCEEDED")
+    if isinstance(error, PermissionError) or any(word in str(error) for word in passing):
+        return False
+    return isinstance(
+        error, (ValueError, KeyError, TypeError, AttributeError, OSError)
+    )  # what orbax raises for bad files
+
+
+def absolute(path) -> epath.Path:
+    """The path in full; a bucket (gs://...) as it is, which epath would resolve to a local folder."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.expanduser().resolve()
 
 
 def require_fingerprints(values, expected: dict):

@@ -1,5 +1,6 @@
 """AdamW with the released decay rule and per-layer learning rates; LARS of MAE's linear probe."""
 
+import math
 import re
 
 import jax
@@ -34,7 +35,7 @@ def adamw(lr, *, b1: float, b2: float, weight_decay: float, no_decay=(), clip_no
     """
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     parts += [
-        optax.scale_by_adam(b1=b1, b2=b2, eps=1e-8),
+        scale_by_adam(b1, b2),
         optax.add_decayed_weights(
             weight_decay, lambda params: tree.map_named(lambda p, x: decays(p, x, no_decay), params)
         ),
@@ -42,6 +43,30 @@ def adamw(lr, *, b1: float, b2: float, weight_decay: float, no_decay=(), clip_no
     if lr_scales is not None:
         parts.append(scale_by_path(lr_scales))
     return optax.chain(*parts, optax.scale_by_learning_rate(lr))
+
+
+def scale_by_adam(b1: float, b2: float, eps: float = 1e-8) -> optax.GradientTransformation:
+    """optax.scale_by_adam with the bias correction 1 - b^t as expm1(t log b).
+
+    optax subtracts in float32, which at b2 = .999 is off by 1e-5 in the first steps; torch uses doubles.
+    """
+
+    def correction(b, count):
+        return -jnp.expm1(count.astype(jnp.float32) * math.log(b))
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, zeros)
+
+    def update(grads, state, params=None):
+        count = state.count + 1
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        c1, c2 = correction(b1, count), correction(b2, count)
+        updates = jax.tree.map(lambda m, v: (m / c1) / (jnp.sqrt(v / c2) + eps), mu, nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
 
 
 def scale_by_path(scale) -> optax.GradientTransformation:

@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mim_jax import sharding, tree
-from mim_jax.train.checkpoint import CheckpointError, Damaged, arrays, require_fingerprints
+from mim_jax.train.checkpoint import CheckpointError, Damaged, absolute, arrays, require_fingerprints
 
 
 def find(source) -> epath.Path:
@@ -15,16 +15,26 @@ def find(source) -> epath.Path:
 
     Raises CheckpointError when there is none.
     """
-    source = epath.Path(source).expanduser()
+    source = absolute(source)
     if source.name.isdigit() and (source / "state").is_dir():
-        return source.resolve()
+        return source
     folder = source / "checkpoints"
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "state").is_dir()] if folder.is_dir() else []
+    steps = (
+        [int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "state").is_dir()]
+        if folder.is_dir()
+        else []
+    )
     if not steps:
         raise CheckpointError(
             f"no checkpoint in '{source}': give the folder of a run (it holds checkpoints/), or one step of it"
         )
-    return folder.resolve() / str(max(steps))
+    return folder / str(max(steps))
+
+
+def has_checkpoint(workdir) -> bool:
+    """Whether the run in this folder has saved anything."""
+    folder = absolute(workdir) / "checkpoints"
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def _reader(step_folder):

@@ -43,11 +43,8 @@ def init_variables(objective, example, seed: int):
     return objective.init({"params": prng.stream(seed, "params")}, *example)
 
 
-def create(objective, tx, example, *, seed: int, mesh, fsdp: bool = False, frozen_patterns=(), replace=None):
-    """A new state, every array created where it will live -> (state, its shardings).
-
-    `replace` is a flat {path: array} of pretrained parameters that take the place of the fresh ones.
-    """
+def plan(objective, tx, example, *, seed: int, mesh, fsdp: bool = False, frozen_patterns=()):
+    """-> (fresh() -> state, the shapes of its arrays, their shardings); nothing is computed yet."""
 
     def fresh():
         variables = init_variables(objective, example, seed)
@@ -58,7 +55,14 @@ def create(objective, tx, example, *, seed: int, mesh, fsdp: bool = False, froze
         return TrainState(zero, params, frozen, stats, tx.init(params), zero, zero)
 
     shapes = jax.eval_shape(fresh)
-    shardings = sharding.state_shardings(shapes, mesh, fsdp)
+    return fresh, shapes, sharding.state_shardings(shapes, mesh, fsdp)
+
+
+def create(fresh, shardings, replace=None) -> TrainState:
+    """A new state, every array created where it will live.
+
+    `replace` is a flat {path: array} of pretrained parameters that take the place of the fresh ones.
+    """
     state = jax.jit(fresh, out_shardings=shardings)()
     if replace:
 
@@ -70,4 +74,4 @@ def create(objective, tx, example, *, seed: int, mesh, fsdp: bool = False, froze
             return tree.map_named(lambda path, leaf: pick(path, leaf, where[path]), part)
 
         state = state.replace(params=put(state.params, shardings.params), frozen=put(state.frozen, shardings.frozen))
-    return state, shardings
+    return state

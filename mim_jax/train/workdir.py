@@ -10,8 +10,8 @@ from mim_jax import config as config_lib
 from mim_jax import tree
 from mim_jax.config import ConfigError
 
-# Keys that may differ between the run a workdir holds and the command that continues it: none of them changes a number.
-MAY_CHANGE = (r"^log\.", r"^checkpoint\.", r"^evals\.", r"^data\.(path|data_dir)$", r"^(remat|fsdp)$")
+# Keys that may differ between the run a workdir holds and the command that continues it: none changes more than rounding.
+MAY_CHANGE = (r"^log\.", r"^checkpoint\.", r"^evals\.", r"^data\.(path|data_dir)$", r"^(remat|fsdp|accumulation)$")
 RESULT = "result.json"
 
 
