@@ -132,6 +132,7 @@ def benchmark(specs, batch_size: int, steps: int) -> dict:
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "device": jax.devices()[0].device_kind, "devices": mesh.size, "cores": os.cpu_count(), "machine": platform.machine(),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "jax": jax.__version__, "git": git_hash(), "batch_size": batch_size, "steps": steps,
         "compute_dtype": str(widest.dtype), "remat": REMAT.value, "matmul_flops_per_second": rate,
         "peak_memory_bytes": peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

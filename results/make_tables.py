@@ -61,6 +61,7 @@ def speed() -> str:
     rows, notes = [], []
     for run in load("benchmark_*.json"):
         device = f"{run['devices']} x {run['device']}" + (f", {run['cores']} cores" if run["device"] == "cpu" else "")
+        device += ", huge pages" if "hugetlb=1" in run["glibc_tunables"] else ""
         for result in run["results"]:
             rows.append([
                 f"`{result['config'].removeprefix('configs/')}`",
