@@ -48,7 +48,8 @@ def quickstart() -> str:
     note = (
         f"{len(runs)} seeds, {first['test_examples']} test tiles of 16 photographs, {first['steps']} steps; gain of the "
         f"probe over the random encoder in each: {', '.join(f'{100 * gain:+.1f}' for gain in gains)} points. "
-        f"Seconds of pretraining and probe: {seconds} on two shared CPU cores. "
+        f"Seconds of pretraining and probe: {seconds} on two CPU cores, the longer ones while "
+        "other work ran beside. "
         f"Commits: {', '.join(sorted({run['git'][:9] for run in runs}))}."
     )
     return "\n\n".join([
