@@ -137,7 +137,11 @@ class TrackedConfig:
 
     def ignore(self):
         """Counts every key below as read: they belong to a part that is switched off."""
-        self._read.update(self._path + key for key in flatten(self._config))
+        self.mark_read(*flatten(self._config))
+
+    def mark_read(self, *keys):
+        """Counts these keys as read."""
+        self._read.update(self._path + key for key in keys)
 
     def to_dict(self) -> dict:
         """The plain tree; does not count as reading."""

@@ -7,7 +7,7 @@ from etils import epath
 
 from mim_jax import build, durations, sharding, tree
 from mim_jax.clock import Clock
-from mim_jax.config import ConfigDict, ConfigError, TrackedConfig, choice, flatten
+from mim_jax.config import ConfigDict, ConfigError, TrackedConfig, choice
 from mim_jax.logs import Logger
 from mim_jax.probe import cached_probe
 from mim_jax.train import checkpoint, loop, pretrained
@@ -61,13 +61,12 @@ def with_pretrained(config: TrackedConfig) -> TrackedConfig:
             merged.data[key] = value
     merged.pretrained.image_size = merged.image_size
     done = TrackedConfig(merged)
-    for key in flatten(merged.pretrained, "pretrained."):
-        done._read.add(key)  # the pretraining run has checked its own keys
-    done._read.update({"job", "features", "init_from", "image_size", "compute_dtype", "remat", "channels"})
+    done.pretrained.ignore()  # the pretraining run has checked its own keys
+    done.mark_read("job", "features", "init_from", "image_size", "compute_dtype", "remat", "channels")
     return done
 
 
-def train(config: TrackedConfig, plain: dict, workdir: str, mesh, job: str) -> dict:
+def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: str) -> dict:
     """A run of the training loop: pretraining, or a probe on streamed features."""
     began = time.perf_counter()
     sharding.check_batch(config.batch_size, config.accumulation, mesh)

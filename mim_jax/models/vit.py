@@ -12,9 +12,6 @@ from mim_jax.models.layers import Dense, DropPath, LayerNorm, Mlp, token_init
 from mim_jax.models.posembed import sincos_table
 from mim_jax.tokens import patchify
 
-# width, depth, heads of the usual letters (ViT, arXiv 2010.11929; S as in DeiT)
-SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
-
 
 class Block(nn.Module):
     """[r n d] -> [r n d]: pre-norm attention and MLP, each in a residual branch."""
