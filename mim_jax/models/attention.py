@@ -33,7 +33,9 @@ class Attention(nn.Module):
         logits = jnp.einsum("rhie,rhje->rhij", q * head_dim**-0.5, k, preferred_element_type=jnp.float32)
         if self.relative:
             logits = logits + RelativeKeys(self.dtype, name="rpe_k")(q, buckets)
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)  # float32 until here
+        weights = jax.nn.softmax(logits, axis=-1)  # float32 until here
+        self.sow("intermediates", "weights", weights)
+        weights = weights.astype(self.dtype)
         out = jnp.einsum("rhij,rhje->rhie", weights, v)
         return Dense(width, self.dtype, name="proj")(rearrange(out, "r h n e -> r n (h e)"))
 
