@@ -44,7 +44,8 @@ class Subject:
         self.made = build.objective(config)
         lr = warmup_cosine(1e-4, 1000, 10)
         tx = build.optimizer(config, lr)
-        fresh, _, shardings = plan(self.made, tx, build.example(config, self.made), seed=0, mesh=mesh)
+        example = build.example(config, self.made)
+        fresh, _, shardings = plan(self.made, tx, example, seed=0, mesh=mesh, frozen_patterns=self.made.frozen)
         self.state = create(fresh, shardings)
         prepare = build.pretraining_input(self.made, build.normaliser(config))
         step = make_step(self.made, tx, mesh, shardings, prepare=prepare, seed=0, lr=lr)
@@ -53,13 +54,26 @@ class Subject:
         start = time.perf_counter()
         self.step = step.lower(self.state, self.batch).compile()
         self.compile_seconds = time.perf_counter() - start
-        self.dtype, self.seconds = build.compute_dtype(config), []
+        self.dtype, self.seconds, self.target_seconds = build.compute_dtype(config), [], []
+        self.targets = None
+        if hasattr(self.made, "targets"):
+            apply = lambda state, batch: self.made.apply(
+                state.variables(), prepare(batch, jax.random.key(0))[0], method="targets"
+            )
+            self.targets = jax.jit(apply).lower(self.state, self.batch).compile()
 
     def run(self) -> float:
         """Seconds of one step."""
         start = time.perf_counter()
         self.state, metrics = self.step(self.state, self.batch)
         jax.block_until_ready((self.state, metrics))
+        return time.perf_counter() - start
+
+
+    def run_targets(self) -> float:
+        """Seconds of making the targets alone, normalisation of the images included."""
+        start = time.perf_counter()
+        jax.block_until_ready(self.targets(self.state, self.batch))
         return time.perf_counter() - start
 
 
@@ -96,10 +110,13 @@ def report(subject: Subject, rate: float, batch_size: int, devices: int) -> dict
     counted = flops.training(subject.made.flops())
     costs = subject.step.cost_analysis() or {}
     memory = subject.step.memory_analysis()
+    targets = float(np.median(subject.target_seconds)) if subject.targets else None
     return {
         "config": subject.spec,
         "step_median_s": median,
         "step_p90_s": p90,
+        "targets_median_s": targets,
+        "targets_share_of_step": targets and targets / median,
         "images_per_second": batch_size / median,
         "images_per_second_per_device": batch_size / median / devices,
         "parameters": tree.count(subject.state.params),
@@ -126,6 +143,8 @@ def benchmark(specs, batch_size: int, steps: int) -> dict:
         yardstick.rates.append(yardstick.run())
         for subject in subjects:
             subject.seconds.append(subject.run())
+            if subject.targets:
+                subject.target_seconds.append(subject.run_targets())
     rate = float(np.median(yardstick.rates))
     results = [report(subject, rate, batch_size, mesh.size) for subject in subjects]
     first = results[0]["step_median_s"]

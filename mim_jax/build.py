@@ -1,25 +1,21 @@
-"""From a config to the parts of a run: the only file that knows every part.
+"""From a config to the parts of a run: encoder, objective, data, optimiser. What judges a run is in evaluation.py.
 
-Two literal dicts, METHODS and EVALUATORS, are the whole name service.
+The literal dict METHODS is the whole name service.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mim_jax import durations, prng
+from mim_jax import durations
 from mim_jax.config import ConfigError, choice
-from mim_jax.evaluators.base import SplitRunner
-from mim_jax.evaluators.classify import ClassifyEvaluator, hits
-from mim_jax.evaluators.knn import KnnEvaluator
-from mim_jax.evaluators.pictures import draw_windows
-from mim_jax.evaluators.reconstruct import ReconstructEvaluator, moments
+from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT
 from mim_jax.objectives.classify import LinearProbe
+from mim_jax.objectives.localmim import LocalMIM
 from mim_jax.objectives.lomar import LoMaR
 from mim_jax.targets.pixels import Normaliser
 from mim_jax.tokens import grid_size
-from mim_jax.train.loop import ScheduledEvaluator
 from mim_jax.train.optimizer import adamw, lars
 from mim_jax.train.schedule import scaled_lr, warmup_cosine
 
@@ -32,8 +28,21 @@ def compute_dtype(config):
     return jnp.dtype(name)
 
 
+def encoder(config):
+    """The encoder of `config.encoder` for images of `config.image_size`: a Swin where it has `depths`, else a ViT."""
+    return swin(config) if "depths" in config.encoder.keys() else vit(config)
+
+
+def swin(config) -> Swin:
+    e = config.encoder
+    return Swin(
+        grid=grid_size(config.image_size, e.patch), patch=e.patch, channels=config.channels, width=e.width,
+        depths=tuple(e.depths), heads=tuple(e.heads), window=e.window, mlp_ratio=e.mlp_ratio, drop_path=e.drop_path,
+        sparse=e.sparse, remat=config.remat, dtype=compute_dtype(config),
+    )  # fmt: skip
+
+
 def vit(config) -> ViT:
-    """The encoder of `config.encoder` for images of `config.image_size`."""
     e = config.encoder
     choice("encoder.position", e.position, ("rpe", "absolute", "learned"))
     return ViT(
@@ -54,7 +63,18 @@ def lomar(config) -> LoMaR:
     )  # fmt: skip
 
 
-METHODS = {"lomar": lomar}
+def localmim(config) -> LocalMIM:
+    o = config.localmim
+    choice("localmim.target", o.target, ("hog", "pixels"))
+    return LocalMIM(
+        encoder=encoder(config), taps=tuple(o.taps), scales=tuple(o.scales), decoder_width=tuple(o.decoder_width),
+        decoder_depth=o.decoder_depth, decoder_heads=o.decoder_heads, mask_ratio=o.mask_ratio, target=o.target,
+        bins=o.bins, hog_bias=o.hog_bias, norm_pix=o.norm_pix, decouple_stages=o.decouple_stages,
+        dtype=compute_dtype(config),
+    )  # fmt: skip
+
+
+METHODS = {"lomar": lomar, "localmim": localmim}
 
 
 def objective(config):
@@ -64,9 +84,17 @@ def objective(config):
     return made
 
 
+def pooling(key: str, how: str, encoder) -> str:
+    """How tokens become one feature: "cls" or "mean". Raises ConfigError for the cls token of a Swin."""
+    if choice(key, how, ("cls", "mean")) == "cls" and not encoder.has_cls:
+        raise ConfigError(f"{key}=cls: a Swin has no cls token; use {key}=mean")
+    return how
+
+
 def probe_objective(config, pretrained, classes: int) -> LinearProbe:
     """A linear probe on the encoder of the pretraining run's config."""
-    return LinearProbe(encoder=vit(pretrained), classes=classes, pool=choice("pool", config.pool, ("cls", "mean")))
+    made = encoder(pretrained)
+    return LinearProbe(encoder=made, classes=classes, pool=pooling("pool", config.pool, made))
 
 
 def example(config, made, batch_size: int = 2):
@@ -160,87 +188,6 @@ def split_batches(config, source, batch_size: int, limit: int = 0):
         )  # fmt: skip
 
     return batches, min(limit, source.num_examples) if limit else source.num_examples
-
-
-def feature_runner(made, normalise, mesh, batches_and_count, pool: str) -> SplitRunner:
-    """Features and labels of a split."""
-
-    def fn(variables, batch):
-        features = made.apply(variables, normalise(batch["image"]), pool, method="features")
-        return {"features": features, "label": batch["label"]}
-
-    return SplitRunner(fn, mesh, *batches_and_count)
-
-
-def knn_evaluator(e, config, made, normalise, mesh, open_split):
-    bank, queries = open_split(e.train_split), open_split(e.test_split)
-    if not bank.num_classes:
-        raise ConfigError(f"kNN needs labels, which {bank.name} '{bank.split}' has not")
-    run = lambda source, limit: feature_runner(
-        made,
-        normalise,
-        mesh,
-        split_batches(config, source, e.batch_size, limit),
-        choice("pool", e.pool, ("cls", "mean")),
-    )
-    return KnnEvaluator(run(bank, e.train_examples), run(queries, 0), bank.num_classes, e.k, e.temperature)
-
-
-def reconstruct_evaluator(e, config, made, normalise, mesh, open_split):
-    source = open_split(e.split)
-    key = prng.stream(config.seed, "reconstruct")
-
-    def fn(variables, batch):
-        images = normalise(batch["image"])
-        masks = made.masks(key, images.shape[0])
-        prediction, patches = made.apply(variables, images, masks, method="predict")
-        return moments(prediction, patches, masks.hidden, made.region, made.encoder.patch, made.norm_pix)
-
-    shown = draw_windows(made, normalise, ratios=(made.mask_ratio,))
-    batches, count = split_batches(config, source, e.batch_size, e.examples)
-    pictures, sample = e.pictures, []
-
-    def draw(state):
-        if jax.process_count() > 1 or not pictures:
-            return {}  # pictures of a run on several hosts come from visualise
-        if not sample:
-            sample.append(next(iter(batches()))["image"][:pictures])
-        return {"reconstruct/windows": shown(state.variables(), sample[0], key)}
-
-    return ReconstructEvaluator(SplitRunner(fn, mesh, batches, count), made.norm_pix, draw)
-
-
-def classify_evaluator(e, config, made, normalise, mesh, open_split):
-    def fn(variables, batch):
-        logits = made.apply(variables, normalise(batch["image"]), method="logits")
-        return {"top1": hits(logits, batch["label"], 1), "top5": hits(logits, batch["label"], 5)}
-
-    return ClassifyEvaluator(
-        SplitRunner(fn, mesh, *split_batches(config, open_split(e.split), e.batch_size, e.examples)), e.split
-    )
-
-
-EVALUATORS = {"knn": knn_evaluator, "reconstruct": reconstruct_evaluator, "classify": classify_evaluator}
-
-
-def evaluators(config, made, normalise, mesh, open_split, total: int, examples_per_epoch: int):
-    """The scheduled evaluators of `config.evals`: {name: {type, on, every_*, ...}}."""
-    scheduled = []
-    for name in config.evals.keys():
-        e = config.evals[name]
-        every = durations.in_steps(
-            e, "every", batch_size=config.batch_size, examples_per_epoch=examples_per_epoch, total_steps=total
-        )
-        kind = choice(f"evals.{name}.type", e.type, EVALUATORS)
-        if not e.on:
-            e.ignore()
-            continue
-        try:
-            evaluator = EVALUATORS[kind](e, config, made, normalise, mesh, open_split)
-        except ConfigError as error:
-            raise type(error)(f"{error} (evaluator '{name}': --config.evals.{name}.on=False leaves it out)") from error
-        scheduled.append(ScheduledEvaluator(name, evaluator.run, every))
-    return scheduled
 
 
 def synthetic_batch(config, batch_size: int, seed: int = 0) -> dict:

@@ -70,6 +70,11 @@ def _parse(name: str, text: str, kind: type):
         raise ConfigError(f"config argument '{name}' takes {kind.__name__}, not '{text}'") from e
 
 
+def numbers(name: str, text: str, kind: type) -> tuple:
+    """Parses `"1-3-9-11"`: several numbers in one argument."""
+    return tuple(_parse(name, part, kind) for part in text.split("-"))
+
+
 def choice(key: str, value, allowed):
     """Returns `value` if it is one of `allowed`; raises ConfigError naming the key otherwise."""
     if value not in allowed:

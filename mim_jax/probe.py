@@ -7,7 +7,8 @@ import numpy as np
 
 from mim_jax import build
 from mim_jax.config import ConfigError
-from mim_jax.evaluators.base import balanced_accuracy
+from mim_jax.evaluation import feature_runner
+from mim_jax.evaluators.base import SplitRunner, balanced_accuracy
 from mim_jax.evaluators.knn import knn_predict
 from mim_jax.evaluators.linear_probe import ProbeSettings, probe
 from mim_jax.logs import Logger
@@ -60,7 +61,7 @@ def cached_probe(config, plain: dict, workdir: str, mesh) -> dict:
     )
 
     def encoded(variables):
-        runners = {name: build.feature_runner(made, normalise, mesh, b, pool) for name, b in batches.items()}
+        runners = {name: feature_runner(made, normalise, mesh, b, pool) for name, b in batches.items()}
         return hold_out({name: run(variables) for name, run in runners.items()})
 
     def raw(variables, batch):
@@ -69,7 +70,7 @@ def cached_probe(config, plain: dict, workdir: str, mesh) -> dict:
     subjects = {"probe": lambda: encoded(trained), "random_encoder": lambda: encoded(random)}
     gigabytes = 4e-9 * sum(s.num_examples for s in sources.values()) * np.prod(config.image_size) * config.channels
     if gigabytes <= MAX_RAW_GIGABYTES:
-        raw_runners = {name: build.SplitRunner(raw, mesh, *b) for name, b in batches.items()}
+        raw_runners = {name: SplitRunner(raw, mesh, *b) for name, b in batches.items()}
         subjects["raw_pixel"] = lambda: hold_out({name: run({}) for name, run in raw_runners.items()})
     else:
         logger.say(f"raw pixels are left out: {gigabytes:.0f} GB of them")

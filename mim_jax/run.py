@@ -5,7 +5,7 @@ import time
 import jax
 from etils import epath
 
-from mim_jax import build, durations, sharding, tree
+from mim_jax import build, durations, evaluation, sharding, tree
 from mim_jax.clock import Clock
 from mim_jax.config import ConfigDict, ConfigError, TrackedConfig, choice
 from mim_jax.logs import Logger
@@ -75,20 +75,20 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
     normalise = build.normaliser(config)
     if job == "pretrain":
         made = build.objective(config)
-        prepare, frozen = build.pretraining_input(made, normalise), ()
+        prepare = build.pretraining_input(made, normalise)
         build.picture_split(config)
     else:
         if not source.num_classes:
             raise ConfigError(f"a linear probe needs labels, which {source.name} at '{config.data.path}' has not")
         made = build.probe_objective(config, config.pretrained, source.num_classes)
-        prepare, frozen = build.supervised_input(normalise), (r"^encoder/",)
+        prepare = build.supervised_input(normalise)
     per_epoch = source.num_examples
     total = durations.in_steps(config, "total", batch_size=config.batch_size, examples_per_epoch=per_epoch)
     if total < 1:
         raise ConfigError("the run has no length: set one of total_steps, total_epochs, total_examples")
     lr, peak_lr, warmup = build.schedule(config, total, per_epoch)
     tx = build.optimizer(config, lr)
-    evaluators = build.evaluators(config, made, normalise, mesh, open_split, total, per_epoch)
+    evaluators = evaluation.evaluators(config, made, normalise, mesh, open_split, total, per_epoch)
     save_every = durations.in_steps(config.checkpoint, "every", batch_size=config.batch_size, examples_per_epoch=per_epoch,
                                     total_steps=total)  # fmt: skip
     log_every, tensorboard, fsdp = config.log.every_steps, config.log.tensorboard, config.fsdp
@@ -105,7 +105,7 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
     claim(workdir, plain)
     logger = Logger(workdir, write=jax.process_index() == 0, tensorboard=tensorboard)
     checkpoints = checkpoint.Checkpoints(workdir, every=save_every, keep=keep, keep_every=keep_every)
-    fresh, shapes, shardings = plan(made, tx, example, seed=config.seed, mesh=mesh, fsdp=fsdp, frozen_patterns=frozen)
+    fresh, shapes, shardings = plan(made, tx, example, seed=config.seed, mesh=mesh, fsdp=fsdp, frozen_patterns=made.frozen)
     state, meta = checkpoints.restore(shapes, shardings)
     if state is not None:
         first, clock, loaded = meta["step"], Clock(meta["clock"]), f"continued at step {meta['step']}"

@@ -1,4 +1,6 @@
-"""Images to patches and back, and windows of patches. The patch vector's order is (row, column, channel)."""
+"""Images to patches and back, windows of patches, visible tokens. The patch vector's order is (row, column, channel)."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,40 @@ def cut_windows(tokens, corners, window: int):
     return rearrange(windows, "b m r s d -> b m (r s) d")
 
 
-def take(tokens, ids):
-    """[... n d], [... k] -> [... k d]: the tokens with these ids."""
-    return jnp.take_along_axis(tokens, ids[..., None], axis=-2)
+class Visible(NamedTuple):
+    """Which tokens of n are visible. ids: [b k], ascending; slot: [b n], the place of each among the visible ones
+    (of no meaning where hidden); hidden: [b n] bool."""
+
+    ids: jax.Array
+    slot: jax.Array
+    hidden: jax.Array
+
+
+def visible(hidden, kept: int) -> Visible:
+    """[b n] bool, with `kept` visible tokens in every row, a static number."""
+    ids = jnp.argsort(hidden, axis=-1, stable=True)[:, :kept]
+    return Visible(ids, jnp.maximum(jnp.cumsum(~hidden, -1) - 1, 0), hidden)
+
+
+@jax.custom_vjp
+def keep(tokens, which: Visible):
+    """[b n ...] -> [b k ...]: the visible tokens."""
+    return take_rows(tokens, which.ids)
+
+
+@jax.custom_vjp
+def spread(tokens, which: Visible):
+    """[b k ...] -> [b n ...]: visible tokens back to their places, zeros where hidden."""
+    hidden = which.hidden.reshape(which.hidden.shape + (1,) * (tokens.ndim - 2))
+    return jnp.where(hidden, 0, take_rows(tokens, which.slot))
+
+
+# Each is the transpose of the other. Left to itself, JAX would transpose a gather to a scatter-add, which is slow on a
+# CPU and, with repeated indices, adds up in any order on a GPU.
+keep.defvjp(lambda tokens, which: (keep(tokens, which), which), lambda which, g: (spread(g, which), None))
+spread.defvjp(lambda tokens, which: (spread(tokens, which), which), lambda which, g: (keep(g, which), None))
+
+
+def take_rows(tokens, ids):
+    """[b n ...], [b k] -> [b k ...]."""
+    return jnp.take_along_axis(tokens, ids.reshape(ids.shape + (1,) * (tokens.ndim - 2)), axis=1)

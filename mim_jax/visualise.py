@@ -20,8 +20,7 @@ SEED = flags.DEFINE_integer("seed", 0, "chooses images and windows")
 
 def visualise(workdir: str, out: str, ratios, images: int, split: str, seed: int) -> list:
     """Writes one figure with every ratio and one per ratio -> their paths. Raises ConfigError for a run without checkpoint."""
-    from mim_jax import build, prng, sharding
-    from mim_jax.evaluators.pictures import draw_windows
+    from mim_jax import build, evaluation, prng, sharding
     from mim_jax.train import pretrained
     from mim_jax.train.checkpoint import absolute
     from mim_jax.tree import flatten, nest
@@ -43,7 +42,7 @@ def visualise(workdir: str, out: str, ratios, images: int, split: str, seed: int
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for group in [ratios] + [(ratio,) for ratio in ratios]:
-        draw = draw_windows(made, normalise, group)
+        draw = evaluation.drawing(made)(made, normalise, group)
         figure = draw({"params": nest(params)}, shown, prng.stream(seed, "visualise"))
         name = "reconstructions" if group is ratios else f"reconstructions_{round(100 * group[0])}"
         paths.append(out / f"{name}_step{meta['step']}.png")

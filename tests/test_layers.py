@@ -13,12 +13,12 @@ LAYERS = {
     3: "objectives",
     4: "train",
     5: "evaluators convert",
-    6: "build",
+    6: "build evaluation",
     7: "run probe",
-    8: "main benchmark visualise",
+    8: "main benchmark visualise attention",
 }
 LAYER = {part: number for number, parts in LAYERS.items() for part in parts.split()}
-SAME_LAYER = {("run", "probe")}  # besides layer 0, whose files may import each other
+SAME_LAYER = {("run", "probe"), ("evaluation", "build")}  # besides layer 0, whose files may import each other
 HEAVY = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections")
 FILES = sorted((REPO / "mim_jax").rglob("*.py"))
 CODE = [f for f in FILES if f.name != "__init__.py"]

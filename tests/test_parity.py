@@ -6,9 +6,12 @@ import pathlib
 import numpy as np
 import parity
 import pytest
+from recorded import Case
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-CASES = ("lomar_tiny", "lomar_tiny_b4_w7", "lomar_vit_classifier_tiny_gap", "vit_abs_classifier_tiny_gap", "traj_lomar")
+CASES = ("lomar_tiny", "lomar_tiny_b4_w7", "lomar_vit_classifier_tiny_gap", "vit_abs_classifier_tiny_gap", "traj_lomar",
+         "hog", "localmim_vit_tiny_hog9", "localmim_swin_tiny_hog9", "swin_classifier_tiny", "traj_localmim_vit",
+         "traj_decouple")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -16,7 +19,7 @@ def test_recorded_tensors(case):
     result = parity.compare(str(GOLDEN / f"{case}.npz"))
     assert not result["failed"], {key: result["errors"][key] for key in result["failed"]}
     assert not result["not_compared"]
-    assert any(key.startswith(("grad/", "final/")) for key in result["errors"])
+    assert any(key.startswith(("grad/", "final/", "nbins18_bias/pool")) for key in result["errors"])
 
 
 def changed(case: str, path, **arrays) -> str:
@@ -40,6 +43,31 @@ def test_a_small_mistake_is_noticed(tmp_path):
 def test_an_unknown_recorded_tensor_is_not_passed_over(tmp_path):
     result = parity.compare(changed("lomar_tiny", tmp_path / "more.npz", **{"out/block9": np.zeros(3, np.float32)}))
     assert not result["passed"]
+
+
+def test_a_histogram_in_the_wrong_bin_is_noticed(tmp_path):
+    with np.load(GOLDEN / "hog.npz") as archive:
+        pool, bins = archive["nbins9_bias/pool8"].copy(), archive["nbins18/bin"].copy()
+    pool[2, :, 3, 4] = np.roll(pool[2, :, 3, 4], 1)
+    bins[0, 60, 30] = (bins[0, 60, 30] + 1) % 18
+    wrong = {"nbins9_bias/pool8": pool, "nbins18/bin": bins}
+    assert parity.compare(changed("hog", tmp_path / "wrong.npz", **wrong))["failed"] == list(wrong)[::-1]
+
+
+def test_images_of_another_file_are_found_beside_the_case_or_among_the_recorded(tmp_path):
+    with np.load(GOLDEN / "images_swin224.npz") as archive:
+        recorded = np.moveaxis(archive["input/images"], 1, -1)
+    assert recorded.dtype == np.float16
+    for name in ("localmim_swin_tiny_hog9", "swin_classifier_tiny"):
+        case = Case(changed(name, tmp_path / f"{name}.npz"))
+        images = case.images()  # nothing lies beside it
+        assert images.dtype == np.float32 and images.shape == (2, 224, 224, 3)
+        np.testing.assert_array_equal(images, recorded)
+    np.savez(tmp_path / "images_swin224.npz", **{"input/images": np.ones((2, 3, 8, 8), np.float16)})
+    assert (Case(str(tmp_path / "swin_classifier_tiny.npz")).images() == 1).all()
+    lost = changed("swin_classifier_tiny", tmp_path / "lost.npz", meta={"images": "elsewhere.npz key input/images"})
+    with pytest.raises(FileNotFoundError, match=r"lost\.npz needs the images of .*elsewhere\.npz or .*golden"):
+        Case(lost).images()
 
 
 def test_accumulation_and_layer_decay_follow_the_recorded_format(tmp_path):

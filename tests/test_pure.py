@@ -22,7 +22,7 @@ from mim_jax.models import irpe, layers
 from mim_jax.models.posembed import resize_table, sincos_table
 from mim_jax.objectives.classify import one_hot_targets, smooth_labels, soft_cross_entropy
 from mim_jax.targets.pixels import Normaliser, masked_mean, patch_statistics, pixel_targets
-from mim_jax.tokens import cut_windows, grid_size, patchify, take, unpatchify
+from mim_jax.tokens import cut_windows, grid_size, keep, patchify, spread, unpatchify, visible
 from mim_jax.train.checkpoint import fingerprints
 from mim_jax.train.optimizer import adamw, decays, lars, lr_scale
 from mim_jax.train.schedule import scaled_lr, warmup_cosine
@@ -59,10 +59,23 @@ def test_cut_windows_is_slicing():
         np.testing.assert_array_equal(found[b, m], tokens[b, r : r + 3, c : c + 3].reshape(9, 3))
 
 
-def test_take_picks_tokens():
-    tokens, ids = RNG.normal(size=(2, 5, 3)), np.array([[4, 0], [1, 1]])
-    want = np.float32([t[i] for t, i in zip(tokens, ids)])
-    np.testing.assert_array_equal(take(jnp.asarray(tokens, jnp.float32), ids), want)
+@pytest.mark.parametrize("shape", [(2, 6, 3), (2, 6, 2, 2, 3)])
+def test_keep_and_spread_are_each_others_transpose(shape):
+    rng = np.random.default_rng(0)
+    hidden = np.array([[1, 0, 0, 1, 1, 0], [0, 1, 0, 0, 1, 1]], bool)
+    which = visible(jnp.asarray(hidden), 3)
+    np.testing.assert_array_equal(which.ids, [[1, 2, 5], [0, 2, 3]])
+    everything = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    kept, back = jax.vjp(lambda x: keep(x, which), everything)
+    np.testing.assert_array_equal(kept, np.stack([np.asarray(x)[~h] for x, h in zip(everything, hidden)]))
+    spread_out, forth = jax.vjp(lambda x: spread(x, which), kept)
+    wide = hidden.reshape(hidden.shape + (1,) * (len(shape) - 2))
+    np.testing.assert_array_equal(spread_out, np.where(wide, 0, everything))
+    # the gradients are those of the plain gather and scatter
+    np.testing.assert_array_equal(back(kept)[0], spread_out)
+    np.testing.assert_array_equal(forth(everything)[0], kept)
+    plain = jax.vjp(lambda x: jnp.take_along_axis(x, which.ids.reshape(2, 3, *[1] * (len(shape) - 2)), 1), everything)[1]
+    np.testing.assert_array_equal(back(kept)[0], plain(kept)[0])
 
 
 # positions

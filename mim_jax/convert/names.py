@@ -1,6 +1,7 @@
-"""Released PyTorch parameter names and layouts <-> this project's, as data: one ordered list of rules.
+"""Released PyTorch parameter names and layouts <-> this project's, as data: one ordered list of rules per model.
 
-A rule is (pattern, our path, layout). Layouts are linear, so gradients convert by the same rules as parameters.
+A rule is (pattern, our path, layout); the pattern's groups fill the path's fields in their order. Layouts are linear,
+so gradients convert by the same rules as parameters.
 """
 
 import re
@@ -9,34 +10,113 @@ import numpy as np
 
 from mim_jax import tree
 
-# Names the released checkpoints carry for nothing: fixed tables, which are constants here.
-FIXED_TABLES = (r"^pos_embed$", r"^decoder_pos_embed$")
+# Names the released checkpoints carry for nothing: fixed tables and filters, which are constants here.
+FIXED_TABLES = (r"^pos_embed$", r"^decoder_pos_embed$", r"^decoder\.\d+\.pos_embed$", r"^hog_enc\.\d+\.conv\.weight$",
+                r"\.relative_position_index$", r"\.attn_mask$")  # fmt: skip
 
-BLOCK = r"^blocks\.(\d+)\."
-VIT_RULES = (
+
+def linear(released: str, ours: str, layout: str = "linear") -> tuple:
+    """The two rules of a layer with a kernel and a bias."""
+    return (rf"{released}\.weight$", f"{ours}/kernel", layout), (rf"{released}\.bias$", f"{ours}/bias", "same")
+
+
+def norm(released: str, ours: str, layout: str = "same") -> tuple:
+    """The two rules of a LayerNorm."""
+    return (rf"{released}\.weight$", f"{ours}/scale", layout), (rf"{released}\.bias$", f"{ours}/bias", layout)
+
+
+def block(released: str, ours: str) -> tuple:
+    """The rules of transformer blocks below two prefixes: a pattern, and a path with its fields."""
+    return (
+        (released + r"attn\.rpe_k\.lookup_table_weight$", ours + "attn/rpe_k/table", "squeeze"),
+        (released + r"attn\.relative_position_bias_table$", ours + "attn/relative_bias", "same"),
+        *norm(released + r"(norm\d)", ours + "{}"),
+        *linear(released + r"(attn|mlp)\.(\w+)", ours + "{}/{}"),
+    )
+
+
+# -- ViT, LoMaR and the ViT classifiers -------------------------------------------------------------------------------
+
+VIT_BODY = (
     (r"^cls_token$", "encoder/cls_token", "same"),
-    (r"^patch_embed\.proj\.weight$", "encoder/patch_embed/kernel", "patch"),
-    (r"^patch_embed\.proj\.bias$", "encoder/patch_embed/bias", "same"),
-    (BLOCK + r"attn\.rpe_k\.lookup_table_weight$", "encoder/block_{0:02d}/attn/rpe_k/table", "squeeze"),
-    (BLOCK + r"(norm\d)\.weight$", "encoder/block_{0:02d}/{1}/scale", "same"),
-    (BLOCK + r"(norm\d)\.bias$", "encoder/block_{0:02d}/{1}/bias", "same"),
-    (BLOCK + r"(attn|mlp)\.(\w+)\.weight$", "encoder/block_{0:02d}/{1}/{2}/kernel", "linear"),
-    (BLOCK + r"(attn|mlp)\.(\w+)\.bias$", "encoder/block_{0:02d}/{1}/{2}/bias", "same"),
-    (r"^norm\.weight$", "encoder/norm/scale", "same"),
-    (r"^norm\.bias$", "encoder/norm/bias", "same"),
+    *linear(r"^patch_embed\.proj", "encoder/patch_embed", "patch"),
+    *block(r"^blocks\.(\d+)\.", "encoder/block_{:02d}/"),
 )
-LOMAR_RULES = VIT_RULES + (
-    (r"^mask_token$", "mask_token", "same"),
-    (r"^encoder_pred\.weight$", "head/kernel", "linear"),
-    (r"^encoder_pred\.bias$", "head/bias", "same"),
+HEAD = linear(r"^head", "head")
+VIT_RULES = VIT_BODY + norm(r"^norm", "encoder/norm")
+LOMAR_RULES = VIT_RULES + ((r"^mask_token$", "mask_token", "same"), *linear(r"^encoder_pred", "head"))
+CLASSIFIER_RULES = VIT_RULES + ((r"^pos_embed$", "encoder/pos_embed", "same"),) + norm(r"^fc_norm", "fc_norm") + HEAD
+
+# -- LocalMIM ---------------------------------------------------------------------------------------------------------
+
+LOCAL_DECODERS = (
+    (r"^decoder\.(\d+)\.mask_token$", "decoder_{}/mask_token", "same"),
+    *linear(r"^decoder\.(\d+)\.embed", "decoder_{}/embed"),
+    *block(r"^decoder\.(\d+)\.blocks\.(\d+)\.", "decoder_{}/block_{:02d}/"),
+    *norm(r"^decoder\.(\d+)\.norm", "decoder_{}/norm"),
+    (r"^hog_enc\.(\d+)\.conv\.bias$", "hog_bias_{}", "same"),
 )
-CLASSIFIER_RULES = VIT_RULES + (
-    (r"^pos_embed$", "encoder/pos_embed", "same"),
-    (r"^fc_norm\.weight$", "fc_norm/scale", "same"),
-    (r"^fc_norm\.bias$", "fc_norm/bias", "same"),
-    (r"^head\.weight$", "head/kernel", "linear"),
-    (r"^head\.bias$", "head/bias", "same"),
+# By the scale of a tap: index in the released `decoder.J.pred`, our name. The rest there has no parameters.
+RESCALING = {
+    4: ((0, "rescale/up_0"), (1, "rescale/norm_0"), (3, "rescale/up_1"), (4, "pred")),
+    2: ((0, "rescale/up_0"), (1, "pred")),
+    1: ((0, "pred"),),
+    0.5: ((1, "pred"),),
+}
+
+
+def rescaling(tap: int, scale: float) -> tuple:
+    """The rules of a ViT decoder's last layers: up- or downsampling to the target's grid, 1x1 convolution."""
+    rules = ()
+    for index, ours in RESCALING[scale]:
+        names = rf"^decoder\.{tap}\.pred\.{index}", f"decoder_{tap}/{ours}"
+        if "norm" in ours:
+            rules += norm(*names)
+        else:
+            rules += linear(*names, "deconv" if "up" in ours else "conv1")
+    return rules
+
+
+def tap_norms(prefix: str, taps: int, last_is_top: bool = True) -> tuple:
+    """The rules of the LayerNorms after the taps; the last tap's is the encoder's own where it is the last block's."""
+    rules = ()
+    for tap in range(taps):
+        top = last_is_top and tap == taps - 1
+        rules += norm(rf"{prefix}norm\.{tap}", "encoder/norm" if top else f"norm_{tap}")
+    return rules
+
+
+def localmim_vit_rules(scales, last_is_top: bool = True) -> tuple:
+    """LocalMIM on a ViT whose decoder J predicts at `scales[J]`; `last_is_top`: the last tap is after the last block."""
+    rules = VIT_BODY + tap_norms("^", len(scales), last_is_top) + LOCAL_DECODERS
+    return rules + sum((rescaling(tap, scale) for tap, scale in enumerate(scales)), ())
+
+
+# -- Swin -------------------------------------------------------------------------------------------------------------
+
+
+def swin_body(prefix: str, merging: str, merging_norm: str) -> tuple:
+    """Patch embedding, blocks and mergings; the two layouts say in which order the merged neighbours are released."""
+    stage = prefix + r"layers\.(\d+)\."
+    return (
+        *linear(prefix + r"patch_embed\.proj", "encoder/patch_embed", "patch"),
+        *norm(prefix + r"patch_embed\.norm", "encoder/patch_norm"),
+        *block(stage + r"blocks\.(\d+)\.", "encoder/stage_{}/block_{:02d}/"),
+        (stage + r"downsample\.reduction\.weight$", "encoder/stage_{}/merge/reduction/kernel", merging),
+        *norm(stage + r"downsample\.norm", "encoder/stage_{}/merge/norm", merging_norm),
+    )
+
+
+LOCALMIM_SWIN_RULES = (
+    swin_body(r"^encoder\.", "merge_linear", "merge")
+    + tap_norms(r"^encoder\.", taps=4)
+    + LOCAL_DECODERS
+    + linear(r"^decoder\.(\d+)\.pred", "decoder_{}/pred")
 )
+SWIN_CLASSIFIER_RULES = swin_body("^", "linear", "same") + norm(r"^norm", "fc_norm") + HEAD
+
+
+# -- using the rules --------------------------------------------------------------------------------------------------
 
 
 def our_name(released: str, rules) -> tuple[str, str] | None:
@@ -49,21 +129,55 @@ def our_name(released: str, rules) -> tuple[str, str] | None:
 
 
 def to_ours(array, layout: str):
-    """A released array in this project's layout: conv [d c p q] -> [(p q c) d], linear [out in] -> [in out]."""
-    if layout == "linear":
-        return np.ascontiguousarray(array.T)
-    if layout == "patch":
-        return np.ascontiguousarray(array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0]))
-    return array[0] if layout == "squeeze" else array
+    """A released array in this project's layout."""
+    return LAYOUTS[layout][0](array)
 
 
 def to_released(array, layout: str, patch: int = 0):
     """The inverse of `to_ours`; "patch" needs the patch size."""
-    if layout == "linear":
-        return np.ascontiguousarray(array.T)
-    if layout == "patch":
-        return np.ascontiguousarray(array.reshape(patch, patch, -1, array.shape[-1]).transpose(3, 2, 0, 1))
-    return array[None] if layout == "squeeze" else array
+    back = LAYOUTS[layout][1]
+    return back(array, patch) if layout == "patch" else back(array)
+
+
+def transposed(array):
+    """linear [out in] <-> [in out]."""
+    return np.ascontiguousarray(array.T)
+
+
+def patch_to_ours(array):
+    """conv [d c p q] -> [(p q c) d]."""
+    return np.ascontiguousarray(array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0]))
+
+
+def patch_to_released(array, patch: int):
+    return np.ascontiguousarray(array.reshape(patch, patch, -1, array.shape[-1]).transpose(3, 2, 0, 1))
+
+
+def deconv_to_ours(array):
+    """2x2 transposed convolution of stride 2, [in out 2 2] -> [in (2 2 out)]."""
+    return np.ascontiguousarray(array.transpose(0, 2, 3, 1).reshape(array.shape[0], -1))
+
+
+def deconv_to_released(array):
+    return np.ascontiguousarray(array.reshape(array.shape[0], 2, 2, -1).transpose(0, 3, 1, 2))
+
+
+def swap_neighbours(array):
+    """[(4 d) ...] with 2x2 neighbours (0,0),(0,1),(1,0),(1,1) <-> (0,0),(1,0),(0,1),(1,1), each (row, column)."""
+    return array.reshape(4, -1, *array.shape[1:])[np.array([0, 2, 1, 3])].reshape(array.shape)
+
+
+# layout: (released -> ours, ours -> released)
+LAYOUTS = {
+    "same": (lambda x: x, lambda x: x),
+    "squeeze": (lambda x: x[0], lambda x: x[None]),
+    "linear": (transposed, transposed),
+    "conv1": (lambda x: transposed(x[:, :, 0, 0]), lambda x: transposed(x)[:, :, None, None]),
+    "patch": (patch_to_ours, patch_to_released),
+    "deconv": (deconv_to_ours, deconv_to_released),
+    "merge": (swap_neighbours, swap_neighbours),
+    "merge_linear": (lambda x: swap_neighbours(transposed(x)), lambda x: transposed(swap_neighbours(x))),
+}
 
 
 def from_released(state: dict, rules, ignore=FIXED_TABLES) -> dict:

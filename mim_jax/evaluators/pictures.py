@@ -11,16 +11,18 @@ SPREAD = 0.2  # of the gray scale for one standard deviation
 OWN = "own statistics: the same prediction with the average statistics of the visible patches, nothing borrowed"
 
 
+def in_gray_scale(normalise, picture, images):
+    """Normalised [b h w c] -> [0, 1]. Images standardised one by one are drawn as the model sees them, mean at middle
+    gray: the contrast of the file is not in its input."""
+    return 0.5 + SPREAD * picture if normalise.per_image else normalise.undo(picture, images)
+
+
 def draw_windows(objective, normalise, ratios):
     """-> draw(variables, uint8 [b h w c], key) -> uint8 figure [h w 3].
 
-    Each image gets the same window at every share of hidden patches. Images standardised one by one are drawn as the
-    model sees them, mean at middle gray: the contrast of the file is not in its input.
+    Each image gets the same window at every share of hidden patches.
     """
     variants = {ratio: objective.clone(mask_ratio=ratio) for ratio in ratios}
-
-    def shown(picture, images):
-        return 0.5 + SPREAD * picture if normalise.per_image else normalise.undo(picture, images)
 
     @jax.jit
     def panels(variables, images, key):
@@ -31,8 +33,8 @@ def draw_windows(objective, normalise, ratios):
         drawn = {}
         for ratio, made in variants.items():
             pictures = made.apply(variables, normalised, masks[ratio], method="pictures")
-            drawn[ratio] = {name: shown(x, images) for name, x in pictures.items()}
-        return first.corners[:, 0], shown(normalised, images), drawn
+            drawn[ratio] = {name: in_gray_scale(normalise, x, images) for name, x in pictures.items()}
+        return first.corners[:, 0], in_gray_scale(normalise, normalised, images), drawn
 
     def draw(variables, images, key):
         corners, whole, drawn = jax.tree.map(np.asarray, panels(variables, jnp.asarray(images), key))

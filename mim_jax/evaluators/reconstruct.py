@@ -5,41 +5,47 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 
 from mim_jax.evaluators.base import SplitRunner
-from mim_jax.evaluators.inpainting import harmonic_inpaint
-from mim_jax.targets.pixels import pixel_targets
-from mim_jax.tokens import patchify, unpatchify
 
 
-def moments(prediction, patches, hidden, grid, patch: int, norm_pix: bool):
-    """[b m n d], [b m n d], [b m n] -> {name: [b]}: means over hidden patches of the model's squared error, and of the
-    squares and product of target and inpainted patch, from which `summarise` gets the baseline's error."""
-    b = hidden.shape[0]
-    regions = rearrange(patches, "b m (r s) d -> (b m) r s d", r=grid[0])
-    pixels = jnp.repeat(jnp.repeat(rearrange(hidden, "b m (r s) -> (b m) r s", r=grid[0]), patch, 1), patch, 2)
-    filled = patchify(harmonic_inpaint(unpatchify(regions, patch), pixels), patch)
-    filled = pixel_targets(rearrange(filled, "(b m) r s d -> b m (r s) d", b=b), norm_pix)
-    target = pixel_targets(patches, norm_pix)
-    weight = hidden / hidden.sum((1, 2), keepdims=True)
-    mean = lambda values: (values.mean(-1) * weight).sum((1, 2))
-    return {
-        "masked_mse": mean(jnp.square(prediction - target)), "target": mean(jnp.square(target)),
-        "inpainted": mean(jnp.square(filled)), "product": mean(filled * target),
-    }  # fmt: skip
+def moments(parts: dict) -> dict:
+    """{output: (prediction, target, inpainted [b n t], weight [b n])} -> {"output/moment": [b ...]}.
 
-
-def summarise(found: dict, norm_pix: bool) -> dict[str, float]:
-    """-> masked_mse, inpainting_mse, zero_mse (a prediction of 0, which is each patch's mean under norm_pix).
-
-    Under norm_pix the inpainted patch is standardised like the target, and scaled by the one factor that makes its error
-    smallest on these very images: a smooth guess of full contrast would lose to predicting nothing.
+    Means over hidden places of the model's squared error, of the squares and product of target and inpainted target,
+    and of the target itself, from which `summarise` gets the errors of the baselines.
     """
-    m = {key: float(np.mean(value)) for key, value in found.items()}
-    scale = m["product"] / max(m["inpainted"], 1e-12) if norm_pix else 1.0
-    inpainting = m["target"] - 2 * scale * m["product"] + scale**2 * m["inpainted"]
-    return {"masked_mse": m["masked_mse"], "inpainting_mse": inpainting, "zero_mse": m["target"]}
+    found = {}
+    for name, (prediction, target, inpainted, weight) in parts.items():
+        share = (weight / weight.sum(1, keepdims=True))[..., None]
+        mean = lambda values, share=share: (values * share).sum(1).mean(-1)
+        found.update({
+            f"{name}/masked_mse": mean(jnp.square(prediction - target)), f"{name}/square": mean(jnp.square(target)),
+            f"{name}/inpainted": mean(jnp.square(inpainted)), f"{name}/product": mean(inpainted * target),
+            f"{name}/target": (target * share).sum(1),
+        })  # fmt: skip
+    return found
+
+
+def summarise(found: dict, standardised: bool) -> dict[str, float]:
+    """-> {"output/..."}: masked_mse; inpainting_mse; constant_mse, of the best constant vector; zero_mse, of 0, which is
+    each patch's own mean under norm_pix. Several outputs are averaged too, under no name.
+
+    Where targets are `standardised` (norm_pix, HOG) the inpainted ones are scaled by the one factor that makes their
+    error smallest on these very images: a smooth guess of full contrast would lose to predicting nothing.
+    """
+    errors = {}
+    for name in dict.fromkeys(key.rpartition("/")[0] for key in found):
+        m = {key: np.mean(found[f"{name}/{key}"]) for key in ("masked_mse", "square", "inpainted", "product")}
+        scale = m["product"] / max(m["inpainted"], 1e-12) if standardised else 1.0
+        constant = np.square(found[f"{name}/target"].mean(0)).mean()
+        errors[name] = {
+            "masked_mse": m["masked_mse"], "zero_mse": m["square"], "constant_mse": m["square"] - constant,
+            "inpainting_mse": m["square"] - 2 * scale * m["product"] + scale**2 * m["inpainted"],
+        }  # fmt: skip
+    mean = {key: float(np.mean([e[key] for e in errors.values()])) for key in next(iter(errors.values()))}
+    several = {f"{name}/{key}": float(x) for name, e in errors.items() for key, x in e.items()} if len(errors) > 1 else {}
+    return {**mean, **several}
 
 
 @dataclasses.dataclass
@@ -47,9 +53,9 @@ class ReconstructEvaluator:
     """`runner` yields `moments` per image; `draw` makes {name: uint8 [h w 3]} of a state."""
 
     runner: SplitRunner
-    norm_pix: bool
+    standardised: bool
     draw: Callable
 
     def run(self, state):
-        scalars = summarise(self.runner(state.variables()), self.norm_pix)
+        scalars = summarise(self.runner(state.variables()), self.standardised)
         return {f"reconstruct/{key}": value for key, value in scalars.items()}, self.draw(state)

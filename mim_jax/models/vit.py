@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from einops import rearrange
 
-from mim_jax.models import irpe
+from mim_jax.models import flops, irpe
 from mim_jax.models.attention import Attention
 from mim_jax.models.layers import Dense, DropPath, LayerNorm, Mlp, token_init
 from mim_jax.models.posembed import sincos_table
-from mim_jax.tokens import patchify
+from mim_jax.tokens import Visible, keep, patchify
 
 
 class Block(nn.Module):
@@ -67,9 +69,35 @@ class ViT(nn.Module):
         if self.final_norm:
             self.norm = LayerNorm(self.dtype)
 
+    has_cls = True
+
     @property
     def relative(self) -> bool:
         return self.position == "rpe"
+
+    @property
+    def unit(self) -> int:
+        """Pixels of a side of what is hidden or visible as one: a patch."""
+        return self.patch
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """The grid of what is hidden or visible as one."""
+        return self.grid
+
+    @property
+    def levels(self) -> int:
+        """How many places a tap can have: the blocks."""
+        return self.depth
+
+    def tap_shape(self, tap: int) -> tuple[int, int]:
+        """-> pixels of a side of one token, and the width, after block `tap`."""
+        return self.patch, self.width
+
+    def flops(self, kept: int | None = None) -> int:
+        """Forward FLOPs per image, with `kept` patches visible or all of them."""
+        kept = kept or self.grid[0] * self.grid[1]
+        return flops.vit(self, 1 + kept, kept)
 
     def embed_patches(self, patches):
         """[... (p p c)] -> [... d], nothing added."""
@@ -96,10 +124,12 @@ class ViT(nn.Module):
             [jnp.broadcast_to(cls.astype(tokens.dtype), (tokens.shape[0], 1, self.width)), tokens], 1
         )
 
-    def encode(self, tokens, taps: Sequence[int] = (), *, buckets=None, train: bool = False):
+    def encode(
+        self, tokens, taps: Sequence[int] = (), *, buckets=None, decouple: bool = False, train: bool = False
+    ):
         """[r n d] with cls first -> [r n d] after the final norm, and a list of the outputs of the blocks in `taps`.
 
-        `buckets` defaults to the table of the whole grid.
+        `buckets` defaults to the table of the whole grid. With `decouple` no gradient passes a tap from above.
         """
         if self.relative and buckets is None:
             buckets = irpe.bucket_table(self.grid)
@@ -111,14 +141,37 @@ class ViT(nn.Module):
             tokens = getattr(self, f"block_{i:02d}")(tokens, buckets, train)
             if i in taps:
                 tapped.append(tokens)
+                tokens = jax.lax.stop_gradient(tokens) if decouple and i < self.depth - 1 else tokens
         return (self.norm(tokens) if self.final_norm else tokens), tapped
+
+    def encode_visible(
+        self, images, visible: Visible, taps: Sequence[int] = (), *, decouple: bool = False, train: bool = False
+    ):
+        """[b h w c], Visible of the patches -> [b 1+k d] after the final norm, and the tapped ones: MAE's encoder.
+
+        Hidden patches are not even embedded.
+        """
+        patches = keep(rearrange(patchify(images, self.patch), "b r s d -> b (r s) d"), visible)
+        tokens = self.embed_patches(patches)
+        if not self.relative:
+            tokens = tokens + jnp.take(self.positions(), visible.ids, axis=0)
+        return self.encode(
+            self.with_cls(tokens), taps, buckets=self.kept_buckets(visible.ids), decouple=decouple, train=train
+        )
+
+    def kept_buckets(self, ids, grid=None):
+        """[b k] -> [b 1+k 1+k]: iRPE's buckets between cls and the tokens of these ids, or None without iRPE."""
+        if not self.relative:
+            return None
+        with_cls = jnp.pad(ids + 1, ((0, 0), (1, 0)))
+        table = jnp.asarray(irpe.bucket_table(grid or self.grid))
+        return table[with_cls[:, :, None], with_cls[:, None, :]]
 
     def __call__(self, images, train: bool = False):
         """[b h w c] -> [b 1+n d]: the whole image, nothing hidden."""
         return self.encode(self.with_cls(self.embed(images)), train=train)[0]
 
-
-def pool(tokens, how: str):
-    """[b 1+n d] -> [b d]: "cls", or "mean" over the patch tokens, in float32."""
-    tokens = tokens.astype(jnp.float32)
-    return tokens[:, 0] if how == "cls" else tokens[:, 1:].mean(1)
+    def pool(self, tokens, how: str):
+        """[b 1+n d] -> [b d]: "cls", or "mean" over the patch tokens, in float32."""
+        tokens = tokens.astype(jnp.float32)
+        return tokens[:, 0] if how == "cls" else tokens[:, 1:].mean(1)

@@ -10,6 +10,8 @@ class Objective(nn.Module):
 
     encoder: nn.Module
 
+    frozen = ()  # patterns of parameters outside the optimiser
+
     def masks(self, key, batch_size: int) -> Any:
         """What to hide: arrays of static shape, first axis b, drawn on the device; no parameters."""
         raise NotImplementedError
@@ -18,8 +20,9 @@ class Objective(nn.Module):
         """-> loss [], metrics {name: []}."""
         raise NotImplementedError
 
-    def pictures(self, images, masks):
-        """-> {name: [b h w c]} in the space of the normalised images, what visualise draws."""
+    def reconstruct(self, images, masks, fill):
+        """-> {output: (prediction, target, baseline [b n t], weight [b n])}, for evaluation: what is predicted, what it
+        should be, what it would be of images that `fill(images, hidden pixels [b h w])` completes, where it counts."""
         raise NotImplementedError
 
     def features(self, images, pool: str = "mean"):

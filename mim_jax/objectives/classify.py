@@ -6,10 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models import flops
 from mim_jax.models.heads import LinearProbeHead
 from mim_jax.models.layers import Dense, LayerNorm
-from mim_jax.models.vit import pool as pool_tokens
 from mim_jax.objectives.base import Objective
 
 
@@ -26,12 +24,6 @@ def smooth_labels(labels, classes: int, smoothing: float):
 def one_hot_targets(targets, classes: int, smoothing: float = 0.0):
     """[b] int labels, or [b classes] soft targets as they are -> [b classes]."""
     return targets if targets.ndim == 2 else smooth_labels(targets, classes, smoothing)
-
-
-def whole_image_flops(encoder) -> int:
-    """Forward FLOPs per image with nothing hidden; the head is negligible."""
-    patches = encoder.grid[0] * encoder.grid[1]
-    return flops.vit(encoder, 1 + patches, patches)
 
 
 class Classify(Objective):
@@ -54,14 +46,14 @@ class Classify(Objective):
         """[b h w c] -> [b d]: what the head sees; `pool` other than the model's own is refused."""
         if pool not in ("", self.pool):
             raise ValueError(f"this classifier pools by '{self.pool}', not '{pool}'")
-        pooled = pool_tokens(self.encoder(images, train), self.pool)
+        pooled = self.encoder.pool(self.encoder(images, train), self.pool)
         return self.fc_norm(pooled) if self.pool == "mean" else pooled
 
     def logits(self, images, train: bool = False):
         return self.head(self.features(images, train=train))
 
     def flops(self) -> int:
-        return whole_image_flops(self.encoder)
+        return self.encoder.flops()
 
     def __call__(self, images, targets, train: bool = False):
         logits = self.logits(images, train)
@@ -75,17 +67,19 @@ class LinearProbe(Objective):
     classes: int = 1000
     pool: str = "cls"
 
+    frozen = (r"^encoder/",)
+
     def setup(self):
         self.head = LinearProbeHead(self.classes)
 
     def features(self, images, pool: str = ""):
-        return jax.lax.stop_gradient(pool_tokens(self.encoder(images), pool or self.pool))
+        return jax.lax.stop_gradient(self.encoder.pool(self.encoder(images), pool or self.pool))
 
     def logits(self, images, train: bool = False):
         return self.head(self.features(images), train)
 
     def flops(self) -> int:
-        return whole_image_flops(self.encoder)
+        return self.encoder.flops()
 
     def __call__(self, images, targets, train: bool = False):
         logits = self.logits(images, train)

@@ -10,10 +10,9 @@ from mim_jax.models import flops, irpe
 from mim_jax.models.decoders import MaskedDecoder
 from mim_jax.models.layers import Dense, token_init
 from mim_jax.models.posembed import sincos_table
-from mim_jax.models.vit import pool as pool_tokens
 from mim_jax.objectives.base import Objective
 from mim_jax.targets.pixels import masked_mean, patch_statistics, pixel_targets
-from mim_jax.tokens import cut_windows, patchify, take, unpatchify
+from mim_jax.tokens import cut_windows, keep, patchify, unpatchify, visible
 
 
 class LoMaR(Objective):
@@ -47,9 +46,9 @@ class LoMaR(Objective):
                 self.decoder_depth,
                 self.decoder_heads,
                 out,
-                encoder.relative,
-                encoder.remat,
-                self.dtype,
+                relative=encoder.relative,
+                remat=encoder.remat,
+                dtype=self.dtype,
             )
 
     @property
@@ -96,18 +95,12 @@ class LoMaR(Objective):
     def predict_asymmetric(self, tokens, hidden, corners, train):
         """[r n d], [r n] -> [r n (p p c)]: the encoder sees the visible tokens alone."""
         n = tokens.shape[1]
-        kept = n - windows.hidden_count(self.window, self.mask_ratio)
-        visible = jnp.argsort(hidden, axis=-1, stable=True)[:, :kept]  # ids of visible places, ascending
-        slot = jnp.maximum(jnp.cumsum(~hidden, -1) - 1, 0)
-        tokens = take(tokens + self.positions(corners, self.encoder.width), visible)
-        buckets = self.buckets()
-        if buckets is not None:
-            with_cls = jnp.pad(visible + 1, ((0, 0), (1, 0)))
-            kept_buckets = buckets[with_cls[:, :, None], with_cls[:, None, :]]
-        else:
-            kept_buckets = None
+        which = visible(hidden, n - windows.hidden_count(self.window, self.mask_ratio))
+        tokens = keep(tokens + self.positions(corners, self.encoder.width), which)
+        kept_buckets = self.encoder.kept_buckets(which.ids, self.region)
         tokens, _ = self.encoder.encode(self.encoder.with_cls(tokens), buckets=kept_buckets, train=train)
-        return self.decoder(tokens, slot, hidden, self.positions(corners, self.decoder_width), buckets, train)
+        positions = self.positions(corners, self.decoder_width)
+        return self.decoder(tokens, which, self.region, positions, self.buckets(), train)
 
     def buckets(self):
         return jnp.asarray(irpe.bucket_table((self.window, self.window))) if self.encoder.relative else None
@@ -120,9 +113,27 @@ class LoMaR(Objective):
         table = jnp.broadcast_to(table, (corners.shape[0], *table.shape[1:]))
         return rearrange(cut_windows(table, corners, self.window), "b m n d -> (b m) n d")
 
+    @property
+    def standardised(self) -> bool:
+        """Whether targets have lost their contrast."""
+        return self.norm_pix
+
+    def reconstruct(self, images, masks, fill):
+        """-> {"window": (prediction, target, baseline, weight)}, all windows of an image in one row; the baseline is the
+        target of the windows that `fill(pictures, hidden pixels)` completes."""
+        prediction, patches = self.predict(images, masks)
+        side = self.encoder.patch
+        squares = unpatchify(rearrange(patches, "b m (y x) d -> (b m) y x d", y=self.window), side)
+        hidden = rearrange(masks.hidden, "b m (y x) -> (b m) y x", y=self.window)
+        filled = patchify(fill(squares, jnp.repeat(jnp.repeat(hidden, side, 1), side, 2)), side)
+        flat = lambda x: rearrange(x, "b m n d -> b (m n) d")
+        target = flat(pixel_targets(patches, self.norm_pix))
+        baseline = pixel_targets(rearrange(filled, "(b m) y x d -> b (m y x) d", m=self.views), self.norm_pix)
+        return {"window": (flat(prediction), target, baseline, rearrange(masks.hidden, "b m n -> b (m n)"))}
+
     def features(self, images, pool: str = "mean"):
         """[b h w c] -> [b d]: the whole grid, final norm, then the mean of patch tokens or the cls token."""
-        return pool_tokens(self.encoder(images), pool)
+        return self.encoder.pool(self.encoder(images), pool)
 
     def pictures(self, images, masks):
         """-> {name: [b h w c]} for the first window of every image.

@@ -15,17 +15,27 @@ def decays(path: str, leaf, no_decay=()) -> bool:
     return leaf.ndim > 1 and not tree.matches(no_decay, path)
 
 
-def layer_id(path: str, depth: int) -> int:
-    """0 for tokens, positions and patch embedding; i+1 for block i; depth+1 for the rest (MAE, BEiT)."""
-    if re.search(r"(cls_token|mask_token|pos_embed|patch_embed)", path):
+def layer_id(path: str, depth: int | tuple[int, ...]) -> int:
+    """0 for tokens, positions and patch embedding; i+1 for block i; the number of blocks + 1 for the rest (MAE, BEiT).
+
+    `depth`: the number of blocks, or of every stage of a Swin: its blocks are counted over the stages, and the merging
+    at the end of a stage goes with the stage's last block. Only the encoder has layers: decoders are of the rest.
+    """
+    depths = (depth,) if isinstance(depth, int) else tuple(depth)
+    if re.match(r"(encoder/)?(cls_token|mask_token|pos_embed|patch_embed|patch_norm)(/|$)", path):
         return 0
-    block = re.search(r"encoder/block_(\d+)/", path)
-    return int(block.group(1)) + 1 if block else depth + 1
+    found = re.match(r"encoder/(?:stage_(\d+)/)?(?:block_(\d+)|merge)/", path)
+    if not found:
+        return sum(depths) + 1
+    stage, index = int(found.group(1) or 0), found.group(2)
+    before, blocks = sum(depths[:stage]), depths[stage]
+    return before + (int(index) + 1 if index else blocks)
 
 
-def lr_scale(path: str, depth: int, layer_decay: float) -> float:
-    """layer_decay^(depth + 1 - layer): the last block gets decay^1, the head 1."""
-    return layer_decay ** (depth + 1 - layer_id(path, depth))
+def lr_scale(path: str, depth: int | tuple[int, ...], layer_decay: float) -> float:
+    """layer_decay^(number of blocks + 1 - layer): the last block gets decay^1, the head 1."""
+    blocks = depth if isinstance(depth, int) else sum(depth)
+    return layer_decay ** (blocks + 1 - layer_id(path, depth))
 
 
 def adamw(lr, *, b1: float, b2: float, weight_decay: float, no_decay=(), clip_norm: float = 0.0, lr_scales=None):

@@ -1,0 +1,75 @@
+"""LocalMIM's figure: for every tap what it should predict and what it predicts, as pixels or as strokes of gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from mim_jax.evaluators.figure import panel_grid, to_rgb
+from mim_jax.evaluators.pictures import BORROWED, in_gray_scale
+from mim_jax.evaluators.strokes import strokes
+from mim_jax.objectives.localmim import to_cells
+from mim_jax.targets.pixels import patch_statistics
+from mim_jax.tokens import patchify, unpatchify
+
+HOG_NOTE = "histograms of gradients as strokes along edges, brighter = stronger; visible places are shown as they are"
+MAX_ROWS = 8
+
+
+def draw_scales(objective, normalise, ratios):
+    """-> draw(variables, uint8 [b h w c], key) -> uint8 figure [h w 3]: a row for each image and share of hidden places.
+
+    Places that are visible show the target in both columns of a tap. With several shares fewer images are drawn.
+    """
+    variants = {ratio: objective.clone(mask_ratio=ratio) for ratio in ratios}
+    names = [f"tap {tap}: {cell} px" for tap, cell in zip(objective.taps, objective.cells, strict=True)]
+    encoder = objective.encoder
+
+    @jax.jit
+    def parts(variables, images, key):
+        normalised = normalise(images)
+        found = {}
+        for ratio, made in variants.items():
+            masks = made.masks(key, images.shape[0])
+            outputs = made.apply(variables, normalised, masks, lambda x, hidden: x, method="reconstruct")
+            hidden = rearrange(masks.hidden, "b (y x) -> b y x", y=encoder.units[0])
+            seen = jnp.where(to_cells(hidden, encoder.unit)[..., None], 0.0, normalised)
+            panels = [panel(part, cell, normalised) for part, cell in zip(outputs.values(), objective.cells, strict=True)]
+            found[ratio] = in_gray_scale(normalise, seen, images), panels
+        return in_gray_scale(normalise, normalised, images), found
+
+    def panel(part, cell: int, normalised):
+        """-> target and prediction [b rows columns t], pixels with the statistics of the true cell."""
+        prediction, target, _, weight = part
+        mixed = jnp.where(weight[..., None] > 0, prediction, target)
+        grid = lambda x: rearrange(x, "b (y x) t -> b y x t", y=normalised.shape[1] // cell)
+        if objective.target == "hog":
+            return grid(target), grid(mixed)
+        patches = patchify(normalised, cell)
+        mean, deviation = patch_statistics(patches) if objective.norm_pix else (0.0, 1.0)
+        return patches, grid(mixed) * deviation + mean
+
+    def picture(values, cell: int, brightest: float, image):
+        """[rows columns t] -> uint8 [h w 3]."""
+        if objective.target == "hog":
+            return strokes(values, objective.bins, brightest)
+        whole = unpatchify(values[None], cell)
+        return to_rgb(np.asarray(in_gray_scale(normalise, whole, image[None])[0]))
+
+    def draw(variables, images, key):
+        whole, found = jax.tree.map(np.asarray, parts(variables, jnp.asarray(images), key))
+        rows = []
+        for i in range(min(len(images), max(1, MAX_ROWS // len(ratios)))):
+            for ratio in ratios:
+                seen, panels = found[ratio]
+                row = [to_rgb(whole[i]), to_rgb(seen[i])]
+                for (target, prediction), cell in zip(panels, objective.cells, strict=True):
+                    brightest = float(target[i].max())
+                    row += [picture(x[i], cell, brightest, images[i]) for x in (target, prediction)]
+                rows.append(row)
+        labels = ["image", "visible"] + [f"{name}\n{what}" for name in names for what in ("target", "predicted")]
+        shares = ", ".join(f"{ratio:.0%}" for ratio in ratios)
+        notes = [HOG_NOTE] if objective.target == "hog" else [BORROWED] if objective.norm_pix else []
+        return panel_grid(rows, labels, f"LocalMIM: {shares} hidden, one row each", notes)
+
+    return draw

@@ -1,0 +1,207 @@
+"""The Swin transformer (arXiv 2103.14030), for whole images and for the visible parts of them, in one order of merging.
+
+Its unit is the 32 x 32 px that one token of the last stage covers. Units are hidden or visible as a whole, so at every
+stage a visible unit is a complete square of side x side tokens (8, 4, 2, 1), and merging happens inside a unit: tokens
+are [b u s s d] throughout, and what is hidden is simply not there.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from mim_jax.config import ConfigError
+from mim_jax.models import flops
+from mim_jax.models.layers import LAYER_NORM_EPS, Dense, DropPath, LayerNorm, Mlp
+from mim_jax.models.window_attention import WindowAttention, WindowLayout
+from mim_jax.tokens import Visible, keep, patchify
+
+
+class SwinBlock(nn.Module):
+    """[b u s s d] -> [b u s s d]: pre-norm window attention and MLP, each in a residual branch."""
+
+    heads: int
+    layout: WindowLayout
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.0
+    norm2_eps: float = LAYER_NORM_EPS
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, visible: Visible | None = None, train: bool = False):
+        drop = DropPath(self.drop_path)
+        h = LayerNorm(self.dtype, name="norm1")(x)
+        x = x + drop(WindowAttention(self.heads, self.layout, self.dtype, name="attn")(h, visible), train)
+        h = LayerNorm(self.dtype, self.norm2_eps, name="norm2")(x)
+        return x + drop(Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(h), train)
+
+
+class Merge(nn.Module):
+    """[b u s s d] -> [b u s/2 s/2 2d]: 2 x 2 neighbours (row, column) in the order (0,0) (1,0) (0,1) (1,1), norm, linear."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        x = rearrange(x, "b u (y i) (x j) d -> b u y x (j i d)", i=2, j=2)
+        x = LayerNorm(self.dtype, name="norm")(x)
+        return Dense(x.shape[-1] // 2, self.dtype, use_bias=False, name="reduction")(x)
+
+
+class Stage(nn.Module):
+    """Blocks on one grid, every second one with shifted windows, and the merging after them (but for the last stage)."""
+
+    units: tuple[int, int]
+    side: int
+    heads: int
+    window: int
+    drop_paths: tuple[float, ...]  # one per block
+    mlp_ratio: float = 4.0
+    norm2_eps: float = LAYER_NORM_EPS
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        block = nn.remat(SwinBlock, static_argnums=(3,)) if self.remat else SwinBlock
+        for i, rate in enumerate(self.drop_paths):
+            layout = WindowLayout.of(self.units, self.side, self.window, shifted=i % 2 == 1)
+            setattr(
+                self,
+                f"block_{i:02d}",
+                block(self.heads, layout, self.mlp_ratio, rate, self.norm2_eps, self.dtype),
+            )
+        if self.side > 1:
+            self.merge = Merge(self.dtype)
+
+    def blocks(self, x, visible: Visible | None = None, train: bool = False):
+        for i in range(len(self.drop_paths)):
+            x = getattr(self, f"block_{i:02d}")(x, visible, train)
+        return x
+
+    def __call__(self, x, visible: Visible | None = None, train: bool = False):
+        x = self.blocks(x, visible, train)
+        return self.merge(x) if self.side > 1 else x
+
+
+class Swin(nn.Module):
+    """Patch embedding with norm, stages, final norm. `grid` counts patches: 56 x 56 of 4 px in an image of 224 px.
+
+    `sparse` False computes hidden units as well and hides them from attention: the same numbers for more work.
+    """
+
+    grid: tuple[int, int]
+    patch: int = 4
+    channels: int = 3
+    width: int = 128
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    heads: tuple[int, ...] = (4, 8, 16, 32)
+    window: int = 7
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.0
+    norm2_eps: float = LAYER_NORM_EPS
+    final_norm: bool = True
+    sparse: bool = True
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    has_cls = False
+
+    def setup(self):
+        if len(self.heads) != len(self.depths):
+            raise ConfigError(f"depths={self.depths} and heads={self.heads} need one number per stage each")
+        if any(g % self.side for g in self.grid):
+            h, w = (g * self.patch for g in self.grid)
+            raise ConfigError(
+                f"image size {h}x{w} is not a multiple of {self.unit}, the pixels that one token of the last of "
+                f"{len(self.depths)} stages covers"
+            )
+        self.patch_embed = Dense(self.width, self.dtype)
+        self.patch_norm = LayerNorm(self.dtype)
+        first, total = 0, sum(self.depths)
+        for i, depth in enumerate(self.depths):
+            rates = tuple(self.drop_path * (first + j) / max(total - 1, 1) for j in range(depth))
+            setattr(self, f"stage_{i}", self.stage(i, rates))
+            first += depth
+        if self.final_norm:
+            self.norm = LayerNorm(self.dtype)
+
+    def stage(self, i: int, drop_paths) -> Stage:
+        return Stage(self.units, self.side >> i, self.heads[i], self.window, drop_paths, self.mlp_ratio, self.norm2_eps,
+                     self.remat, self.dtype)  # fmt: skip
+
+    @property
+    def side(self) -> int:
+        """Patches along a side of a unit."""
+        return 2 ** (len(self.depths) - 1)
+
+    @property
+    def unit(self) -> int:
+        """Pixels of a side of what is hidden or visible as one."""
+        return self.patch * self.side
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """The grid of what is hidden or visible as one."""
+        return self.grid[0] // self.side, self.grid[1] // self.side
+
+    @property
+    def levels(self) -> int:
+        """How many places a tap can have: the stages."""
+        return len(self.depths)
+
+    def tap_shape(self, tap: int) -> tuple[int, int]:
+        """-> pixels of a side of one token, and the width, after stage `tap` and its merging."""
+        merged = min(tap + 1, len(self.depths) - 1)
+        return self.patch * 2**merged, self.width * 2**merged
+
+    def flops(self, kept: int | None = None) -> int:
+        """Forward FLOPs per image, with `kept` units visible or all of them."""
+        return flops.swin(self, kept)
+
+    def embed(self, images, visible: Visible | None = None):
+        """[b h w c] -> [b u s s d]: the tokens of all units, or of the visible ones alone."""
+        patches = patchify(images, self.patch)
+        patches = rearrange(patches, "b (y i) (x j) d -> b (y x) i j d", i=self.side, j=self.side)
+        if visible is not None:
+            patches = keep(patches, visible)
+        return self.patch_norm(self.patch_embed(patches))
+
+    def encode(self, tokens, taps: Sequence[int] = (), *, visible=None, decouple: bool = False, train: bool = False):
+        """[b u s s d] -> [b n d] after the final norm, and the outputs [b n' d'] of the stages in `taps`, unit by unit.
+
+        With `decouple` no gradient passes a tap from above.
+        """
+        tapped, last = [], len(self.depths) - 1
+        for i in range(len(self.depths)):
+            tokens = self.run_stage(i, tokens, visible, train)
+            if i in taps:
+                compact = visible is None or tokens.shape[1] == visible.ids.shape[1]
+                shown = tokens if compact else keep(tokens, visible)
+                tapped.append(rearrange(shown, "b u i j d -> b (u i j) d"))
+                tokens = jax.lax.stop_gradient(tokens) if decouple and i < last else tokens
+        tokens = rearrange(tokens, "b u i j d -> b (u i j) d")
+        return (self.norm(tokens) if self.final_norm else tokens), tapped
+
+    def run_stage(self, i: int, tokens, visible, train: bool):
+        return getattr(self, f"stage_{i}")(tokens, visible, train)
+
+    def encode_visible(
+        self, images, visible: Visible, taps: Sequence[int] = (), *, decouple: bool = False, train: bool = False
+    ):
+        """[b h w c], Visible of the units -> [b k d] after the final norm, and the tapped ones."""
+        tokens = self.embed(images, visible if self.sparse else None)
+        tokens, tapped = self.encode(tokens, taps, visible=visible, decouple=decouple, train=train)
+        return (tokens if self.sparse else keep(tokens, visible)), tapped
+
+    def __call__(self, images, train: bool = False):
+        """[b h w c] -> [b n d]: the last stage on the whole image, row by row, nothing hidden."""
+        return self.encode(self.embed(images), train=train)[0]
+
+    def pool(self, tokens, how: str):
+        """[b n d] -> [b d]: the mean, in float32. Raises ConfigError for "cls", which a Swin has not."""
+        if how != "mean":
+            raise ConfigError(f"a Swin has no cls token to pool by '{how}'; use pool=mean")
+        return tokens.astype(jnp.float32).mean(1)

@@ -1,0 +1,184 @@
+"""LocalMIM: reconstruction at several encoder stages, each at its own scale (arXiv 2303.05251)."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce
+
+from mim_jax.config import ConfigError
+from mim_jax.masking import random
+from mim_jax.models.decoders import ScaleDecoder
+from mim_jax.models.layers import LayerNorm
+from mim_jax.models.posembed import sincos_table
+from mim_jax.objectives.base import Objective
+from mim_jax.targets.hog import hog
+from mim_jax.targets.pixels import masked_mean, pixel_targets
+from mim_jax.tokens import patchify, visible
+
+BIAS_LIMIT = 1 / 3  # of the frozen bias on the gradients, drawn as the bias of a 3x3 convolution would be
+
+
+class LocalMIM(Objective):
+    """Visible tokens alone go through the encoder; after each of the blocks (ViT) or stages (Swin) in `taps` a norm and a
+    small decoder of its own predict the hidden places at `scales[j]` times the grid of the tokens (section 3).
+
+    target "hog": histograms of gradients of cells of that grid. "pixels": the pixels of those cells.
+    The loss is the sum over taps. With `decouple_stages` a block is trained by the first tap above it alone.
+    """
+
+    taps: tuple[int, ...] = (1, 3, 9, 11)
+    scales: tuple[float, ...] = (4, 2, 1, 0.5)
+    decoder_width: tuple[int, ...] = (256, 256, 256, 256)
+    decoder_depth: int = 1
+    decoder_heads: int = 8
+    mask_ratio: float = 0.75
+    target: str = "hog"
+    bins: int = 9
+    hog_bias: bool = False
+    norm_pix: bool = True
+    decouple_stages: bool = False
+    dtype: Any = jnp.float32
+
+    frozen = (r"^hog_bias_",)
+
+    def setup(self):
+        e = self.encoder
+        check(e, self.taps, self.scales, self.decoder_width)
+        for j in range(len(self.taps)):
+            if self.taps[j] != e.levels - 1:  # the top tap is the encoder's own output, with its final norm
+                setattr(self, f"norm_{j}", LayerNorm(self.dtype))
+            setattr(self, f"decoder_{j}", self.decoder(j))
+            if self.hog_bias and self.target == "hog":
+                draw = lambda key: jax.random.uniform(key, (2,), minval=-BIAS_LIMIT, maxval=BIAS_LIMIT)
+                setattr(self, f"hog_bias_{j}", self.param(f"hog_bias_{j}", draw))
+
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """Pixels of a side of what each tap predicts as one."""
+        return tuple(round(self.encoder.tap_shape(t)[0] / s) for t, s in zip(self.taps, self.scales, strict=True))
+
+    def decoder(self, j: int, **options) -> ScaleDecoder:
+        """The decoder of tap j."""
+        e, cell = self.encoder, self.cells[j]
+        out = e.channels * (self.bins if self.target == "hog" else cell * cell)
+        return ScaleDecoder(
+            self.decoder_width[j], self.decoder_depth, self.decoder_heads, out, cls=e.has_cls, remat=e.remat,
+            dtype=self.dtype, scale=self.scales[j], **options,
+        )  # fmt: skip
+
+    @property
+    def kept(self) -> int:
+        """Visible units per image."""
+        return random.kept_count(math.prod(self.encoder.units), self.mask_ratio)
+
+    def masks(self, key, batch_size: int) -> random.TokenMask:
+        """What is hidden of the encoder's units: patches of a ViT, squares of 32 px in a Swin."""
+        return random.draw(key, batch_size, math.prod(self.encoder.units), self.kept)
+
+    def __call__(self, images, masks, train: bool = False):
+        """[b h w c], TokenMask -> loss [], the loss of each tap."""
+        predictions = self.predict(images, masks, train)
+        losses = []
+        for j, (predicted, target, weight) in enumerate(
+            zip(predictions, self.targets(images), self.weights(masks), strict=True)
+        ):
+            error = jnp.square(predicted - target).mean(-1)
+            self.sow("intermediates", f"error_{j}", error)
+            losses.append(masked_mean(error, weight))
+        return sum(losses), {f"loss_tap{j}": loss for j, loss in enumerate(losses)}
+
+    def predict(self, images, masks, train: bool = False):
+        """-> what each tap predicts everywhere, [b n' t] float32, n' cells of the image row by row."""
+        e, which = self.encoder, visible(masks.hidden, self.kept)
+        normed, tapped = e.encode_visible(images, which, self.taps, decouple=self.decouple_stages, train=train)
+        predictions = []
+        for j, tokens in enumerate(tapped):
+            tokens = normed if self.taps[j] == e.levels - 1 else getattr(self, f"norm_{j}")(tokens)
+            self.sow("intermediates", f"latent_{j}", tokens)
+            stride, _ = e.tap_shape(self.taps[j])
+            grid = tuple(u * e.unit // stride for u in e.units)
+            positions = jnp.asarray(sincos_table(self.decoder_width[j], grid), self.dtype)
+            decoded = getattr(self, f"decoder_{j}")(tokens, which, e.units, positions, train=train)
+            predictions.append(decoded.astype(jnp.float32))
+        return predictions
+
+    def targets(self, images):
+        """[b h w c] -> [b n' t] for each tap: vectors (channel, bin), or standardised pixels (row, column, channel)."""
+        flat = lambda x: rearrange(x, "b y x d -> b (y x) d")
+        if self.target == "pixels":
+            return [pixel_targets(flat(patchify(images, cell)), self.norm_pix) for cell in self.cells]
+        biases = [getattr(self, f"hog_bias_{j}") for j in range(len(self.taps))] if self.hog_bias else None
+        return [jax.lax.stop_gradient(flat(x)) for x in hog(images, self.cells, self.bins, biases)]
+
+    def weights(self, masks):
+        """-> [b n'] for each tap: 1 where hidden, 0 where visible, the hidden share of a cell that holds several units."""
+        hidden = masks.hidden.astype(jnp.float32)
+        hidden = rearrange(hidden, "b (y x) -> b y x", y=self.encoder.units[0])
+        return [rearrange(to_cells(hidden, self.encoder.unit / cell), "b y x -> b (y x)") for cell in self.cells]
+
+    def features(self, images, pool: str = "mean"):
+        """[b h w c] -> [b d]: the whole image, final norm, then the mean of its tokens or the cls token."""
+        return self.encoder.pool(self.encoder(images), pool)
+
+    @property
+    def standardised(self) -> bool:
+        """Whether targets have lost their contrast."""
+        return self.target == "hog" or self.norm_pix
+
+    def reconstruct(self, images, masks, fill):
+        """-> {tap: (prediction, target, baseline, weight)}; the baseline is the target of the image that `fill(images,
+        hidden pixels)` completes."""
+        e = self.encoder
+        hidden = to_cells(rearrange(masks.hidden, "b (y x) -> b y x", y=e.units[0]), e.unit)
+        parts = (self.predict(images, masks), self.targets(images), self.targets(fill(images, hidden)),
+                 self.weights(masks))  # fmt: skip
+        return {f"tap{j}": part for j, part in enumerate(zip(*parts, strict=True))}
+
+    def flops(self) -> int:
+        """Forward FLOPs per image: visible tokens through the encoder, all places through the decoders."""
+        e, total = self.encoder, self.encoder.flops(self.kept)
+        for j, tap in enumerate(self.taps):
+            stride, width = e.tap_shape(tap)
+            per_unit = (e.unit // stride) ** 2
+            decoder = self.decoder(j, parent=None)  # for its sizes, outside this module's tree
+            total += decoder.flops(self.kept * per_unit, math.prod(e.units) * per_unit, width)
+        return total
+
+
+def to_cells(hidden, scale: float):
+    """[b y x] -> [b scale*y scale*x]: repeated, or averaged (METHODS of LocalMIM: a fractional weight at scale 1/2)."""
+    if scale >= 1:
+        return jnp.repeat(jnp.repeat(hidden, round(scale), 1), round(scale), 2)
+    side = round(1 / scale)
+    return reduce(hidden, "b (y i) (x j) -> b y x", "mean", i=side, j=side)
+
+
+def check(encoder, taps, scales, decoder_width):
+    """Raises ConfigError for taps that are out of range or order, and for scales that do not divide patch and grid."""
+    what = "blocks" if encoder.has_cls else "stages"
+    if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= encoder.levels:
+        raise ConfigError(
+            f"localmim.taps={tuple(taps)} must be ascending, each once, between 0 and {encoder.levels - 1}: this encoder has "
+            f"{encoder.levels} {what}, counted from 0"
+        )
+    if not len(taps) == len(scales) == len(decoder_width):
+        raise ConfigError(
+            f"localmim.taps={tuple(taps)} needs one of localmim.scales={tuple(scales)} and one of "
+            f"localmim.decoder_width={tuple(decoder_width)} each"
+        )
+    for tap, scale in zip(taps, scales):
+        stride, _ = encoder.tap_shape(tap)
+        rows, columns = (u * encoder.unit // stride for u in encoder.units)
+        power = scale > 0 and math.log2(scale).is_integer()
+        if not power:
+            raise ConfigError(f"localmim.scales={tuple(scales)}: {scale} is not a power of two, such as 4, 2, 1 or 0.5")
+        if scale > 1 and stride % scale:
+            raise ConfigError(
+                f"localmim.scales={tuple(scales)}: scale {scale} does not divide the {stride} pixels of a token at tap {tap}"
+            )
+        if scale < 1 and (rows * scale % 1 or columns * scale % 1):
+            raise ConfigError(
+                f"localmim.scales={tuple(scales)}: scale {scale} does not divide the {rows}x{columns} grid at tap {tap}"
+            )

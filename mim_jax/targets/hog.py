@@ -1,0 +1,136 @@
+"""Histograms of oriented gradients as targets. The vector's order is (channel, bin).
+
+The angle of a pixel's gradient is atan2(first, second), first = left minus right and second = top minus bottom, and its
+bin is floor(angle / pi * nbins) mod nbins: opposite directions share a bin, and a pixel counts for one bin only.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from mim_jax.config import ConfigError
+
+EPS = 1e-12
+FOLD = 8  # rows of pixels added up in one elementwise expression; 4 is slower, 16 no faster and long to compile
+
+
+def gradients(images):
+    """[b h w c] -> first, second [b h (w c)]: Sobel under reflect padding, each channel by itself.
+
+    Differences come before smoothing, so that what cancels exactly (a flat area, the first row of `second`) gives an
+    exact 0 whatever the order of the additions. Columns and channels are one axis, long enough for vector units, on
+    which the next column is c places away.
+    """
+    c = images.shape[-1]
+    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    padded = rearrange(padded, "b h w c -> b h (w c)")
+    across = padded[:, :, : -2 * c] - padded[:, :, 2 * c :]
+    down = padded[:, :-2] - padded[:, 2:]
+    first = across[:, :-2] + 2 * across[:, 1:-1] + across[:, 2:]
+    second = down[:, :, : -2 * c] + 2 * down[:, :, c:-c] + down[:, :, 2 * c :]
+    return first, second
+
+
+def bins(first, second, nbins: int):
+    """[...], [...] -> int32 [...]: floor(atan2(first, second) / pi * nbins) mod nbins.
+
+    Counted, not computed: the gradient is turned into the half plane first >= 0, where angles are in [0, pi), and has
+    passed the edge between bins k - 1 and k when second <= first * cot(k pi / nbins). That is several times cheaper
+    than atan2, and at pi there is no rounding that could give the last bin.
+    """
+    second = jnp.where(first == 0, jnp.inf, jnp.where(first < 0, -second, second))  # 0, pi, -pi, no gradient: bin 0
+    first = jnp.abs(first)
+    found = jnp.zeros(first.shape, jnp.int32)
+    for k in range(1, nbins):
+        cotangent = 0.0 if 2 * k == nbins else 1 / math.tan(k * math.pi / nbins)
+        found += second <= first * cotangent
+    return found
+
+
+def cell_sums(first, second, nbins: int, cell: int, c: int, weight=None):
+    """[b h (w c)] twice -> [b rows columns c nbins]: each bin's sum of gradient magnitudes over cells.
+
+    `weight` broadcasts against the magnitudes.
+    """
+    magnitude = jnp.sqrt(first * first + second * second)
+    if weight is not None:
+        magnitude *= weight
+    rows = max(k for k in range(1, FOLD + 1) if cell % k == 0)
+    split = lambda x: rearrange(x, "b (r p) w -> p b r w", p=rows)
+    # One `where` per bin and row, added elementwise: a one-hot image is nbins times the image, and reducing it row by
+    # row is slower than this on a CPU.
+    pairs = list(zip(split(bins(first, second, nbins)), split(magnitude)))
+    sums = jnp.stack([sum(jnp.where(b == k, m, 0) for b, m in pairs) for k in range(nbins)])
+    sums = rearrange(sums, "k b (r p) (s q c) -> k b r p s q c", p=cell // rows, q=cell, c=c)
+    return rearrange(sums.sum(5).sum(3), "k b r s c -> b r s c k")
+
+
+def unit(histograms):
+    """[... nbins] -> [... nbins] of length 1, where 0 stays 0."""
+    length = jnp.sqrt(jnp.square(histograms).sum(-1, keepdims=True))
+    return histograms / jnp.maximum(length, EPS)
+
+
+def check_cells(images, cells):
+    """Raises ConfigError when a cell does not divide the images [b h w c]."""
+    h, w = images.shape[1:3]
+    for cell in cells:
+        if cell < 1 or h % cell or w % cell:
+            raise ConfigError(
+                f"HOG cells of {cell} pixels do not tile images of {h}x{w}: "
+                f"choose cells that divide both sides ({math.gcd(h, w)} is the largest), or another image size"
+            )
+
+
+def hog(images, cells, nbins: int = 9, biases=None):
+    """[b h w c] -> [[b rows columns (c nbins)] for each of `cells`, in pixels]: histograms of length 1 per channel.
+
+    One pass over the gradients serves all cells, and coarse cells add up fine ones. With `biases`, one pair per cell
+    that is added to (first, second), each cell has gradients and so bins of its own.
+    """
+    check_cells(images, cells)
+    if biases is not None and len(biases) != len(cells):
+        raise ConfigError(f"HOG has {len(biases)} biases for {len(cells)} cells {tuple(cells)}: give one pair per cell")
+    c = images.shape[-1]
+    first, second = gradients(jax.lax.stop_gradient(images).astype(jnp.float32))
+    if biases is None:
+        sums = {}
+        for cell in sorted(set(cells)):
+            finer = max((f for f in sums if cell % f == 0), default=None)
+            if finer is None:
+                sums[cell] = cell_sums(first, second, nbins, cell, c)
+            else:
+                p = cell // finer
+                sums[cell] = rearrange(sums[finer], "b (r p) (s q) c k -> b r p s q c k", p=p, q=p).sum((2, 4))
+        sums = [sums[cell] for cell in cells]
+    else:
+        biases = [jax.lax.stop_gradient(jnp.asarray(bias, jnp.float32)) for bias in biases]
+        sums = [cell_sums(first + u, second + v, nbins, cell, c) for cell, (u, v) in zip(cells, biases)]
+    return [rearrange(unit(s / cell**2), "b r s c k -> b r s (c k)") for s, cell in zip(sums, cells)]
+
+
+def gaussian_window(side: int):
+    """-> float32 [side side]: 1 at the centre, standard deviation side / 2."""
+    line = np.exp(-0.5 * ((np.arange(side) - (side - 1) / 2) / (side / 2)) ** 2)
+    return np.float32(np.outer(line, line))
+
+
+def maskfeat_hog(images, nbins: int = 9, cell: int = 8, token: int = 16):
+    """[b h w c] -> [b n (c nbins p p)], p = token / cell: MaskFeat's target, one vector per token of `token` pixels.
+
+    Pixels count by a Gaussian window over their token, cells are sums, and the order is channel, bin, row and column of
+    the cell within the token.
+    """
+    check_cells(images, (token,))
+    if cell < 1 or token % cell:
+        raise ConfigError(
+            f"HOG cells of {cell} pixels do not tile tokens of {token}: choose a cell that divides {token}"
+        )
+    h, w, c = images.shape[1:]
+    first, second = gradients(jax.lax.stop_gradient(images).astype(jnp.float32))
+    weight = np.tile(gaussian_window(token), (h // token, w // token)).repeat(c, 1)
+    sums = cell_sums(first, second, nbins, cell, c, weight)
+    return rearrange(unit(sums), "b (r p) (s q) c k -> b (r s) (c k p q)", p=token // cell, q=token // cell)

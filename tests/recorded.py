@@ -1,0 +1,140 @@
+"""A file of recorded tensors, and the report of what this project makes of them."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mim_jax import tree
+from mim_jax.convert import names
+from mim_jax.models.vit import ViT
+
+GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
+# Not the packing of windows into groups on the host (`plan_`), of which this project has none: any packing says the same.
+COMPARED = r"(out|target|loss|grad|derived|final|fixcoords)/(?!.*\.plan_)|nbins\w+/(pool\d+|bin)$"
+TOLERANCE = {"fixcoords/loss/": 1e-5, "fixcoords/out/": 1e-4, "loss/": 1e-5, "out/": 1e-4, "grad/": 1e-4, "target/": 1e-4, "derived/": 0.0, "group/": 1e-6, "f64/lr": 1e-6,
+             "f64/loss": 5e-6, "f64/grad_norm": 1e-4, "final/": 3e-6, "nbins": 1e-5}  # fmt: skip
+
+
+class Case:
+    """One recorded file: arrays by key, `meta`, and the sizes that follow from both."""
+
+    def __init__(self, path: str):
+        self.path = pathlib.Path(path)
+        with np.load(path, allow_pickle=False) as archive:
+            self.arrays = {key: archive[key] for key in archive.files if key != "meta"}
+            self.meta = json.loads(str(archive["meta"]))
+
+    def __contains__(self, key):
+        return key in self.arrays
+
+    def __getitem__(self, key):
+        return self.arrays[key]
+
+    def get(self, key):
+        """The recorded tensor, or None where the case has none of that name."""
+        return self.arrays.get(key)
+
+    def under(self, prefix: str) -> dict:
+        return {key[len(prefix) :]: x for key, x in self.arrays.items() if key.startswith(prefix)}
+
+    @functools.cached_property
+    def released_images(self):
+        """[... b c h w], from the file that `meta` names (beside the case or in tests/golden) where it has none itself."""
+        if "input/images" in self:
+            return self["input/images"]
+        named = self.meta.get("images")
+        if not isinstance(named, str):
+            raise KeyError(f"{self.path.name} has neither input/images nor the name of a file with them in its meta")
+        places = [folder / named.split()[0] for folder in (self.path.parent, GOLDEN)]
+        found = next((place for place in places if place.exists()), None)
+        if found is None:
+            raise FileNotFoundError(
+                f"{self.path.name} needs the images of {' or '.join(map(str, places))}: neither exists"
+            )
+        with np.load(found, allow_pickle=False) as archive:
+            return archive["input/images"]
+
+    def images(self):
+        """[... b c h w] -> [... b h w c]."""
+        return jnp.asarray(np.moveaxis(self.released_images, -3, -1), jnp.float32)
+
+    def encoder(self, **options) -> ViT:
+        width, channels, patch, _ = self["param/patch_embed.proj.weight"].shape
+        depth = 1 + max(int(m.group(1)) for m in (re.match(r"param/blocks\.(\d+)\.", key) for key in self.arrays) if m)
+        heads = self.meta.get("heads", width // 16)  # the recorded cases use heads of 16 where meta is silent
+        h, w = self.released_images.shape[-2:]
+        mlp = self["param/blocks.0.mlp.fc1.weight"].shape[0] / width
+        return ViT(grid=(h // patch, w // patch), patch=patch, channels=channels, width=width, depth=depth, heads=heads,
+                   mlp_ratio=mlp, **options)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Report:
+    """{key: error}; `failed` lists what is beyond its tolerance."""
+
+    errors: dict = dataclasses.field(default_factory=dict)
+
+    def add(self, key: str, ours, recorded, absolute: bool = False, floor: float = 1e-30):
+        """The largest error, relative to the recorded tensor's largest value (at least `floor`) unless `absolute`."""
+        if recorded is None:
+            return
+        ours, recorded = np.asarray(ours, np.float64), np.asarray(recorded, np.float64)
+        if ours.shape != recorded.shape:
+            raise ValueError(f"{key}: ours {ours.shape}, recorded {recorded.shape}")
+        scale = 1.0 if absolute else max(np.abs(recorded).max(), floor)
+        self.errors[key] = float(np.abs(ours - recorded).max() / scale) if ours.size else 0.0
+
+    def failed(self) -> list[str]:
+        limit = lambda key: next(t for prefix, t in TOLERANCE.items() if key.startswith(prefix))
+        return [key for key, error in self.errors.items() if not error <= limit(key)]
+
+    def missed(self, case: Case) -> list[str]:
+        """Recorded tensors of a kind that is compared which nobody compared."""
+        return [key for key in case.arrays if re.match(COMPARED, key) and key not in self.errors]
+
+
+def run_and_look(made, variables, images, masks):
+    """-> loss, every submodule's output."""
+    (loss, _), seen = made.apply(variables, images, masks, capture_intermediates=True, mutable=["intermediates"])
+    return loss, seen["intermediates"]
+
+
+def capture(seen, path: str):
+    for part in path.split("/"):
+        seen = seen[part]
+    return np.asarray(seen["__call__"][0])
+
+
+def look_at_encoder(report: Report, case: Case, seen, rows):
+    """Every recorded `out/blockI[.part]`, `out/norm`, `out/tokens_in` of the encoder."""
+    parts = {"rpe": "attn/rpe_k"}
+    for key in case.under("out/"):
+        block = re.fullmatch(r"block(\d+)(?:\.(\w+))?", key)
+        if block and f"block_{int(block.group(1)):02d}" in seen["encoder"]:
+            part = block.group(2)
+            path = f"encoder/block_{int(block.group(1)):02d}" + (f"/{parts.get(part, part)}" if part else "")
+            report.add(f"out/{key}", capture(seen, path)[rows], case[f"out/{key}"])
+        elif key == "tokens_in":
+            report.add("out/tokens_in", np.asarray(seen["encoder"]["tokens_in"][0])[rows], case.get("out/tokens_in"))
+        elif key == "norm":
+            report.add("out/norm", capture(seen, "encoder/norm")[rows], case.get("out/norm"))
+
+
+def compare_gradients(report: Report, case: Case, made, params, rules, inputs):
+    grads = jax.jit(jax.grad(lambda p: made.apply({"params": p}, *inputs)[0]))(params)
+    flat, recorded = tree.flatten(grads), case.under("grad/")
+    largest = max(float(np.abs(x).max()) for x in recorded.values())
+    for name, expected in recorded.items():
+        path, layout = names.our_name(name, rules) or ("", "")
+        if path not in flat:  # carried unused by the released model: it has no gradient there either
+            report.errors[f"grad/{name}"] = float(np.abs(expected).max())
+            continue
+        # A true gradient of zero is rounding noise in both: the cls bucket of the last block, when only cls is pooled.
+        noise = np.abs(expected).max() < 1e-6 * largest
+        report.add(f"grad/{name}", flat[path], names.to_ours(expected, layout), floor=largest if noise else 1e-30)

@@ -1,0 +1,124 @@
+"""The recorded parameter groups and learning rates of LocalMIM's released code, entry by entry (LoMaR's: test_pure.py)."""
+
+import inspect
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from mim_jax import tree
+from mim_jax.convert import names
+from mim_jax.train.optimizer import adamw, decays, layer_id, lr_scale, scale_by_adam
+from mim_jax.train.schedule import warmup_cosine
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+FACTS = {model: json.loads((GOLDEN / f"opt_facts_{model}.json").read_text()) for model in ("mimvit", "mimswin")}
+WEIGHT_DECAY = 0.05
+TOKENS_AND_POSITIONS = (r"cls_token$", r"pos_embed$")  # the ViT's released fine-tuning exempts them by name
+TOKENS_AND_TABLES = (r"mask_token$", r"relative_bias$")  # LocalMIM-Swin's pretraining
+# model: recorded case with the same names, rules, exempt patterns
+PRETRAINING = {
+    "mimvit": ("localmim_vit_tiny_hog9", names.localmim_vit_rules((4, 2, 1, 0.5)), ()),
+    "mimswin": ("localmim_swin_tiny_hog9", names.LOCALMIM_SWIN_RULES, TOKENS_AND_TABLES),
+}
+# model: recorded case, rules, exempt patterns, depth(s)
+FINE_TUNING = {
+    "mimvit": ("vit_abs_classifier_tiny_gap", names.CLASSIFIER_RULES, TOKENS_AND_POSITIONS, 3),
+    "mimswin": ("swin_classifier_tiny", names.SWIN_CLASSIFIER_RULES, (), (2, 2, 2, 2)),
+}
+
+
+def tables(pattern: str):
+    """(model, key) of the recorded tables whose key matches."""
+    return [(model, key) for model, facts in FACTS.items() for key in facts if re.fullmatch(pattern, key)]
+
+
+def ours(golden, case, rules, name):
+    """A recorded parameter by its released name -> our path, our array."""
+    path, layout = names.our_name(name, rules)
+    return path, names.to_ours(golden(case)[f"param/{name}"], layout)
+
+
+def test_every_recorded_table_is_read_below():
+    kinds = (r"pretrain/add_weight_decay|pretrain/frozen|(pretrain|finetune)/optimizer|lr_sched\w*",
+             r"finetune/\w+/layer_decay_[\d.]+(/groups)?")  # fmt: skip
+    for facts in FACTS.values():
+        assert len(facts) >= 10 and all(any(re.fullmatch(kind, key) for kind in kinds) for key in facts)
+
+
+@pytest.mark.parametrize("model", FACTS)
+def test_the_decay_rule_of_pretraining(model, golden):
+    case, rules, no_decay = PRETRAINING[model]
+    facts, frozen = FACTS[model]["pretrain/add_weight_decay"], FACTS[model]["pretrain/frozen"]
+    for name, decay in facts.items():
+        path, array = ours(golden, case, rules, name)
+        assert (WEIGHT_DECAY if decays(path, array, no_decay) else 0.0) == decay, name
+    for name in frozen:
+        assert names.our_name(name, rules) is None and tree.matches(names.FIXED_TABLES, name), name
+    recorded = {key.removeprefix("param/") for key in golden(case) if key.startswith("param/")}
+    buffers = {name for name in recorded if name.endswith("relative_position_index")}
+    assert recorded == facts.keys() | set(frozen) | buffers  # nothing is trained that the table does not name
+
+
+@pytest.mark.parametrize("model, table", tables(r"finetune/\w+/layer_decay_[\d.]+"))
+def test_layer_decay_and_the_decay_rule_of_fine_tuning(model, table, golden):
+    case, rules, no_decay, depth = FINE_TUNING[model]
+    layer_decay = float(table.rsplit("_", 1)[1])
+    arrays = golden(case)
+    groups = set()
+    for name, fact in FACTS[model][table].items():
+        if f"param/{name}" in arrays:
+            path, array = ours(golden, case, rules, name)
+        else:  # pooled by cls: the final norm of the encoder, where the recorded case has fc_norm
+            path, array = names.our_name(name, rules)[0], arrays[f"param/fc_{name}"]
+        assert lr_scale(path, depth, layer_decay) == pytest.approx(fact["lr_scale"], rel=1e-12), name
+        assert (WEIGHT_DECAY if decays(path, array, no_decay) else 0.0) == fact["weight_decay"], name
+        groups.add(f"layer_{layer_id(path, depth)}_{'decay' if decays(path, array, no_decay) else 'no_decay'}")
+    if f"{table}/groups" in FACTS[model]:
+        assert groups == FACTS[model][f"{table}/groups"].keys()
+
+
+@pytest.mark.parametrize("model, table", tables(r"finetune/\w+/layer_decay_[\d.]+/groups"))
+def test_the_recorded_groups(model, table):
+    depths, layer_decay = FINE_TUNING[model][3], float(table.split("_")[-1].split("/")[0])
+    last = sum(depths) + 1
+    for name, group in FACTS[model][table].items():
+        layer = int(name.split("_")[1])
+        assert layer_decay ** (last - layer) == pytest.approx(group["lr_scale"], rel=1e-12), name
+        assert 1e-3 * group["lr_scale"] == pytest.approx(group["lr"], rel=1e-12), name
+
+
+@pytest.mark.parametrize("model, table", tables(r"lr_sched\w*"))
+def test_the_recorded_learning_rates(model, table):
+    a = FACTS[model][table]["args"]
+    lr = warmup_cosine(a["lr"], a["epochs"], a["warmup_epochs"], a["min_lr"])
+    for epoch, want in FACTS[model][table]["epoch_lr"]:
+        assert float(lr(epoch)) == pytest.approx(want, rel=2e-5, abs=1e-9), f"epoch {epoch}"
+
+
+@pytest.mark.parametrize("model, table", tables(r"\w+/optimizer"))
+def test_the_recorded_optimiser_is_the_one_here(model, table):
+    """Adam's moments decay as the text says, and eps is outside the root, at torch's default."""
+    b1, b2, eps = map(float, re.match(r"AdamW betas \(([\d.]+), ([\d.]+)\) eps (\S+)", FACTS[model][table]).groups())
+    assert (b1, b2) == ((0.9, 0.95) if table.startswith("pretrain") else (0.9, 0.999))
+    assert inspect.signature(scale_by_adam).parameters["eps"].default == eps
+    params, gradient = np.zeros(1, np.float32), np.full(1, 1e-8, np.float32)  # as small as eps: the step is halved
+    tx = adamw(lambda _: 1.0, b1=b1, b2=b2, weight_decay=WEIGHT_DECAY)
+    updates, _ = tx.update({"bias": gradient}, tx.init({"bias": params}), {"bias": params})
+    np.testing.assert_allclose(updates["bias"], -0.5, rtol=1e-4)
+
+
+def test_layers_of_a_swin_are_counted_over_its_stages():
+    depths = (2, 2, 18, 2)
+    assert [layer_id(f"encoder/{name}/kernel", depths) for name in ("patch_embed", "patch_norm")] == [0, 0]
+    assert layer_id("encoder/stage_0/block_00/attn/relative_bias", depths) == 1
+    assert layer_id("encoder/stage_2/block_17/mlp/fc1/kernel", depths) == 22
+    assert layer_id("encoder/stage_2/merge/reduction/kernel", depths) == 22  # with the stage's last block
+    rest = ("encoder/norm/scale", "norm_0/scale", "fc_norm/bias", "head/kernel", "decoder_0/mask_token",
+            "decoder_1/block_00/attn/qkv/kernel", "decoder_1/embed/kernel")  # fmt: skip
+    assert {layer_id(path, depths) for path in rest} == {25}
+    assert {layer_id(path, 12) for path in rest} == {13}
+    with pytest.raises(IndexError):
+        layer_id("encoder/stage_2/block_00/norm1/scale", (2, 2))
