@@ -49,7 +49,9 @@ def get_config(arg=""):
     scales = SCALES[a.scales] if a.scales in SCALES else numbers("scales", a.scales, float)
     if a.scales in SCALES and len(taps) != len(scales):
         if len(taps) > 1:
-            raise ConfigError(f"scales={a.scales} names 4 scales, and there are {len(taps)} taps; write for instance scales=2-1")
+            raise ConfigError(
+                f"scales={a.scales} names 4 scales, and there are {len(taps)} taps; write for instance scales=2-1"
+            )
         scales = (1.0,)
 
     c = ConfigDict()

@@ -69,7 +69,6 @@ class Subject:
         jax.block_until_ready((self.state, metrics))
         return time.perf_counter() - start
 
-
     def run_targets(self) -> float:
         """Seconds of making the targets alone, normalisation of the images included."""
         start = time.perf_counter()

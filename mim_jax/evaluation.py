@@ -86,7 +86,12 @@ def nmi_evaluator(e, config, made, normalise, mesh, open_split):
     return NmiEvaluator(nmi_runner(made, normalise, mesh, batches, count))
 
 
-EVALUATORS = {"nmi": nmi_evaluator, "knn": knn_evaluator, "reconstruct": reconstruct_evaluator, "classify": classify_evaluator}
+EVALUATORS = {
+    "nmi": nmi_evaluator,
+    "knn": knn_evaluator,
+    "reconstruct": reconstruct_evaluator,
+    "classify": classify_evaluator,
+}
 
 
 def evaluators(config, made, normalise, mesh, open_split, total: int, examples_per_epoch: int):

@@ -105,7 +105,9 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
     claim(workdir, plain)
     logger = Logger(workdir, write=jax.process_index() == 0, tensorboard=tensorboard)
     checkpoints = checkpoint.Checkpoints(workdir, every=save_every, keep=keep, keep_every=keep_every)
-    fresh, shapes, shardings = plan(made, tx, example, seed=config.seed, mesh=mesh, fsdp=fsdp, frozen_patterns=made.frozen)
+    fresh, shapes, shardings = plan(
+        made, tx, example, seed=config.seed, mesh=mesh, fsdp=fsdp, frozen_patterns=made.frozen
+    )
     state, meta = checkpoints.restore(shapes, shardings)
     if state is not None:
         first, clock, loaded = meta["step"], Clock(meta["clock"]), f"continued at step {meta['step']}"

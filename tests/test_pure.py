@@ -74,7 +74,9 @@ def test_keep_and_spread_are_each_others_transpose(shape):
     # the gradients are those of the plain gather and scatter
     np.testing.assert_array_equal(back(kept)[0], spread_out)
     np.testing.assert_array_equal(forth(everything)[0], kept)
-    plain = jax.vjp(lambda x: jnp.take_along_axis(x, which.ids.reshape(2, 3, *[1] * (len(shape) - 2)), 1), everything)[1]
+    plain = jax.vjp(lambda x: jnp.take_along_axis(x, which.ids.reshape(2, 3, *[1] * (len(shape) - 2)), 1), everything)[
+        1
+    ]
     np.testing.assert_array_equal(back(kept)[0], plain(kept)[0])
 
 

@@ -44,7 +44,9 @@ def summarise(found: dict, standardised: bool) -> dict[str, float]:
             "inpainting_mse": m["square"] - 2 * scale * m["product"] + scale**2 * m["inpainted"],
         }  # fmt: skip
     mean = {key: float(np.mean([e[key] for e in errors.values()])) for key in next(iter(errors.values()))}
-    several = {f"{name}/{key}": float(x) for name, e in errors.items() for key, x in e.items()} if len(errors) > 1 else {}
+    several = (
+        {f"{name}/{key}": float(x) for name, e in errors.items() for key, x in e.items()} if len(errors) > 1 else {}
+    )
     return {**mean, **several}
 
 

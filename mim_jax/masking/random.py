@@ -23,7 +23,9 @@ def kept_count(n: int, mask_ratio: float) -> int:
         raise ConfigError(f"mask_ratio={mask_ratio} is not a share between 0 and 1")
     kept = int(n * (1 - mask_ratio))
     if not 1 <= kept < n:
-        raise ConfigError(f"mask_ratio={mask_ratio} keeps {kept} of {n} tokens; at least one must be hidden and one visible")
+        raise ConfigError(
+            f"mask_ratio={mask_ratio} keeps {kept} of {n} tokens; at least one must be hidden and one visible"
+        )
     return kept
 
 

@@ -124,9 +124,7 @@ class ViT(nn.Module):
             [jnp.broadcast_to(cls.astype(tokens.dtype), (tokens.shape[0], 1, self.width)), tokens], 1
         )
 
-    def encode(
-        self, tokens, taps: Sequence[int] = (), *, buckets=None, decouple: bool = False, train: bool = False
-    ):
+    def encode(self, tokens, taps: Sequence[int] = (), *, buckets=None, decouple: bool = False, train: bool = False):
         """[r n d] with cls first -> [r n d] after the final norm, and a list of the outputs of the blocks in `taps`.
 
         `buckets` defaults to the table of the whole grid. With `decouple` no gradient passes a tap from above.

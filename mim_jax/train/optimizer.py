@@ -103,9 +103,3 @@ def lars(lr, *, momentum: float = 0.9, trust: float = 0.001, weight_decay: float
         optax.trace(momentum),
         optax.scale_by_learning_rate(lr),
     )
-
-
-def all_finite(*values):
-    """[] bool: whether every number in the trees is finite."""
-    leaves = jax.tree.leaves(values)
-    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()

@@ -53,7 +53,9 @@ class LocalPort:
         weights, targets = made.weights(masks), self.apply(images, method="targets")
         for j, weight in enumerate(weights):
             error = np.asarray(seen[f"error_{j}"][0])
-            report.add(f"{prefix}loss/scale{j}", (error * weight).sum() / weight.sum(), case.get(f"{prefix}loss/scale{j}"))
+            report.add(
+                f"{prefix}loss/scale{j}", (error * weight).sum() / weight.sum(), case.get(f"{prefix}loss/scale{j}")
+            )
             if prefix:
                 continue
             report.add(f"loss/per_patch{j}", error, case.get(f"loss/per_patch{j}"))
@@ -133,7 +135,9 @@ class LocalVitPort(LocalPort):
         place = np.asarray(which.slot)[rows, kept]
         place = np.concatenate([np.zeros_like(place[:, :1]), 1 + place], 1)
         loss, seen = run_and_look(made, {"params": self.params}, images, masks)
-        embedded = made.apply({"params": self.params}, images, method=lambda o, x: o.encoder.embed(x) - o.encoder.positions())
+        embedded = made.apply(
+            {"params": self.params}, images, method=lambda o, x: o.encoder.embed(x) - o.encoder.positions()
+        )
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))
         self.add_scales(report, images, masks, loss, seen, self.apply(images, masks, method="predict"))
         image = lambda x: np.moveaxis(x, -1, 1)
@@ -322,4 +326,3 @@ def swin_of(case: Case, prefix: str, **options) -> Swin:
     return Swin(grid=(h // patch, w // patch), patch=patch, channels=channels, width=width, depths=depths,
                 heads=tuple(heads for _, heads in tables), window=(round(tables[0][0] ** 0.5) + 1) // 2, mlp_ratio=mlp,
                 **options)  # fmt: skip
-
