@@ -11,7 +11,7 @@ STAMP = $(VENV)/.requirements-installed
 TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_CPP_MIN_LOG_LEVEL
 
-.PHONY: env test quickstart clean
+.PHONY: env test quickstart compare clean
 
 env: $(STAMP)
 
@@ -35,6 +35,23 @@ quickstart: env
 	$(PY) -m mim_jax.visualise --workdir="$(RUN)/pretrain"
 	$(PY) -m mim_jax.main --config=configs/linprobe.py --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/probe"
 	$(PY) results/summarise.py "$(RUN)"
+
+# LoMaR and LocalMIM on the sample at the same number of images, as they are, with stages decoupled, from the top alone.
+VARIANTS = lomar lomar_decoupled localmim localmim_decoupled localmim_top
+SPEC_lomar = configs/lomar_sample.py
+SPEC_lomar_decoupled = configs/lomar_sample.py:taps=1,decouple
+SPEC_localmim = configs/localmim_sample.py
+SPEC_localmim_decoupled = configs/localmim_sample.py:decouple
+SPEC_localmim_top = configs/localmim_sample.py:taps=top
+
+compare: $(VARIANTS:%=compare-%)
+
+compare-%: env
+	$(PY) -m mim_jax.main --config=$(SPEC_$*) --config.seed=$(SEED) --workdir="runs/compare/$*_seed$(SEED)/pretrain"
+	$(PY) -m mim_jax.visualise --workdir="runs/compare/$*_seed$(SEED)/pretrain"
+	$(PY) -m mim_jax.main --config=configs/linprobe.py --config.init_from="runs/compare/$*_seed$(SEED)/pretrain" --config.seed=$(SEED) --workdir="runs/compare/$*_seed$(SEED)/probe"
+	$(PY) results/summarise.py "runs/compare/$*_seed$(SEED)"
+	cp "runs/compare/$*_seed$(SEED)/summary.json" "results/compare_$*_seed$(SEED).json"
 
 # The default environment and caches only: never runs/, never an environment named by VENV=.
 clean:

@@ -9,14 +9,17 @@ The numbers are not the paper's: they come from a prototype on such tiles, whose
 differently from these), and were not tuned any further here: 8x8 patches of 4 px, windows
 of 5x5 with 3 views, 60 % hidden, width 128, depth 4. Measured results: results/quickstart_*.json and the README.
 
-Arguments: toy = two steps of a smaller model.
+Arguments
+    taps      top | block numbers below the last, which then predict too: taps=1
+    decouple  no gradient passes a tap from above
+    toy       two steps of a smaller model
 """
 
-from mim_jax.config import ConfigDict, arguments, duration
+from mim_jax.config import ConfigDict, arguments, duration, numbers
 
 
 def get_config(arg=""):
-    a = arguments(arg, toy=False)
+    a = arguments(arg, taps="top", decouple=False, toy=False)
     c = ConfigDict()
     c.job = "pretrain"
     c.method = "lomar"
@@ -35,6 +38,7 @@ def get_config(arg=""):
     c.lomar = ConfigDict(dict(
         window=5, views=3, mask_ratio=0.6, pairing="paper", arch="simple", norm_pix=True,
         decoder_width=64, decoder_depth=1, decoder_heads=4,
+        taps=() if a.taps == "top" else numbers("taps", a.taps, int), decouple_stages=a.decouple,
     ))  # fmt: skip
 
     c.optim = ConfigDict(dict(name="adamw", base_lr=0.0, lr=2e-3, min_lr=0.0, b1=0.9, b2=0.95, weight_decay=0.05,
@@ -55,6 +59,7 @@ def get_config(arg=""):
                                **duration("every", steps=1000))  # fmt: skip
     if a.toy:
         c.encoder.update(dict(width=48, depth=2, heads=3))
+        c.lomar.taps = c.lomar.taps and (0,)
         c.update(duration("total", steps=2))
         c.checkpoint.update(duration("every", steps=1))
         c.log.every_steps = 1

@@ -14,6 +14,8 @@ Arguments (default first)
     arch      simple | asymmetric   mask tokens in the encoder, or MAE's encoder-decoder inside the window
     norm_pix  true | false          standardise each target patch
     pairing   paper | released      windows per image, or the released code's pairing of images with windows
+    taps      top | block numbers below the last, which then predict too: taps=2-5-8 (LocalMIM's idea, not the paper's)
+    decouple  false | true          no gradient passes a tap from above
     epochs    400 | 300, 800, 1600 in the paper
     toy       a tiny model on the embedded sample, two steps: a smoke test
 
@@ -29,7 +31,7 @@ Published, fine-tuned top-1 on ImageNet-1k @ hours on 4 A100: 300 epochs 83.3 @ 
 800 epochs 83.8 @ 132, 1600 epochs 84.1 @ 264. Measured by this project: no full run yet.
 """
 
-from mim_jax.config import ConfigDict, ConfigError, arguments, choice, duration
+from mim_jax.config import ConfigDict, ConfigError, arguments, choice, duration, numbers
 
 SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
 VIEWS_OF_WINDOW = {5: 8, 7: 4, 9: 3, 11: 2, 14: 1}
@@ -39,7 +41,7 @@ VIEWS_OF_SIZE = {384: 6, 448: 9}  # with 7x7 windows
 def get_config(arg=""):
     a = arguments(
         arg, variant="B/16", size=224, window=7, views=0, mask=0.8, pos="rpe", arch="simple", norm_pix=True,
-        pairing="paper", epochs=400, toy=False,
+        pairing="paper", taps="top", decouple=False, epochs=400, toy=False,
     )  # fmt: skip
     letter, _, patch = a.variant.partition("/")
     width, depth, heads = SIZES[choice("variant", letter, SIZES)]
@@ -68,6 +70,7 @@ def get_config(arg=""):
     c.lomar = ConfigDict(dict(
         window=a.window, views=views, mask_ratio=a.mask, pairing=a.pairing, arch=a.arch, norm_pix=a.norm_pix,
         decoder_width=512, decoder_depth=8, decoder_heads=16,  # MAE's decoder, for arch=asymmetric
+        taps=() if a.taps == "top" else numbers("taps", a.taps, int), decouple_stages=a.decouple,
     ))  # fmt: skip
 
     c.optim = ConfigDict(dict(name="adamw", base_lr=1.5e-4, lr=0.0, min_lr=0.0, b1=0.9, b2=0.95, weight_decay=0.05,
@@ -93,7 +96,8 @@ def toy(c):
     """Two steps of a tiny model on the embedded sample; everything else as above."""
     c.encoder.update(dict(width=48, depth=2, heads=3, patch=4))
     c.image_size, c.channels, c.batch_size = (32, 32), 1, 8
-    c.lomar.update(dict(window=min(c.lomar.window, 5), views=2, decoder_width=32, decoder_depth=1, decoder_heads=4))
+    c.lomar.update(dict(window=min(c.lomar.window, 5), views=2, decoder_width=32, decoder_depth=1, decoder_heads=4,
+                        taps=c.lomar.taps and (0,)))  # fmt: skip
     c.data.update(dict(source="sample", crop_scale=(0.0225, 0.16), crop_ratio=(1.0, 1.0), resize_ratio=1.0,
                        normalise="image", mean=(0.5,), std=(0.25,)))  # fmt: skip
     c.update(duration("total", steps=2))

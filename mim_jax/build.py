@@ -59,7 +59,8 @@ def lomar(config) -> LoMaR:
     return LoMaR(
         encoder=vit(config), window=o.window, views=o.views, mask_ratio=o.mask_ratio, pairing=o.pairing, arch=o.arch,
         norm_pix=o.norm_pix, decoder_width=o.decoder_width, decoder_depth=o.decoder_depth,
-        decoder_heads=o.decoder_heads, dtype=compute_dtype(config),
+        decoder_heads=o.decoder_heads, taps=tuple(o.taps), decouple_stages=o.decouple_stages,
+        dtype=compute_dtype(config),
     )  # fmt: skip
 
 

@@ -32,6 +32,8 @@ def summarise(run: str) -> dict:
         "seconds_probe": probe["seconds"],
         "steps": pretrain["steps"],
         "seed": config["seed"],
+        "method": config["method"],
+        "settings": config[config["method"]],
         "git": pretrain["git"],
         "figures": sorted(glob.glob(os.path.join(run, "pretrain", "figures", "*.png"))),
     }
@@ -48,7 +50,7 @@ def main(run: str):
           f"raw pixels {percent('raw_pixel_test')}   gain {gain:+.1f} points")  # fmt: skip
     print(f"kNN, test              {percent('knn_test')}   random encoder {percent('knn_random')}")
     print(f"held-out hidden error  {summary['masked_mse']:.3f}     harmonic inpainting {summary['inpainting_mse']:.3f}   "
-          f"predicting each patch's mean {summary['zero_mse']:.3f}")  # fmt: skip
+          f"predicting zero {summary['zero_mse']:.3f}")  # fmt: skip
     print(f"seconds                {summary['seconds']:.0f}")
     for figure in summary["figures"]:
         print(f"picture                {figure}")

@@ -46,6 +46,8 @@ class LocalMIM(Objective):
     def setup(self):
         e = self.encoder
         check(e, self.taps, self.scales, self.decoder_width)
+        if self.decouple_stages and len(self.taps) == 1:
+            raise ConfigError(f"localmim.decouple_stages has nothing to cut: localmim.taps={self.taps} is one tap")
         for j in range(len(self.taps)):
             if self.taps[j] != e.levels - 1:  # the top tap is the encoder's own output, with its final norm
                 setattr(self, f"norm_{j}", LayerNorm(self.dtype))

@@ -5,10 +5,11 @@ from typing import Any
 import jax.numpy as jnp
 from einops import rearrange
 
+from mim_jax.config import ConfigError
 from mim_jax.masking import windows
 from mim_jax.models import flops, irpe
 from mim_jax.models.decoders import MaskedDecoder
-from mim_jax.models.layers import Dense, token_init
+from mim_jax.models.layers import Dense, LayerNorm, token_init
 from mim_jax.models.posembed import sincos_table
 from mim_jax.objectives.base import Objective
 from mim_jax.targets.pixels import masked_mean, patch_statistics, pixel_targets
@@ -20,6 +21,9 @@ class LoMaR(Objective):
 
     arch "simple": hidden patches enter the encoder as mask tokens, and one linear layer predicts (section 3.2).
     arch "asymmetric": only visible patches enter, and MAE's decoder predicts (the ablation of section 4.3).
+
+    `taps` adds LocalMIM's idea to the simple one: the outputs of these blocks, below the last, predict too, each with a
+    norm and a linear layer of its own; the losses are summed. With `decouple_stages` no gradient passes a tap from above.
     """
 
     window: int = 7
@@ -31,6 +35,8 @@ class LoMaR(Objective):
     decoder_width: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
+    taps: tuple[int, ...] = ()
+    decouple_stages: bool = False
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -40,7 +46,16 @@ class LoMaR(Objective):
         if self.arch == "simple":
             self.mask_token = self.param("mask_token", token_init, (1, 1, encoder.width))
             self.head = Dense(out, self.dtype)
+            check_taps(self.taps, self.decouple_stages, encoder.depth)
+            for j in range(len(self.taps)):
+                setattr(self, f"norm_{j}", LayerNorm(self.dtype))
+                setattr(self, f"head_{j}", Dense(out, self.dtype))
         else:
+            if self.taps or self.decouple_stages:
+                raise ConfigError(
+                    f"lomar.taps={self.taps} and lomar.decouple_stages belong to arch=simple; arch=asymmetric predicts "
+                    "from the top alone"
+                )
             self.decoder = MaskedDecoder(
                 self.decoder_width,
                 self.decoder_depth,
@@ -64,13 +79,20 @@ class LoMaR(Objective):
 
     def __call__(self, images, masks, train: bool = False):
         """[b h w c], WindowMask -> loss [], metrics."""
-        prediction, patches = self.predict(images, masks, train)
-        error = jnp.square(prediction - pixel_targets(patches, self.norm_pix)).mean(-1)
-        self.sow("intermediates", "error", error)
-        return masked_mean(error, masks.hidden), {}
+        predictions, patches = self.predict_taps(images, masks, train)
+        target = pixel_targets(patches, self.norm_pix)
+        errors = [jnp.square(prediction - target).mean(-1) for prediction in predictions]
+        self.sow("intermediates", "error", errors[-1])
+        losses = [masked_mean(error, masks.hidden) for error in errors]
+        return sum(losses), {f"loss_tap{j}": loss for j, loss in enumerate(losses)} if self.taps else {}
 
     def predict(self, images, masks, train: bool = False):
         """[b h w c], WindowMask -> prediction and pixels of the windows' patches, both [b m n (p p c)], float32."""
+        predictions, patches = self.predict_taps(images, masks, train)
+        return predictions[-1], patches
+
+    def predict_taps(self, images, masks, train: bool = False):
+        """-> the prediction of every tap, the top's last, and the pixels of the windows' patches."""
         b, m, n = masks.hidden.shape
         rows, columns = self.encoder.grid
         grid_patches = patchify(images, self.encoder.patch)
@@ -82,25 +104,28 @@ class LoMaR(Objective):
         flat = rearrange(tokens, "b m n d -> (b m) n d")
         hidden = rearrange(masks.hidden, "b m n -> (b m) n")
         predict = self.predict_simple if self.arch == "simple" else self.predict_asymmetric
-        prediction = predict(flat, hidden, masks.corners, train)
-        return rearrange(prediction, "(b m) n c -> b m n c", b=b).astype(jnp.float32), patches
+        predictions = predict(flat, hidden, masks.corners, train)
+        return [rearrange(x, "(b m) n c -> b m n c", b=b).astype(jnp.float32) for x in predictions], patches
 
     def predict_simple(self, tokens, hidden, corners, train):
-        """[r n d], [r n] -> [r n (p p c)]: mask tokens go through the encoder."""
+        """[r n d], [r n] -> [r n (p p c)] for each tap and the top: mask tokens go through the encoder."""
         tokens = jnp.where(hidden[..., None], self.mask_token.astype(tokens.dtype), tokens)
         tokens = self.encoder.with_cls(tokens + self.positions(corners, self.encoder.width))
-        tokens, _ = self.encoder.encode(tokens, buckets=self.buckets(), train=train)
-        return self.head(tokens[:, 1:])
+        top, tapped = self.encoder.encode(
+            tokens, self.taps, buckets=self.buckets(), decouple=self.decouple_stages, train=train
+        )
+        lower = [getattr(self, f"head_{j}")(getattr(self, f"norm_{j}")(x)[:, 1:]) for j, x in enumerate(tapped)]
+        return [*lower, self.head(top[:, 1:])]
 
     def predict_asymmetric(self, tokens, hidden, corners, train):
-        """[r n d], [r n] -> [r n (p p c)]: the encoder sees the visible tokens alone."""
+        """[r n d], [r n] -> [r n (p p c)], the one prediction: the encoder sees the visible tokens alone."""
         n = tokens.shape[1]
         which = visible(hidden, n - windows.hidden_count(self.window, self.mask_ratio))
         tokens = keep(tokens + self.positions(corners, self.encoder.width), which)
         kept_buckets = self.encoder.kept_buckets(which.ids, self.region)
         tokens, _ = self.encoder.encode(self.encoder.with_cls(tokens), buckets=kept_buckets, train=train)
         positions = self.positions(corners, self.decoder_width)
-        return self.decoder(tokens, which, self.region, positions, self.buckets(), train)
+        return [self.decoder(tokens, which, self.region, positions, self.buckets(), train)]
 
     def buckets(self):
         return jnp.asarray(irpe.bucket_table((self.window, self.window))) if self.encoder.relative else None
@@ -168,8 +193,19 @@ class LoMaR(Objective):
         embedded = min(n, e.grid[0] * e.grid[1] / m)  # the cheaper of embedding windows and embedding the grid
         out = e.patch**2 * e.channels
         if self.arch == "simple":
-            return round(m * (flops.vit(e, 1 + n, embedded) + flops.dense(n, e.width, out)))
+            return round(m * (flops.vit(e, 1 + n, embedded) + (1 + len(self.taps)) * flops.dense(n, e.width, out)))
         kept = n - windows.hidden_count(self.window, self.mask_ratio)
         decoder = flops.dense(1 + kept, e.width, self.decoder_width) + flops.dense(1 + n, self.decoder_width, out)
         decoder += self.decoder_depth * flops.block(1 + n, self.decoder_width, 4.0, e.relative)
         return round(m * (flops.vit(e, 1 + kept, embedded) + decoder))
+
+
+def check_taps(taps, decouple: bool, depth: int):
+    """Raises ConfigError for taps that are not blocks below the last, in ascending order, and for nothing to decouple."""
+    if list(taps) != sorted(set(taps)) or (taps and not 0 <= taps[0] <= taps[-1] < depth - 1):
+        raise ConfigError(
+            f"lomar.taps={tuple(taps)} must be ascending, each once, between 0 and {depth - 2}: blocks below the last of "
+            f"{depth}, which predicts anyway"
+        )
+    if decouple and not taps:
+        raise ConfigError("lomar.decouple_stages cuts the gradient at lomar.taps, of which there are none; give some")

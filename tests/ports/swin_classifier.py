@@ -5,13 +5,13 @@ import re
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from ports.classifiers import ClassifierPort
-from ports.localmim import swin_of
 from recorded import Case, Report, capture, compare_gradients, run_and_look
 
 from mim_jax.convert import names
 from mim_jax.models.window_attention import WindowLayout, bias_matrix
 from mim_jax.objectives.classify import Classify
+from ports.classifiers import ClassifierPort
+from ports.localmim import swin_of
 
 
 class SwinClassifierPort(ClassifierPort):
