@@ -7,13 +7,13 @@ from einops import rearrange
 
 from mim_jax.evaluators.figure import panel_grid, to_rgb
 from mim_jax.evaluators.pictures import BORROWED, in_gray_scale
-from mim_jax.evaluators.strokes import strokes
+from mim_jax.evaluators.strokes import SMALLEST, strokes
 from mim_jax.objectives.localmim import to_cells
 from mim_jax.targets.pixels import patch_statistics
 from mim_jax.tokens import patchify, unpatchify
 
 HOG_NOTE = "histograms of gradients as strokes along edges, brighter = stronger; visible places are shown as they are"
-MAX_ROWS = 8
+MAX_ROWS, PANEL = 8, 128  # pixels of a side of a picture of strokes
 
 
 def draw_scales(objective, normalise, ratios):
@@ -54,7 +54,7 @@ def draw_scales(objective, normalise, ratios):
     def picture(values, cell: int, brightest: float, image):
         """[rows columns t] -> uint8 [h w 3]."""
         if objective.target == "hog":
-            return strokes(values, objective.bins, brightest)
+            return strokes(values, objective.bins, brightest, max(SMALLEST, PANEL // len(values)))
         whole = unpatchify(values[None], cell)
         return to_rgb(np.asarray(in_gray_scale(normalise, whole, image[None])[0]))
 

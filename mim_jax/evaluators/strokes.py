@@ -40,9 +40,8 @@ def strokes(histograms, nbins: int, scale: float = 0.8, side: int = SMALLEST) ->
     values = np.maximum(rearrange(histograms, "r s (c k) -> c r s k", k=nbins), 0).mean(0)
     values = np.minimum(values / max(scale, 1e-6), 1)  # the scale of an image without edges may be 0
     picture = np.zeros((values.shape[0], side, values.shape[1], side), np.float32)
-    for k, glyph in enumerate(
-        glyphs(nbins, side)
-    ):  # the brightest stroke, not the sum: the middle would always be white
+    for k, glyph in enumerate(glyphs(nbins, side)):
+        # the brightest stroke, not the sum: the middle would always be white
         np.maximum(picture, np.einsum("rs,pq->rpsq", values[..., k], glyph), out=picture)
     gray = (rearrange(picture, "r p s q -> (r p) (s q)") * 255 + 0.5).astype(np.uint8)
     return np.repeat(gray[..., None], 3, -1)
