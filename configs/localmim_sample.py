@@ -44,10 +44,11 @@ def get_config(arg=""):
     c.encoder = ConfigDict(
         dict(patch=4, width=128, depth=4, heads=4, mlp_ratio=4.0, drop_path=0.0, position="absolute")
     )
+    each = lambda value: (value,) * len(taps)
     c.localmim = ConfigDict(dict(
-        taps=taps, scales=scales, decoder_width=(64,) * len(taps), decoder_depth=1, decoder_heads=4, mask_ratio=a.mask,
-        target=choice("target", a.target, ("hog", "pixels")), bins=9, hog_bias=False, norm_pix=True,
-        decouple_stages=a.decouple,
+        taps=taps, scales=scales, decoder_width=each(64), decoder_depth=each(1), decoder_heads=each(4),
+        target=each(choice("target", a.target, ("hog", "pixels"))), mask_ratio=a.mask, bins=9, hog_bias=False,
+        norm_pix=True, decouple_stages=a.decouple,
     ))  # fmt: skip
 
     c.optim = ConfigDict(dict(name="adamw", base_lr=0.0, lr=2e-3, min_lr=0.0, b1=0.9, b2=0.95, weight_decay=0.05,

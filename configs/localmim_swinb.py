@@ -64,11 +64,11 @@ def get_config(arg=""):
 
     c.encoder = ConfigDict(dict(patch=4, width=width, depths=depths, heads=heads, window=a.window or window, mlp_ratio=4.0,
                                 drop_path=0.0, sparse=a.sparse))  # fmt: skip
+    each = lambda value: (value,) * len(taps)
     c.localmim = ConfigDict(dict(
-        taps=taps, scales=(1.0,) * len(taps), decoder_width=tuple(DECODER_WIDTH[min(tap, 3)] for tap in taps),
-        decoder_depth=a.decoder_depth, decoder_heads=4, mask_ratio=a.mask,
-        target=choice("target", a.target, ("hog", "pixels")), bins=18, hog_bias=True, norm_pix=True,
-        decouple_stages=a.decouple,
+        taps=taps, scales=each(1.0), decoder_width=tuple(DECODER_WIDTH[min(tap, 3)] for tap in taps),
+        decoder_depth=each(a.decoder_depth), decoder_heads=each(4), target=each(choice("target", a.target, ("hog", "pixels"))),
+        mask_ratio=a.mask, bins=18, hog_bias=True, norm_pix=True, decouple_stages=a.decouple,
     ))  # fmt: skip
 
     c.optim = ConfigDict(dict(name="adamw", base_lr=1e-4, lr=0.0, min_lr=1e-6, b1=0.9, b2=0.95, weight_decay=0.05,

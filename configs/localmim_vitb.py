@@ -70,10 +70,11 @@ def get_config(arg=""):
 
     c.encoder = ConfigDict(dict(patch=int(patch), width=width, depth=depth, heads=heads, mlp_ratio=4.0, drop_path=0.0,
                                 position="absolute"))  # fmt: skip
+    each = lambda value: (value,) * len(taps)
     c.localmim = ConfigDict(dict(
-        taps=taps, scales=scales, decoder_width=(256,) * len(taps), decoder_depth=a.decoder_depth, decoder_heads=8,
-        mask_ratio=a.mask, target=choice("target", a.target, ("hog", "pixels")), bins=18 if large else 9, hog_bias=large,
-        norm_pix=True, decouple_stages=a.decouple,
+        taps=taps, scales=scales, decoder_width=each(256), decoder_depth=each(a.decoder_depth), decoder_heads=each(8),
+        target=each(choice("target", a.target, ("hog", "pixels"))), mask_ratio=a.mask, bins=18 if large else 9,
+        hog_bias=large, norm_pix=True, decouple_stages=a.decouple,
     ))  # fmt: skip
 
     c.optim = ConfigDict(dict(name="adamw", base_lr=1.5e-4 if large else 2e-4, lr=0.0, min_lr=1e-6, b1=0.9, b2=0.95,
@@ -102,7 +103,7 @@ def toy(c):
     """Two steps of a tiny model on the embedded sample; everything else as above."""
     c.encoder.update(dict(width=48, heads=3, patch=4))
     c.image_size, c.channels, c.batch_size = (32, 32), 1, 8
-    c.localmim.update(dict(decoder_width=(32,) * len(c.localmim.taps), decoder_heads=4))
+    c.localmim.update(dict(decoder_width=(32,) * len(c.localmim.taps), decoder_heads=(4,) * len(c.localmim.taps)))
     c.data.update(dict(source="sample", crop_scale=(0.0225, 0.16), crop_ratio=(1.0, 1.0), resize_ratio=1.0,
                        normalise="image", mean=(0.5,), std=(0.25,)))  # fmt: skip
     c.update(duration("total", steps=2))

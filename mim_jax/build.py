@@ -66,11 +66,12 @@ def lomar(config) -> LoMaR:
 
 def localmim(config) -> LocalMIM:
     o = config.localmim
-    choice("localmim.target", o.target, ("hog", "pixels"))
+    for target in o.target:
+        choice("localmim.target", target, ("hog", "pixels"))
     return LocalMIM(
         encoder=encoder(config), taps=tuple(o.taps), scales=tuple(o.scales), decoder_width=tuple(o.decoder_width),
-        decoder_depth=o.decoder_depth, decoder_heads=o.decoder_heads, mask_ratio=o.mask_ratio, target=o.target,
-        bins=o.bins, hog_bias=o.hog_bias, norm_pix=o.norm_pix, decouple_stages=o.decouple_stages,
+        decoder_depth=tuple(o.decoder_depth), decoder_heads=tuple(o.decoder_heads), target=tuple(o.target),
+        mask_ratio=o.mask_ratio, bins=o.bins, hog_bias=o.hog_bias, norm_pix=o.norm_pix, decouple_stages=o.decouple_stages,
         dtype=compute_dtype(config),
     )  # fmt: skip
 

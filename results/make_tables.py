@@ -58,25 +58,55 @@ def quickstart() -> str:
     ])  # fmt: skip
 
 
+COMPARED = {
+    "LoMaR": "quickstart_seed*.json",
+    "LoMaR, predicting after blocks 1 and 3, decoupled": "compare_lomar_decoupled_seed*.json",
+    "LocalMIM, HOG after blocks 1 and 3": "compare_localmim_seed*.json",
+    "the same, decoupled": "compare_localmim_decoupled_seed*.json",
+    "the same, top layer only": "compare_localmim_top_seed*.json",
+}
+
+
+def compare() -> str:
+    rows, commits = [], set()
+    for label, pattern in COMPARED.items():
+        runs = load(pattern)
+        gains = [run["probe_test"] - run["random_encoder_test"] for run in runs]
+        rows.append([
+            label, percent([run["probe_test"] for run in runs]), percent(gains), percent([run["knn_test"] for run in runs]),
+            f"{statistics.median(run['seconds_pretrain'] for run in runs):.0f}",
+        ])  # fmt: skip
+        commits |= {run["git"][:9] for run in runs}
+    head = ["", "linear probe, test %", "gain over its random encoder, points", "kNN, test %", "pretraining, s"]
+    steps = {run["steps"] for pattern in COMPARED.values() for run in load(pattern)}
+    note = f"3 seeds each; {', '.join(map(str, steps))} steps of 16 images. Seconds: median, two CPU cores that other work shared. Commits: {', '.join(sorted(commits))}."
+    return table(head, rows) + "\n\n" + note
+
+
 def speed() -> str:
-    rows, notes = [], []
+    rows, notes, shares = [], [], []
     for run in load("benchmark_*.json"):
         device = f"{run['devices']} x {run['device']}" + (f", {run['cores']} cores" if run["device"] == "cpu" else "")
         device += ", huge pages" if "hugetlb=1" in run["glibc_tunables"] else ""
-        for result in run["results"]:
+        for result, ratio in zip(run["results"], run["step_ratio_to_first"], strict=True):
+            if result.get("targets_share_of_step"):
+                shares.append(f"`{result['config'].removeprefix('configs/')}` {100 * result['targets_share_of_step']:.1f} %")
             rows.append([
                 f"`{result['config'].removeprefix('configs/')}`",
                 f"{device}, {run['compute_dtype']}, batch {run['batch_size']}",
-                f"{result['step_median_s']:.3f} / {result['step_p90_s']:.3f}", f"{result['images_per_second']:.2f}",
+                f"{result['step_median_s']:.3f} / {result['step_p90_s']:.3f}",
+                f"{ratio:.2f}" if len(run["results"]) > 1 else "", f"{result['images_per_second']:.2f}",
                 f"{result['flops_per_image'] / 1e9:.1f}", f"{100 * result['share_of_matmul_rate']:.0f} %",
-                f"{result['compile_s']:.0f}",
+                f"{result['step_memory_bytes'] / 1e9:.2f}", f"{result['compile_s']:.0f}",
             ])  # fmt: skip
         notes.append(f"{run['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s in a plain matrix product ({run['git'][:9]})")
-    head = ["config", "machine", "step median / p90, s", "images/s", "GFLOP/image", "of the matmul rate", "compile, s"]
-    return table(head, rows) + "\n\nYardsticks, in order: " + "; ".join(notes) + "."
+    head = ["config", "machine", "step median / p90, s", "of the run's first", "images/s", "GFLOP/image",
+            "of the matmul rate", "memory, GB", "compile, s"]  # fmt: skip
+    shares = f"\n\nMaking the targets, share of the step: {', '.join(shares)}." if shares else ""
+    return table(head, rows) + "\n\nYardsticks, in order: " + "; ".join(notes) + "." + shares
 
 
-TABLES = {"quickstart": quickstart, "speed": speed}
+TABLES = {"quickstart": quickstart, "compare": compare, "speed": speed}
 
 
 def fill(text: str) -> str:

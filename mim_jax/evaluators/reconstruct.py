@@ -27,7 +27,7 @@ def moments(parts: dict) -> dict:
     return found
 
 
-def summarise(found: dict, standardised: bool) -> dict[str, float]:
+def summarise(found: dict, standardised: dict[str, bool]) -> dict[str, float]:
     """-> {"output/..."}: masked_mse; inpainting_mse; constant_mse, of the best constant vector; zero_mse, of 0, which is
     each patch's own mean under norm_pix. Several outputs are averaged too, under no name.
 
@@ -37,7 +37,7 @@ def summarise(found: dict, standardised: bool) -> dict[str, float]:
     errors = {}
     for name in dict.fromkeys(key.rpartition("/")[0] for key in found):
         m = {key: np.mean(found[f"{name}/{key}"]) for key in ("masked_mse", "square", "inpainted", "product")}
-        scale = m["product"] / max(m["inpainted"], 1e-12) if standardised else 1.0
+        scale = m["product"] / max(m["inpainted"], 1e-12) if standardised[name] else 1.0
         constant = np.square(found[f"{name}/target"].mean(0)).mean()
         errors[name] = {
             "masked_mse": m["masked_mse"], "zero_mse": m["square"], "constant_mse": m["square"] - constant,
@@ -55,7 +55,7 @@ class ReconstructEvaluator:
     """`runner` yields `moments` per image; `draw` makes {name: uint8 [h w 3]} of a state."""
 
     runner: SplitRunner
-    standardised: bool
+    standardised: dict[str, bool]
     draw: Callable
 
     def run(self, state):

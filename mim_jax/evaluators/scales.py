@@ -40,22 +40,23 @@ def draw_scales(objective, normalise, ratios):
             found[ratio] = in_gray_scale(normalise, seen, images), panels
         return in_gray_scale(normalise, normalised, images), found
 
-    def panel(part, cell: int, normalised):
+    def panel(part, j: int, normalised):
         """-> target and prediction [b rows columns t], pixels with the statistics of the true cell."""
         prediction, target, _, weight = part
+        cell = objective.cells[j]
         mixed = jnp.where(weight[..., None] > 0, prediction, target)
         grid = lambda x: rearrange(x, "b (y x) t -> b y x t", y=normalised.shape[1] // cell)
-        if objective.target == "hog":
+        if objective.target_of(j) == "hog":
             return grid(target), grid(mixed)
         patches = patchify(normalised, cell)
         mean, deviation = patch_statistics(patches) if objective.norm_pix else (0.0, 1.0)
         return patches, grid(mixed) * deviation + mean
 
-    def picture(values, cell: int, brightest: float, image):
+    def picture(values, j: int, brightest: float, image):
         """[rows columns t] -> uint8 [h w 3]."""
-        if objective.target == "hog":
+        if objective.target_of(j) == "hog":
             return strokes(values, objective.bins, brightest, max(SMALLEST, PANEL // len(values)))
-        whole = unpatchify(values[None], cell)
+        whole = unpatchify(values[None], objective.cells[j])
         return to_rgb(np.asarray(in_gray_scale(normalise, whole, image[None])[0]))
 
     def draw(variables, images, key):
@@ -65,13 +66,14 @@ def draw_scales(objective, normalise, ratios):
             for ratio in ratios:
                 seen, panels = found[ratio]
                 row = [to_rgb(whole[i]), to_rgb(seen[i])]
-                for (target, prediction), cell in zip(panels, objective.cells, strict=True):
+                for j, (target, prediction) in enumerate(panels):
                     brightest = float(target[i].max())
-                    row += [picture(x[i], cell, brightest, images[i]) for x in (target, prediction)]
+                    row += [picture(x[i], j, brightest, images[i]) for x in (target, prediction)]
                 rows.append(row)
         labels = ["image", "visible"] + [f"{name}\n{what}" for name in names for what in ("target", "predicted")]
         shares = ", ".join(f"{ratio:.0%}" for ratio in ratios)
-        notes = [HOG_NOTE] if objective.target == "hog" else [BORROWED] if objective.norm_pix else []
+        kinds = {objective.target_of(j) for j in range(len(names))}
+        notes = [HOG_NOTE] * ("hog" in kinds) + [BORROWED] * ("pixels" in kinds and objective.norm_pix)
         return panel_grid(rows, labels, f"LocalMIM: {shares} hidden, one row each", notes)
 
     return draw

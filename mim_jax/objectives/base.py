@@ -25,6 +25,11 @@ class Objective(nn.Module):
         should be, what it would be of images that `fill(images, hidden pixels [b h w])` completes, where it counts."""
         raise NotImplementedError
 
+    @property
+    def standardised(self) -> dict[str, bool]:
+        """Whether each output of `reconstruct` has targets without contrast of their own (norm_pix, HOG)."""
+        raise NotImplementedError
+
     def features(self, images, pool: str = "mean"):
         """-> [b d]: deterministic, nothing hidden; for kNN, probes and fine-tuning."""
         raise NotImplementedError

@@ -24,17 +24,18 @@ class LocalMIM(Objective):
     """Visible tokens alone go through the encoder; after each of the blocks (ViT) or stages (Swin) in `taps` a norm and a
     small decoder of its own predict the hidden places at `scales[j]` times the grid of the tokens (section 3).
 
-    target "hog": histograms of gradients of cells of that grid. "pixels": the pixels of those cells.
+    target "hog": histograms of gradients of cells of that grid. "pixels": the pixels of those cells. The target and
+    the decoder's width, depth and heads are one value for all taps, or a tuple with one for each.
     The loss is the sum over taps. With `decouple_stages` a block is trained by the first tap above it alone.
     """
 
     taps: tuple[int, ...] = (1, 3, 9, 11)
     scales: tuple[float, ...] = (4, 2, 1, 0.5)
-    decoder_width: tuple[int, ...] = (256, 256, 256, 256)
-    decoder_depth: int = 1
-    decoder_heads: int = 8
+    decoder_width: int | tuple[int, ...] = 256
+    decoder_depth: int | tuple[int, ...] = 1
+    decoder_heads: int | tuple[int, ...] = 8
+    target: str | tuple[str, ...] = "hog"
     mask_ratio: float = 0.75
-    target: str = "hog"
     bins: int = 9
     hog_bias: bool = False
     norm_pix: bool = True
@@ -45,14 +46,16 @@ class LocalMIM(Objective):
 
     def setup(self):
         e = self.encoder
-        check(e, self.taps, self.scales, self.decoder_width)
+        check_taps(e, self.taps, self.scales)
+        for name in ("decoder_width", "decoder_depth", "decoder_heads", "target"):
+            for_taps(name, getattr(self, name), self.taps)
         if self.decouple_stages and len(self.taps) == 1:
             raise ConfigError(f"localmim.decouple_stages has nothing to cut: localmim.taps={self.taps} is one tap")
         for j in range(len(self.taps)):
             if self.taps[j] != e.levels - 1:  # the top tap is the encoder's own output, with its final norm
                 setattr(self, f"norm_{j}", LayerNorm(self.dtype))
             setattr(self, f"decoder_{j}", self.decoder(j))
-            if self.hog_bias and self.target == "hog":
+            if self.hog_bias and self.target_of(j) == "hog":
                 draw = lambda key: jax.random.uniform(key, (2,), minval=-BIAS_LIMIT, maxval=BIAS_LIMIT)
                 setattr(self, f"hog_bias_{j}", self.param(f"hog_bias_{j}", draw))
 
@@ -64,11 +67,17 @@ class LocalMIM(Objective):
     def decoder(self, j: int, **options) -> ScaleDecoder:
         """The decoder of tap j."""
         e, cell = self.encoder, self.cells[j]
-        out = e.channels * (self.bins if self.target == "hog" else cell * cell)
+        out = e.channels * (self.bins if self.target_of(j) == "hog" else cell * cell)
+        width, depth, heads = (
+            for_taps(name, getattr(self, name), self.taps)[j]
+            for name in ("decoder_width", "decoder_depth", "decoder_heads")
+        )
         return ScaleDecoder(
-            self.decoder_width[j], self.decoder_depth, self.decoder_heads, out, cls=e.has_cls, remat=e.remat,
-            dtype=self.dtype, scale=self.scales[j], **options,
-        )  # fmt: skip
+            width, depth, heads, out, cls=e.has_cls, remat=e.remat, dtype=self.dtype, scale=self.scales[j], **options
+        )
+
+    def target_of(self, j: int) -> str:
+        return for_taps("target", self.target, self.taps)[j]
 
     @property
     def kept(self) -> int:
@@ -101,18 +110,22 @@ class LocalMIM(Objective):
             self.sow("intermediates", f"latent_{j}", tokens)
             stride, _ = e.tap_shape(self.taps[j])
             grid = tuple(u * e.unit // stride for u in e.units)
-            positions = jnp.asarray(sincos_table(self.decoder_width[j], grid), self.dtype)
-            decoded = getattr(self, f"decoder_{j}")(tokens, which, e.units, positions, train=train)
+            decoder = getattr(self, f"decoder_{j}")
+            positions = jnp.asarray(sincos_table(decoder.width, grid), self.dtype)
+            decoded = decoder(tokens, which, e.units, positions, train=train)
             predictions.append(decoded.astype(jnp.float32))
         return predictions
 
     def targets(self, images):
         """[b h w c] -> [b n' t] for each tap: vectors (channel, bin), or standardised pixels (row, column, channel)."""
         flat = lambda x: rearrange(x, "b y x d -> b (y x) d")
-        if self.target == "pixels":
-            return [pixel_targets(flat(patchify(images, cell)), self.norm_pix) for cell in self.cells]
-        biases = [getattr(self, f"hog_bias_{j}") for j in range(len(self.taps))] if self.hog_bias else None
-        return [jax.lax.stop_gradient(flat(x)) for x in hog(images, self.cells, self.bins, biases)]
+        taps = range(len(self.taps))
+        hogs = [j for j in taps if self.target_of(j) == "hog"]
+        biases = [getattr(self, f"hog_bias_{j}") for j in hogs] if self.hog_bias else None
+        cells = [self.cells[j] for j in hogs]
+        found = dict(zip(hogs, hog(images, cells, self.bins, biases) if hogs else [], strict=True))
+        pixels = lambda cell: pixel_targets(patchify(images, cell), self.norm_pix)
+        return [flat(found[j] if j in found else pixels(self.cells[j])) for j in taps]
 
     def weights(self, masks):
         """-> [b n'] for each tap: 1 where hidden, 0 where visible, the hidden share of a cell that holds several units."""
@@ -125,9 +138,9 @@ class LocalMIM(Objective):
         return self.encoder.pool(self.encoder(images), pool)
 
     @property
-    def standardised(self) -> bool:
-        """Whether targets have lost their contrast."""
-        return self.target == "hog" or self.norm_pix
+    def standardised(self) -> dict[str, bool]:
+        """Whether the target of each tap has lost its contrast."""
+        return {f"tap{j}": self.norm_pix or self.target_of(j) == "hog" for j in range(len(self.taps))}
 
     def reconstruct(self, images, masks, fill):
         """-> {tap: (prediction, target, baseline, weight)}; the baseline is the target of the image that `fill(images,
@@ -157,7 +170,15 @@ def to_cells(hidden, scale: float):
     return reduce(hidden, "b (y i) (x j) -> b y x", "mean", i=side, j=side)
 
 
-def check(encoder, taps, scales, decoder_width):
+def for_taps(name: str, value, taps) -> tuple:
+    """One value for every tap. Raises ConfigError for another number of them."""
+    values = tuple(value) if isinstance(value, tuple | list) else (value,) * len(taps)
+    if len(values) != len(taps):
+        raise ConfigError(f"localmim.{name}={values} needs one value for each of the localmim.taps={tuple(taps)}")
+    return values
+
+
+def check_taps(encoder, taps, scales):
     """Raises ConfigError for taps that are out of range or order, and for scales that do not divide patch and grid."""
     what = "blocks" if encoder.has_cls else "stages"
     if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= encoder.levels:
@@ -165,12 +186,7 @@ def check(encoder, taps, scales, decoder_width):
             f"localmim.taps={tuple(taps)} must be ascending, each once, between 0 and {encoder.levels - 1}: this encoder has "
             f"{encoder.levels} {what}, counted from 0"
         )
-    if not len(taps) == len(scales) == len(decoder_width):
-        raise ConfigError(
-            f"localmim.taps={tuple(taps)} needs one of localmim.scales={tuple(scales)} and one of "
-            f"localmim.decoder_width={tuple(decoder_width)} each"
-        )
-    for tap, scale in zip(taps, scales):
+    for tap, scale in zip(taps, for_taps("scales", tuple(scales), taps)):
         stride, _ = encoder.tap_shape(tap)
         rows, columns = (u * encoder.unit // stride for u in encoder.units)
         power = scale > 0 and math.log2(scale).is_integer()

@@ -139,9 +139,9 @@ class LoMaR(Objective):
         return rearrange(cut_windows(table, corners, self.window), "b m n d -> (b m) n d")
 
     @property
-    def standardised(self) -> bool:
-        """Whether targets have lost their contrast."""
-        return self.norm_pix
+    def standardised(self) -> dict[str, bool]:
+        """Whether the targets have lost their contrast."""
+        return {"window": self.norm_pix}
 
     def reconstruct(self, images, masks, fill):
         """-> {"window": (prediction, target, baseline, weight)}, all windows of an image in one row; the baseline is the
