@@ -224,9 +224,6 @@ class LocalSwinPort(LocalPort):
         self.params = names.from_released(case.under("param/"), self.rules)
         encoder = swin_of(case, "encoder.")
         options = settings(case, len(encoder.depths), encoder.channels)
-        bias = case.get("param/decoder.0.pred.bias")
-        if options["target"] == "hog":
-            options["bins"] = bias.shape[0] // encoder.channels
         taps = tuple(range(len(encoder.depths)))
         n = encoder.units[0] * encoder.units[1]
         # the released sampler hides int(ratio * n) + 1 units, also where the product is a whole number
