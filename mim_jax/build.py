@@ -14,6 +14,7 @@ from mim_jax.models.vit import ViT
 from mim_jax.objectives.classify import LinearProbe
 from mim_jax.objectives.localmim import LocalMIM
 from mim_jax.objectives.lomar import LoMaR
+from mim_jax.objectives.mae import MAE
 from mim_jax.targets.pixels import Normaliser
 from mim_jax.tokens import grid_size
 from mim_jax.train.optimizer import adamw, lars
@@ -76,7 +77,15 @@ def localmim(config) -> LocalMIM:
     )  # fmt: skip
 
 
-METHODS = {"lomar": lomar, "localmim": localmim}
+def mae(config) -> MAE:
+    o = config.mae
+    return MAE(
+        encoder=encoder(config), mask_ratio=o.mask_ratio, norm_pix=o.norm_pix, decoder_width=o.decoder_width,
+        decoder_depth=o.decoder_depth, decoder_heads=o.decoder_heads, dtype=compute_dtype(config),
+    )  # fmt: skip
+
+
+METHODS = {"lomar": lomar, "localmim": localmim, "mae": mae}
 
 
 def objective(config):

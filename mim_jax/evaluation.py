@@ -12,7 +12,7 @@ from mim_jax.evaluators.base import SplitRunner
 from mim_jax.evaluators.classify import ClassifyEvaluator, hits
 from mim_jax.evaluators.inpainting import harmonic_inpaint
 from mim_jax.evaluators.knn import KnnEvaluator
-from mim_jax.evaluators.pictures import draw_windows
+from mim_jax.evaluators.pictures import draw_pictures
 from mim_jax.evaluators.reconstruct import ReconstructEvaluator, moments
 from mim_jax.evaluators.scales import draw_scales
 from mim_jax.objectives.localmim import LocalMIM
@@ -68,7 +68,7 @@ def reconstruct_evaluator(e, config, made, normalise, mesh, open_split):
 
 def drawing(made):
     """How the pictures of an objective are drawn: draw(objective, normalise, ratios) -> a function of its weights."""
-    return draw_scales if isinstance(made, LocalMIM) else draw_windows
+    return draw_scales if isinstance(made, LocalMIM) else draw_pictures
 
 
 def classify_evaluator(e, config, made, normalise, mesh, open_split):

@@ -79,7 +79,10 @@ def compare() -> str:
         commits |= {run["git"][:9] for run in runs}
     head = ["", "linear probe, test %", "gain over its random encoder, points", "kNN, test %", "pretraining, s"]
     steps = {run["steps"] for pattern in COMPARED.values() for run in load(pattern)}
-    note = f"3 seeds each; {', '.join(map(str, steps))} steps of 16 images. Seconds: median, two CPU cores that other work shared. Commits: {', '.join(sorted(commits))}."
+    note = (
+        f"3 seeds each; {', '.join(map(str, steps))} steps of 16 images. Seconds: median, on two CPU cores that other work "
+        f"shared. Commits: {', '.join(sorted(commits))}."
+    )
     return table(head, rows) + "\n\n" + note
 
 

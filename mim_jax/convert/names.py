@@ -45,6 +45,12 @@ VIT_BODY = (
 HEAD = linear(r"^head", "head")
 VIT_RULES = VIT_BODY + norm(r"^norm", "encoder/norm")
 LOMAR_RULES = VIT_RULES + ((r"^mask_token$", "mask_token", "same"), *linear(r"^encoder_pred", "head"))
+MAE_RULES = VIT_RULES + (
+    (r"^mask_token$", "decoder/mask_token", "same"),
+    *linear(r"^decoder_(embed|pred)", "decoder/{}"),
+    *block(r"^decoder_blocks\.(\d+)\.", "decoder/block_{:02d}/"),
+    *norm(r"^decoder_norm", "decoder/norm"),
+)
 CLASSIFIER_RULES = VIT_RULES + ((r"^pos_embed$", "encoder/pos_embed", "same"),) + norm(r"^fc_norm", "fc_norm") + HEAD
 
 # -- LocalMIM ---------------------------------------------------------------------------------------------------------

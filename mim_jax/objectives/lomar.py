@@ -12,7 +12,7 @@ from mim_jax.models.decoders import MaskedDecoder
 from mim_jax.models.layers import Dense, LayerNorm, token_init
 from mim_jax.models.posembed import sincos_table
 from mim_jax.objectives.base import Objective
-from mim_jax.targets.pixels import masked_mean, patch_statistics, pixel_targets
+from mim_jax.targets.pixels import masked_mean, pixel_targets, repaint
 from mim_jax.tokens import cut_windows, keep, patchify, unpatchify, visible
 
 
@@ -161,31 +161,12 @@ class LoMaR(Objective):
         return self.encoder.pool(self.encoder(images), pool)
 
     def pictures(self, images, masks):
-        """-> {name: [b h w c]} for the first window of every image.
-
-        `window`: what the window shows; `masked`: the same with hidden patches gray; `reconstruction`: hidden patches
-        predicted. Under norm_pix that one borrows the mean and deviation of each true patch, so
-        `reconstruction_own` has the prediction with the statistics of the visible patches of its window instead.
-        """
+        """-> {name: [b h w c]} for the first window of every image: as it is, and see targets/pixels.repaint."""
         first = windows.WindowMask(masks.corners[:, :1], masks.hidden[:, :1])
         prediction, patches = self.predict(images, first)
-        hidden = first.hidden[..., None]
-        own = borrowed = prediction
-        if self.norm_pix:
-            mean, deviation = patch_statistics(patches)
-            borrowed = prediction * deviation + mean
-            share = ~hidden / jnp.sum(~hidden, axis=2, keepdims=True)
-            own = prediction * (share * deviation).sum(2, keepdims=True) + (share * mean).sum(2, keepdims=True)
-
-        def whole(x):
-            return unpatchify(rearrange(x[:, 0], "b (r s) c -> b r s c", r=self.window), self.encoder.patch)
-
-        return {
-            "window": whole(patches),
-            "masked": whole(jnp.where(hidden, 0.0, patches)),
-            "reconstruction": whole(jnp.where(hidden, borrowed, patches)),
-            "reconstruction_own": whole(jnp.where(hidden, own, patches)),
-        }
+        pictures = {"window": patches, **repaint(prediction, patches, first.hidden, self.norm_pix)}
+        whole = lambda x: unpatchify(rearrange(x[:, 0], "b (r s) c -> b r s c", r=self.window), self.encoder.patch)
+        return {name: whole(x) for name, x in pictures.items()}
 
     def flops(self) -> int:
         """Forward FLOPs per image: every window is a sequence of its own; see models/flops.py."""
