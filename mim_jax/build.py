@@ -67,13 +67,14 @@ def lomar(config) -> LoMaR:
 
 def localmim(config) -> LocalMIM:
     o = config.localmim
-    for target in o.target:
+    each = lambda value: tuple(value) if isinstance(value, list | tuple) else value  # one for all taps, or one for each
+    for target in [o.target] if isinstance(o.target, str) else o.target:
         choice("localmim.target", target, ("hog", "pixels"))
     return LocalMIM(
-        encoder=encoder(config), taps=tuple(o.taps), scales=tuple(o.scales), decoder_width=tuple(o.decoder_width),
-        decoder_depth=tuple(o.decoder_depth), decoder_heads=tuple(o.decoder_heads), target=tuple(o.target),
-        mask_ratio=o.mask_ratio, bins=o.bins, hog_bias=o.hog_bias, norm_pix=o.norm_pix, decouple_stages=o.decouple_stages,
-        dtype=compute_dtype(config),
+        encoder=encoder(config), taps=tuple(o.taps), scales=tuple(o.scales), decoder_width=each(o.decoder_width),
+        decoder_depth=each(o.decoder_depth), decoder_heads=each(o.decoder_heads), target=each(o.target),
+        mask_ratio=o.mask_ratio, bins=o.bins, hog_bias=o.hog_bias, norm_pix=o.norm_pix,
+        decouple_stages=o.decouple_stages, dtype=compute_dtype(config),
     )  # fmt: skip
 
 
