@@ -92,6 +92,96 @@ def duration(name: str, *, steps=0, epochs=0.0, examples=0, percent=0.0) -> dict
     }
 
 
+VIT_SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
+SWIN_SIZES = {"T": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7), "B": (128, (2, 2, 18, 2), (4, 8, 16, 32), 7),
+              "L": (192, (2, 2, 18, 2), (6, 12, 24, 48), 14)}  # fmt: skip
+
+
+def vit_encoder(variant: str, position: str) -> ConfigDict:
+    """`c.encoder` of "B/16" and its kin. Raises ConfigError for a variant without letter or patch size."""
+    letter, _, patch = variant.partition("/")
+    width, depth, heads = VIT_SIZES[choice("variant", letter, VIT_SIZES)]
+    if not patch.isdigit() or not int(patch):
+        raise ConfigError(f"variant '{variant}' has no patch size; write for instance variant={letter}/16")
+    return ConfigDict(dict(patch=int(patch), width=width, depth=depth, heads=heads, mlp_ratio=4.0, drop_path=0.0,
+                           position=position))  # fmt: skip
+
+
+def swin_encoder(variant: str, window: int, sparse: bool = True) -> ConfigDict:
+    """`c.encoder` of Swin-T, B, L (arXiv 2103.14030); window 0 is the variant's own."""
+    width, depths, heads, own = SWIN_SIZES[choice("variant", variant, SWIN_SIZES)]
+    return ConfigDict(dict(patch=4, width=width, depths=depths, heads=heads, window=window or own, mlp_ratio=4.0,
+                           drop_path=0.0, sparse=sparse))  # fmt: skip
+
+
+def imagenet_pretraining(c, *, method: str, epochs: float, batch_size: int, size: int):
+    """Fills in what every ImageNet-1k pretraining here has in common; the config adds encoder, method and optimiser.
+
+    RandomResizedCrop (.2, 1) and flip only, bicubic: MAE, LoMaR and LocalMIM alike, each in its appendix.
+    """
+    c.job = "pretrain"
+    c.method = method
+    c.seed = 0
+    c.init_from = ""  # a run whose weights to start from, decoders included
+    c.update(duration("total", epochs=epochs))
+    c.batch_size = batch_size
+    c.accumulation = 1  # micro-batches per step; the batch stays the same
+    c.image_size = (size, size)
+    c.channels = 3
+    c.compute_dtype = "auto"  # bfloat16 on TPU and GPU, float32 on CPU; parameters, norms, softmax, loss: float32
+    c.remat = False  # recompute blocks in the backward pass: less memory, a third more compute
+    c.fsdp = False  # shard tensors above 4 MiB over the devices
+    c.data = ConfigDict(dict(
+        source="imagenet2012", path="", data_dir="", train_split="train", picture_split="validation",
+        crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, resize_ratio=0.875,
+        normalise="dataset", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+    ))  # fmt: skip
+    c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", epochs=1)))
+    c.log = ConfigDict(dict(every_steps=50, tensorboard=True))
+    c.evals = ConfigDict()
+    c.evals.knn = dict(type="knn", on=True, train_split="train", test_split="validation", train_examples=64000, pool="mean",
+                       k=20, temperature=0.07, batch_size=512, **duration("every", epochs=20))  # fmt: skip
+    c.evals.reconstruct = dict(type="reconstruct", on=True, split="validation", examples=1024, pictures=6, batch_size=64,
+                               **duration("every", epochs=5))  # fmt: skip
+    c.evals.nmi = dict(type="nmi", on=True, split="validation", examples=256, batch_size=64,
+                       **duration("every", epochs=20))  # fmt: skip
+
+
+def sample_pretraining(c, *, method: str, steps: int = 2900):
+    """Fills in what every pretraining on the embedded sample has in common, where configs/lomar_sample.py tells its source."""
+    imagenet_pretraining(c, method=method, epochs=0, batch_size=16, size=32)
+    on_the_sample(c)
+    c.update(duration("total", steps=steps))
+    c.compute_dtype = "float32"
+    c.checkpoint.update(duration("every", steps=500))
+    c.evals.knn.update(dict(train_examples=0, batch_size=256, **duration("every", steps=1000)))
+    c.evals.reconstruct.update(dict(split="test", examples=0, batch_size=256, **duration("every", steps=1000)))
+    c.evals.nmi.update(dict(split="test", **duration("every", steps=1000)))
+    c.optim = ConfigDict(dict(name="adamw", base_lr=0.0, lr=2e-3, min_lr=0.0, b1=0.9, b2=0.95, weight_decay=0.05,
+                              no_decay=(), clip_norm=0.0, **duration("warmup", percent=8.0)))  # fmt: skip
+
+
+def on_the_sample(c):
+    """Replaces the data by gray tiles of 32 px of the embedded sample, each standardised."""
+    c.image_size, c.channels = (32, 32), 1
+    c.data.update(dict(
+        source="sample", picture_split="test", crop_scale=(0.0225, 0.16), crop_ratio=(1.0, 1.0),  # .6 to 1.6 x 32 px of 128
+        resize_ratio=1.0, normalise="image", mean=(0.5,), std=(0.25,),
+    ))  # fmt: skip
+    c.evals.knn.update(dict(train_split="train_tiles", test_split="validation"))
+
+
+def smoke_test(c):
+    """Two steps with everything on: evaluation, pictures, checkpoints."""
+    c.update(duration("total", steps=2))
+    c.optim.update(duration("warmup", steps=1))
+    c.checkpoint.update(duration("every", steps=1))
+    c.log.every_steps = 1
+    c.evals.knn.update(dict(train_examples=128, batch_size=64, **duration("every", steps=2)))
+    c.evals.reconstruct.update(dict(examples=16, pictures=2, batch_size=16, **duration("every", steps=2)))
+    c.evals.nmi.update(dict(examples=16, batch_size=16, **duration("every", steps=2)))
+
+
 def load(spec: str) -> ConfigDict:
     """Loads `path.py:arguments`. Raises ConfigError if the file is missing or an argument is wrong."""
     path, _, arg = spec.partition(":")

@@ -74,13 +74,13 @@ def compare() -> str:
         gains = [run["probe_test"] - run["random_encoder_test"] for run in runs]
         rows.append([
             label, percent([run["probe_test"] for run in runs]), percent(gains), percent([run["knn_test"] for run in runs]),
-            f"{statistics.median(run['seconds_pretrain'] for run in runs):.0f}",
+            f"{statistics.median(run['seconds_pretrain'] for run in runs):.0f}", str(len(runs)),
         ])  # fmt: skip
         commits |= {run["git"][:9] for run in runs}
-    head = ["", "linear probe, test %", "gain over its random encoder, points", "kNN, test %", "pretraining, s"]
+    head = ["", "linear probe, test %", "gain over its random encoder, points", "kNN, test %", "pretraining, s", "seeds"]
     steps = {run["steps"] for pattern in COMPARED.values() for run in load(pattern)}
     note = (
-        f"3 seeds each; {', '.join(map(str, steps))} steps of 16 images. Seconds: median, on two CPU cores that other work "
+        f"{', '.join(map(str, steps))} steps of 16 images. Seconds: median, on two CPU cores that other work "
         f"shared. Commits: {', '.join(sorted(commits))}."
     )
     return table(head, rows) + "\n\n" + note
