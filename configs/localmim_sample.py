@@ -16,7 +16,7 @@ Data, optimiser and length are those of lomar_sample.py, where their source is t
 README.
 """
 
-from mim_jax.config import ConfigDict, arguments, choice, numbers, sample_pretraining, smoke_test
+from mim_jax.config import ConfigDict, ConfigError, arguments, choice, numbers, sample_pretraining, smoke_test
 
 NAMED_TAPS = {"paper": (1, 3), "top": (3,)}
 FINE_TO_COARSE = {1: (1.0,), 2: (1.0, 0.5), 4: (2.0, 2.0, 1.0, 0.5)}
@@ -25,8 +25,9 @@ FINE_TO_COARSE = {1: (1.0,), 2: (1.0, 0.5), 4: (2.0, 2.0, 1.0, 0.5)}
 def get_config(arg=""):
     a = arguments(arg, taps="paper", scales="fine_to_coarse", target="hog", mask=0.75, decouple=False, toy=False)
     taps = NAMED_TAPS[a.taps] if a.taps in NAMED_TAPS else numbers("taps", a.taps, int)
-    named = a.scales == "fine_to_coarse" and len(taps) in FINE_TO_COARSE
-    scales = FINE_TO_COARSE[len(taps)] if named else numbers("scales", a.scales, float)
+    if a.scales == "fine_to_coarse" and len(taps) not in FINE_TO_COARSE:
+        raise ConfigError(f"no scales are named for {len(taps)} taps; write one per tap, for instance scales=2-1-0.5")
+    scales = FINE_TO_COARSE[len(taps)] if a.scales == "fine_to_coarse" else numbers("scales", a.scales, float)
     c = ConfigDict()
     sample_pretraining(c, method="localmim")
 

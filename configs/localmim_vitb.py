@@ -51,17 +51,15 @@ def get_config(arg=""):
     large = a.variant[0] in ("L", "H")
     encoder = vit_encoder(a.variant, "absolute")
     if a.toy:
-        encoder.update(dict(width=48, depth=4, heads=3, patch=4))
+        encoder.update(dict(width=48, depth=4, heads=3, patch=8 if a.target == "pixels" else 4))
     depth = encoder.depth
     named = {"paper": (0, 1, 2, 3) if a.toy else (1, 3, depth - 3, depth - 1), "top": (depth - 1,)}
     taps = named[a.taps] if a.taps in named else numbers("taps", a.taps, int)
     scales = SCALES[a.scales] if a.scales in SCALES else numbers("scales", a.scales, float)
     if a.scales in SCALES and len(taps) != len(scales):
-        if len(taps) > 1:
-            raise ConfigError(
-                f"scales={a.scales} names 4 scales, and there are {len(taps)} taps; write for instance scales=2-1"
-            )
-        scales = (1.0,)
+        if a.scales != "fine_to_coarse" or len(taps) > 1:
+            raise ConfigError(f"scales={a.scales} names 4 scales for {len(taps)} taps; write one per tap: scales=2-1")
+        scales = (1.0,)  # taps=top
 
     c = ConfigDict()
     imagenet_pretraining(c, method="localmim", epochs=a.epochs, batch_size=4096 if large else 2048, size=a.size)

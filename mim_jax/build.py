@@ -6,6 +6,7 @@ The literal dict METHODS is the whole name service.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from mim_jax import durations
 from mim_jax.config import ConfigError, choice
@@ -70,8 +71,13 @@ def localmim(config) -> LocalMIM:
     each = lambda value: tuple(value) if isinstance(value, list | tuple) else value  # one for all taps, or one for each
     for target in [o.target] if isinstance(o.target, str) else o.target:
         choice("localmim.target", target, ("hog", "pixels"))
+    made = encoder(config)
+    if o.taps and max(o.taps) < made.levels - 1:
+        logging.warning(
+            "nothing trains the encoder above localmim.taps=%s, which features and probes read", tuple(o.taps)
+        )
     return LocalMIM(
-        encoder=encoder(config), taps=tuple(o.taps), scales=tuple(o.scales), decoder_width=each(o.decoder_width),
+        encoder=made, taps=tuple(o.taps), scales=tuple(o.scales), decoder_width=each(o.decoder_width),
         decoder_depth=each(o.decoder_depth), decoder_heads=each(o.decoder_heads), target=each(o.target),
         mask_ratio=o.mask_ratio, bins=o.bins, hog_bias=o.hog_bias, norm_pix=o.norm_pix,
         decouple_stages=o.decouple_stages, dtype=compute_dtype(config),

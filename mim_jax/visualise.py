@@ -13,7 +13,7 @@ from mim_jax.logs import fail
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of a pretraining run", required=True)
 OUT = flags.DEFINE_string("out", "", "folder of the pictures; default <workdir>/figures")
 RATIOS = flags.DEFINE_list("ratios", ["0.6", "0.7", "0.8", "0.9"], "shares of hidden patches")
-IMAGES = flags.DEFINE_integer("images", 6, "how many images, one per row")
+IMAGES = flags.DEFINE_integer("images", 6, "how many images; several ratios in one figure of LocalMIM show fewer")
 SPLIT = flags.DEFINE_string("split", "", "split to draw from; default the run's data.picture_split")
 SEED = flags.DEFINE_integer("seed", 0, "chooses images and windows")
 

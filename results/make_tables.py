@@ -77,7 +77,14 @@ def compare() -> str:
             f"{statistics.median(run['seconds_pretrain'] for run in runs):.0f}", str(len(runs)),
         ])  # fmt: skip
         commits |= {run["git"][:9] for run in runs}
-    head = ["", "linear probe, test %", "gain over its random encoder, points", "kNN, test %", "pretraining, s", "seeds"]
+    head = [
+        "",
+        "linear probe, test %",
+        "gain over its random encoder, points",
+        "kNN, test %",
+        "pretraining, s",
+        "seeds",
+    ]
     steps = {run["steps"] for pattern in COMPARED.values() for run in load(pattern)}
     note = (
         f"{', '.join(map(str, steps))} steps of 16 images. Seconds: median, on two CPU cores that other work "
@@ -93,7 +100,9 @@ def speed() -> str:
         device += ", huge pages" if "hugetlb=1" in run["glibc_tunables"] else ""
         for result, ratio in zip(run["results"], run["step_ratio_to_first"], strict=True):
             if result.get("targets_share_of_step"):
-                shares.append(f"`{result['config'].removeprefix('configs/')}` {100 * result['targets_share_of_step']:.1f} %")
+                shares.append(
+                    f"`{result['config'].removeprefix('configs/')}` {100 * result['targets_share_of_step']:.1f} %"
+                )
             rows.append([
                 f"`{result['config'].removeprefix('configs/')}`",
                 f"{device}, {run['compute_dtype']}, batch {run['batch_size']}",
@@ -132,4 +141,6 @@ def main(check: bool):
 
 
 if __name__ == "__main__":
-    main("--check" in sys.argv[1:])
+    if sys.argv[1:] not in ([], ["--check"]):
+        raise SystemExit(__doc__)
+    main("--check" in sys.argv)

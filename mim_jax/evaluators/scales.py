@@ -34,9 +34,7 @@ def draw_scales(objective, normalise, ratios):
             outputs = made.apply(variables, normalised, masks, lambda x, hidden: x, method="reconstruct")
             hidden = rearrange(masks.hidden, "b (y x) -> b y x", y=encoder.units[0])
             seen = jnp.where(to_cells(hidden, encoder.unit)[..., None], 0.0, normalised)
-            panels = [
-                panel(part, cell, normalised) for part, cell in zip(outputs.values(), objective.cells, strict=True)
-            ]
+            panels = [panel(part, j, normalised) for j, part in enumerate(outputs.values())]
             found[ratio] = in_gray_scale(normalise, seen, images), panels
         return in_gray_scale(normalise, normalised, images), found
 

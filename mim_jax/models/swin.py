@@ -109,15 +109,23 @@ class Swin(nn.Module):
 
     has_cls = False
 
-    def setup(self):
-        if len(self.heads) != len(self.depths):
-            raise ConfigError(f"depths={self.depths} and heads={self.heads} need one number per stage each")
+    def __post_init__(self):
+        """Raises ConfigError for sizes that no Swin can have."""
+        super().__post_init__()
+        if len(self.heads) != len(self.depths) or not self.depths:
+            raise ConfigError(
+                f"encoder.depths={self.depths} and encoder.heads={self.heads} need one number per stage each"
+            )
+        if self.window < 1:
+            raise ConfigError(f"encoder.window={self.window}: a window has at least one token a side")
         if any(g % self.side for g in self.grid):
             h, w = (g * self.patch for g in self.grid)
             raise ConfigError(
                 f"image size {h}x{w} is not a multiple of {self.unit}, the pixels that one token of the last of "
                 f"{len(self.depths)} stages covers"
             )
+
+    def setup(self):
         self.patch_embed = Dense(self.width, self.dtype)
         self.patch_norm = LayerNorm(self.dtype)
         first, total = 0, sum(self.depths)

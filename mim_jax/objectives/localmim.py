@@ -49,6 +49,16 @@ class LocalMIM(Objective):
         check_taps(e, self.taps, self.scales)
         for name in ("decoder_width", "decoder_depth", "decoder_heads", "target"):
             for_taps(name, getattr(self, name), self.taps)
+        if self.bins < 1 or min(for_taps("decoder_depth", self.decoder_depth, self.taps)) < 0:
+            raise ConfigError(
+                f"localmim.bins={self.bins} must be 1 or more, decoder_depth={self.decoder_depth} not below 0"
+            )
+        for j, cell in enumerate(self.cells):
+            if self.norm_pix and self.target_of(j) == "pixels" and cell * cell * e.channels == 1:
+                raise ConfigError(
+                    f"localmim.scales={self.scales}: at scale {self.scales[j]} a cell is one number, which norm_pix cannot "
+                    "standardise; use a smaller scale, larger patches or localmim.norm_pix=False"
+                )
         if self.decouple_stages and len(self.taps) == 1:
             raise ConfigError(f"localmim.decouple_stages has nothing to cut: localmim.taps={self.taps} is one tap")
         for j in range(len(self.taps)):
@@ -171,10 +181,13 @@ def to_cells(hidden, scale: float):
 
 
 def for_taps(name: str, value, taps) -> tuple:
-    """One value for every tap. Raises ConfigError for another number of them."""
-    values = tuple(value) if isinstance(value, tuple | list) else (value,) * len(taps)
+    """One value for every tap, of one for all or one for each. Raises ConfigError for another number of them."""
+    values = tuple(value) if isinstance(value, tuple | list) else (value,)
+    values *= len(taps) if len(values) == 1 else 1
     if len(values) != len(taps):
-        raise ConfigError(f"localmim.{name}={values} needs one value for each of the localmim.taps={tuple(taps)}")
+        raise ConfigError(
+            f"localmim.{name}={values} needs one value for all, or one for each, of the localmim.taps={tuple(taps)}"
+        )
     return values
 
 

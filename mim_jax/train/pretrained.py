@@ -8,6 +8,7 @@ from etils import epath
 
 from mim_jax import sharding, tree
 from mim_jax.train.checkpoint import CheckpointError, Damaged, absolute, arrays, require_fingerprints
+from mim_jax.train.workdir import completed
 
 
 def find(source) -> epath.Path:
@@ -48,7 +49,8 @@ def read_meta(step_folder: epath.Path) -> dict:
     """The meta data of one checkpoint: step, clock, config, git hash, fingerprints."""
     manager, step = _reader(step_folder)
     with manager, _named(step_folder):
-        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    return {**meta, "config": completed(meta["config"])}
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ from mim_jax.config import ConfigError
 # Keys that may differ between the run a workdir holds and the command that continues it: none changes more than rounding.
 MAY_CHANGE = (r"^log\.", r"^checkpoint\.", r"^evals\.", r"^data\.(path|data_dir)$", r"^(remat|fsdp|accumulation)$")
 RESULT = "result.json"
+# Keys that configs got after runs had been saved without them, and what those runs did.
+ADDED = {"lomar": {"taps": (), "decouple_stages": False}}
 
 
 def claim(workdir: epath.Path, config: dict):
@@ -22,7 +24,7 @@ def claim(workdir: epath.Path, config: dict):
     """
     path = workdir / "config.json"
     if path.exists():
-        there = read_json(path)
+        there = completed(read_json(path))
         changed = config_lib.differences(there, json.loads(json.dumps(config)))
         changed = [line for line in changed if not tree.matches(MAY_CHANGE, line.split(":")[0])]
         if changed:
@@ -38,6 +40,11 @@ def claim(workdir: epath.Path, config: dict):
         raise ConfigError(
             f"the workdir '{workdir}' cannot be written ({error.strerror}); choose another --workdir"
         ) from error
+
+
+def completed(config: dict) -> dict:
+    """A saved config with the keys that its sections have got since."""
+    return {key: {**ADDED.get(key, {}), **value} if isinstance(value, dict) else value for key, value in config.items()}
 
 
 def read_json(path: epath.Path) -> dict:

@@ -31,10 +31,12 @@ class ClassifierPort:
 
     def inputs(self, micro_step: int):
         images = self.case.images()
+        once = images.ndim == 4  # one batch for all steps
+        images = images[None] if once else images
         index = micro_step % images.shape[0]
         for key in ("input/targets", "input/soft_targets", "target/soft", "input/labels"):
             if key in self.case:
-                return images[index], jnp.asarray(self.case[key][index])
+                return images[index], jnp.asarray(self.case[key] if once else self.case[key][index])
         raise KeyError("a recorded fine-tuning run needs input/labels or input/targets")
 
     def check_draws(self, report, targets, prefix):

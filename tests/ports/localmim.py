@@ -27,11 +27,12 @@ def settings(case: Case, taps: int, channels: int) -> dict:
     meta = case.meta
     widths = tuple(case[f"param/decoder.{j}.embed.bias"].shape[0] for j in range(taps))
     last = max((key for key in case.arrays if re.match(r"param/decoder\.0\.pred\..*bias$", key)), default=None)
-    hog = any(key.startswith("param/hog_enc") for key in case.arrays) or str(meta.get("target", "")).upper() == "HOG"
+    named = str(meta.get("target", "")).lower()
+    hog = "hog" in named if named else any(key.startswith("param/hog_enc") for key in case.arrays)
     return dict(
         decoder_width=widths, decoder_depth=depth_of(case, r"decoder\.0\.blocks\.(\d+)\."),
         decoder_heads=meta.get("decoder_heads", 4), target="hog" if hog else "pixels",
-        bins=case[last].shape[0] // channels if hog else 9, hog_bias="param/hog_enc.0.conv.bias" in case,
+        bins=case[last].shape[0] // channels if hog else 9, hog_bias=hog and "param/hog_enc.0.conv.bias" in case,
         norm_pix=meta.get("norm_pix_loss", True), decouple_stages="stage_of_param" in meta,
     )  # fmt: skip
 
@@ -76,7 +77,10 @@ class LocalPort:
     def check_targets(self, report: Report):
         """`target/batchJ/hogK` of a recorded run."""
         for key in self.case.under("target/"):
-            batch, name = re.fullmatch(r"batch(\d+)/(\w+)", key).groups()
+            found = re.fullmatch(r"batch(\d+)/(\w+\d)", key)
+            if not found:
+                continue  # it will be listed as not compared
+            batch, name = found.groups()
             ours = self.apply(self.case.images()[int(batch)], method="targets")[int(re.search(r"\d+$", name).group())]
             recorded = self.case[f"target/{key}"]
             report.add(f"target/{key}", strided(ours, recorded, self.case.meta), recorded)
@@ -84,6 +88,7 @@ class LocalPort:
     def inputs(self, micro_step: int):
         """(images, masks) of a micro-step of a recorded run."""
         images = self.case.images()
+        images = images[None] if images.ndim == 4 else images
         images = images[micro_step % images.shape[0]]
         return images, self.masks(f"rand/step{micro_step:02d}/", images.shape[0])
 
