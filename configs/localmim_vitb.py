@@ -5,7 +5,7 @@
     python -m mim_jax.main --config=configs/localmim_vitb.py:target=pixels,decouple
 
 Arguments (default first)
-    variant   B/16 | S, B, L, H, Ti with patch 8, 14 or 16
+    variant   B/16 | S, B, L, H, Ti with patch 8 or 16; patch 14 needs scales of at most 2: scales=2-2-1-0.5
     size      224 | any multiple of the patch
     target    hog | pixels          histograms of gradients, or standardised pixels of the same cells
     taps      paper | top, or block numbers counted from 0: taps=5-8-11. "paper" is 1, 3, depth-3, depth-1

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax.config import load
+from mim_jax import build
+from mim_jax.config import ConfigError, load
 from mim_jax.run import run
 from mim_jax.train.checkpoint import CheckpointError
 
@@ -143,7 +144,7 @@ SETTINGS = {
     "no lr": (dict(optim__base_lr=0.0), ["optim.base_lr", "optim.lr"]),
     "warm-up": (dict(optim__warmup_percent=0.0, optim__warmup_steps=3), ["warm-up", "3 steps", "2 steps"]),
     "two durations": (dict(total_epochs=1.0), ["total_steps=2", "total_epochs=1.0"]),
-    "two warm-ups": (dict(optim__warmup_steps=1), ["warmup_steps=1", "warmup_percent=5.0"]),
+    "two warm-ups": (dict(optim__warmup_percent=5.0), ["warmup_steps=1", "warmup_percent=5.0"]),
     "no length": (dict(total_steps=0), ["total_steps"]),
     "endless": (dict(total_steps=0, total_percent=5.0), ["total_percent=5.0"]),
     "job": (dict(job="pretrian"), ["job", "pretrian", "pretrain"]),
@@ -161,6 +162,62 @@ SETTINGS = {
     "evaluator": (dict(evals__knn__type="nkn"), ["evals.knn.type", "nkn", "knn"]),
     "pool": (dict(evals__knn__pool="max", evals__knn__on=True), ["pool", "max", "mean"]),
 }  # fmt: skip
+
+
+VIT, SWIN = "localmim_vitb", "localmim_swinb"
+FOUR = lambda x: (x,) * 4
+LOCALMIM = {
+    "order": (VIT, dict(localmim__taps=(0, 2, 1, 3)), ["localmim.taps=(0, 2, 1, 3)", "ascending"]),
+    "twice": (VIT, dict(localmim__taps=(0, 1, 1, 3)), ["localmim.taps=(0, 1, 1, 3)", "each once"]),
+    "range": (VIT, dict(localmim__taps=(0, 1, 2, 4)), ["localmim.taps=(0, 1, 2, 4)", "between 0 and 3", "4 blocks"]),
+    "stages": (SWIN, dict(localmim__taps=(0, 1, 2, 4)), ["localmim.taps=(0, 1, 2, 4)", "between 0 and 3", "4 stages"]),
+    "fewer scales": (VIT, dict(localmim__scales=(1.0, 1.0)), ["localmim.taps=(0, 1, 2, 3)", "localmim.scales=(1.0, 1.0)"]),
+    "more widths": (VIT, dict(localmim__decoder_width=(8,) * 5), ["localmim.decoder_width=(8, 8, 8, 8, 8)",
+                                                                  "localmim.taps=(0, 1, 2, 3)"]),
+    "scale 3": (VIT, dict(localmim__scales=(3.0, 1.0, 1.0, 1.0)), ["localmim.scales", "3.0", "power of two"]),
+    "scale and patch": (VIT, dict(localmim__scales=(8.0, 1.0, 1.0, 1.0)), ["scale 8.0", "4 pixels", "tap 0"]),
+    "scale and grid": (VIT, dict(image_size=(28, 32)), ["scale 0.5", "7x8 grid", "tap 3"]),
+    "scale and stage": (SWIN, dict(localmim__scales=(1.0, 1.0, 1.0, 0.25)), ["scale 0.25", "2x2 grid", "tap 3"]),
+    "target": (VIT, dict(localmim__target=FOUR("hgo")), ["localmim.target", "hgo", "pixels"]),
+    "mask": (SWIN, dict(localmim__mask_ratio=0.9), ["mask_ratio=0.9", "0 of 4"]),
+    "decoder heads": (VIT, dict(localmim__decoder_heads=FOUR(5)), ["localmim.decoder_width=32", "decoder_heads=5"]),
+    "decoder width": (VIT, dict(localmim__decoder_width=FOUR(30)), ["localmim.decoder_width=30"]),
+    "one tap apart": (VIT, dict(localmim__taps=(3,), localmim__scales=(1.0,), localmim__decoder_width=(32,),
+                                localmim__decoder_heads=(4,), localmim__decoder_depth=(1,), localmim__target=("hog",),
+                                localmim__decouple_stages=True), ["decouple_stages", "localmim.taps=(3,)"]),
+    "image": (SWIN, dict(image_size=(32, 40)), ["32x40", "multiple of 16", "4 stages"]),
+    "patch": (SWIN, dict(image_size=(32, 33)), ["32x33", "patch size 2"]),
+    "window": (SWIN, dict(encoder__window=5), ["windows of 5x5", "16x16 tokens"]),
+    "heads per stage": (SWIN, dict(encoder__heads=(1, 2, 2)), ["depths=(1, 2, 1, 1)", "heads=(1, 2, 2)"]),
+    "heads": (SWIN, dict(encoder__heads=(3, 2, 2, 4)), ["width 8", "3 heads"]),
+    "pool": (SWIN, dict(evals__knn__pool="cls", evals__knn__on=True), ["pool=cls", "Swin", "pool=mean", "evals.knn.on"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOCALMIM)
+def test_a_setting_that_localmim_cannot_have_is_named(name, tmp_path):
+    config, changes, words = LOCALMIM[name]
+    refused(toy(config, **changes), tmp_path / "w", *words)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("localmim_swinb:size=200", ["200x200", "multiple of 32"]),
+        ("localmim_swinb:size=256", ["windows of 7x7", "64x64 tokens", "224"]),
+        ("localmim_swinb:window=5", ["windows of 5x5", "56x56 tokens"]),
+        ("localmim_vitb:size=200", ["200x200", "patch size 16"]),
+        ("localmim_vitb:size=240", ["scale 0.5", "15x15 grid"]),
+        ("localmim_vitb:scales=32-1-1-1", ["scale 32.0", "16 pixels"]),
+        ("localmim_vitb:taps=1-3-9-12", ["between 0 and 11", "12 blocks"]),
+        ("localmim_vitb:taps=top,decouple", ["decouple_stages", "one tap"]),
+    ],
+)
+def test_arguments_that_make_no_model_are_named_before_any_compute(name, words):
+    stem, _, arg = name.partition(":")
+    with pytest.raises(ConfigError) as caught:
+        build.objective(load(f"{REPO}/configs/{stem}.py:{arg}"))
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 @pytest.mark.parametrize("name", SETTINGS)

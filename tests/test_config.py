@@ -282,3 +282,137 @@ def test_the_formula_gives_the_published_size_of_vit_b():
 @pytest.mark.parametrize("arg", COUNTS)
 def test_parameter_counts_are_those_of_the_formula(arg):
     assert count(built(arg)[2]) == COUNTS[arg]
+
+
+# LocalMIM: every flag of both configs
+
+
+def local_decoder(width_in, width, out, scale=1, depth=1):
+    """Linear, mask token, blocks, norm, transposed 2x2 convolutions of half the width with norms between, linear."""
+    total = (width_in * width + width) + width + depth * transformer_block(width) + 2 * width
+    while scale > 1:
+        total += width * (width // 2) * 4 + width // 2
+        width, scale = width // 2, scale / 2
+        total += 2 * width if scale > 1 else 0
+    return total + width * out + out
+
+
+def transformer_block(width):
+    """qkv and projection, MLP of four times the width, two norms."""
+    return (3 * width + width + 4 * width + 4 * width) * width + (3 + 1 + 4 + 1) * width + 2 * (2 * width)
+
+
+def local_vit_count(width=768, depth=12, heads=12, patch=16, taps=4, scales=(4, 2, 1, 0.5), bins=9, bias=0, layers=1,
+                    pixels=False, top=True):  # fmt: skip
+    """The encoder; a norm for each tap but the top one, which has the encoder's; a decoder of 256 for each."""
+    out = lambda scale: 3 * (round(patch / scale) ** 2 if pixels else bins)
+    decoders = sum(local_decoder(width, 256, out(s), s, layers) for s in scales)
+    return vit_count(width, depth, heads, patch, rpe=False) + (len(scales) - top) * 2 * width + decoders + bias
+
+
+def swin_count(width, depths, heads, windows):
+    """Patch embedding with norm; blocks with a bias table for every offset in a window; merging; final norm."""
+    total = 4 * 4 * 3 * width + width + 2 * width
+    for i, (depth, h, window) in enumerate(zip(depths, heads, windows)):
+        total += depth * (transformer_block(width) + (2 * window - 1) ** 2 * h)
+        if i < len(depths) - 1:
+            total += 2 * (4 * width) + 4 * width * 2 * width
+            width *= 2
+    return total + 2 * width
+
+
+SWINS = {"T": (96, (2, 2, 6, 2), (3, 6, 12, 24), (7,) * 4), "B": (128, (2, 2, 18, 2), (4, 8, 16, 32), (7,) * 4),
+         "B14": (128, (2, 2, 18, 2), (4, 8, 16, 32), (14, 14, 14, 7)),
+         "L": (192, (2, 2, 18, 2), (6, 12, 24, 48), (14, 14, 14, 7))}  # fmt: skip
+
+
+def local_swin_count(name="B", taps=(0, 1, 2, 3), layers=1, pixels=False):
+    """The encoder; after each stage and its merging a norm (the top tap has the encoder's) and a decoder; for HOG 18 bins
+    of 3 channels, and two frozen numbers per tap."""
+    total = swin_count(*SWINS[name])
+    for tap in taps:
+        width = SWINS[name][0] * 2 ** min(tap + 1, 3)
+        out = 3 * (8, 16, 32, 32)[tap] ** 2 if pixels else 3 * 18
+        total += local_decoder(width, 64 if tap == 0 else 128, out, 1, layers)
+        total += (2 * width if tap < 3 else 0) + (0 if pixels else 2)
+    return total
+
+
+def test_the_formula_gives_the_published_size_of_swin_b():
+    """timm's swin_base_patch4_window7_224 has 87,768,224 parameters, 1024 x 1000 + 1000 of them its head; tiny 28,288,354."""
+    assert swin_count(*SWINS["B"]) == 87_768_224 - 1_025_000
+    assert swin_count(*SWINS["T"]) == 28_288_354 - (768 * 1000 + 1000)
+
+
+LOCAL = {  # arguments: cells of the taps in pixels, scalars; written out for the two defaults
+    "localmim_vitb:": ((4, 8, 16, 32), 89_916_140),
+    "localmim_vitb:variant=S/16": ((4, 8, 16, 32), local_vit_count(384, 12, 6)),
+    "localmim_vitb:variant=L/16": ((4, 8, 16, 32), local_vit_count(1024, 24, 16, bins=18, bias=8)),
+    "localmim_vitb:variant=B/8": ((2, 4, 8, 16), local_vit_count(patch=8)),
+    "localmim_vitb:size=448": ((4, 8, 16, 32), local_vit_count()),
+    "localmim_vitb:decouple": ((4, 8, 16, 32), local_vit_count()),
+    "localmim_vitb:target=pixels": ((4, 8, 16, 32), local_vit_count(pixels=True)),
+    "localmim_vitb:scales=same": ((16, 16, 16, 16), local_vit_count(scales=(1, 1, 1, 1))),
+    "localmim_vitb:scales=coarse_to_fine": ((32, 16, 8, 4), local_vit_count()),
+    "localmim_vitb:taps=top": ((16,), local_vit_count(scales=(1,))),
+    "localmim_vitb:taps=top,scales=0.5": ((32,), local_vit_count(scales=(0.5,))),
+    "localmim_vitb:taps=1-3,scales=2-1": ((8, 16), local_vit_count(scales=(2, 1), top=False)),
+    "localmim_vitb:taps=5-8-11,scales=2-1-0.5": ((8, 16, 32), local_vit_count(scales=(2, 1, 0.5))),
+    "localmim_vitb:decoder_depth=2": ((4, 8, 16, 32), local_vit_count(layers=2)),
+    "localmim_swinb:": ((8, 16, 32, 32), 87_761_880),
+    "localmim_swinb:variant=T": ((8, 16, 32, 32), local_swin_count("T")),
+    "localmim_swinb:variant=L": ((8, 16, 32, 32), local_swin_count("L")),
+    "localmim_swinb:window=14": ((8, 16, 32, 32), local_swin_count("B14")),
+    "localmim_swinb:size=448": ((8, 16, 32, 32), local_swin_count()),
+    "localmim_swinb:sparse=false": ((8, 16, 32, 32), local_swin_count()),
+    "localmim_swinb:target=pixels": ((8, 16, 32, 32), local_swin_count(pixels=True)),
+    "localmim_swinb:taps=top": ((32,), local_swin_count(taps=(3,))),
+    "localmim_swinb:taps=1-3": ((16, 32), local_swin_count(taps=(1, 3))),
+    "localmim_swinb:decoder_depth=2": ((8, 16, 32, 32), local_swin_count(layers=2)),
+}  # fmt: skip
+
+
+def test_the_written_out_sizes_are_those_of_the_formula():
+    assert LOCAL["localmim_vitb:"][1] == local_vit_count() and LOCAL["localmim_swinb:"][1] == local_swin_count()
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_every_flag_of_localmim_builds_at_full_size(name):
+    stem, _, arg = name.partition(":")
+    config = load(f"{REPO}/configs/{stem}.py:{arg}")
+    made = build.localmim(config)
+    images, masks = jax.eval_shape(lambda: build.example(config, made, 4))
+    once = jax.eval_shape(lambda x, m: made.init_with_output(jax.random.key(0), x, m), images, masks)
+    (loss, metrics), params = once[0], once[1]["params"]
+    cells, parameters = LOCAL[name]
+    assert made.cells == cells and count(params) == parameters
+    assert loss.shape == () and loss.dtype == "float32"
+    assert list(metrics) == [f"loss_tap{j}" for j in range(len(cells))]
+    if stem == "localmim_swinb":
+        window = made.encoder.window
+        assert params["encoder"]["stage_0"]["block_00"]["attn"]["relative_bias"].shape[0] == (2 * window - 1) ** 2
+        units = config.image_size[0] // 32
+        assert masks.hidden.shape == (4, units**2) and made.kept == int(units**2 * 0.25)
+    else:
+        assert made.encoder.position == "absolute" and made.kept == masks.hidden.shape[1] // 4
+    assert made.decouple_stages == ("decouple" in arg)
+
+
+@pytest.mark.parametrize(
+    "name, word",
+    [
+        ("localmim_vitb:taps=1-3", "scales=fine_to_coarse names 4 scales, and there are 2 taps"),
+        ("localmim_vitb:taps=1-x", "'taps' takes int, not 'x'"),
+        ("localmim_vitb:scales=fine", "'scales' takes float, not 'fine'"),
+        ("localmim_vitb:target=hgo", "target is 'hgo'"),
+        ("localmim_vitb:variant=B", "no patch size"),
+        ("localmim_vitb:variant=X/16", "variant is 'X'"),
+        ("localmim_swinb:variant=S", "variant is 'S'"),
+        ("localmim_swinb:taps=first", "'taps' takes int, not 'first'"),
+        ("localmim_swinb:target=pixel", "target is 'pixel'"),
+    ],
+)
+def test_localmim_refuses_arguments_it_cannot_have(name, word):
+    stem, _, arg = name.partition(":")
+    with pytest.raises(ConfigError, match=word):
+        load(f"{REPO}/configs/{stem}.py:{arg}")

@@ -3,12 +3,17 @@
 import json
 import pathlib
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from mim_jax import build, sharding
 from mim_jax.config import load
-from mim_jax.run import run
+from mim_jax.run import pretrained_params, run
 from mim_jax.train.checkpoint import Checkpoints
-from mim_jax.train.pretrained import find
+from mim_jax.train.pretrained import find, load_params, read_meta
+from mim_jax.train.state import create, plan
+from mim_jax.visualise import visualise
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (REPO / "configs").glob("*.py"))
@@ -86,8 +91,6 @@ def test_cached_probe_reports_its_baselines(pretrained, tmp_path):
 
 
 def test_streamed_probe_trains_the_head_alone_and_resumes(pretrained, tmp_path, monkeypatch):
-    from mim_jax.train.pretrained import read_meta
-
     config = lambda: toy("linprobe", 3, arguments="toy,features=streamed,pool=cls", init_from=pretrained)
     workdir = str(tmp_path / "probe")
     interrupted(monkeypatch, config(), workdir, at=2)
@@ -107,3 +110,86 @@ def test_pretraining_continues_from_another_run(pretrained, tmp_path, capsys):
         first = next(row for row in map(json.loads, f) if "reconstruct/masked_mse" in row)
     last = [row for row in rows(pretrained) if "reconstruct/masked_mse" in row][-1]
     assert first["reconstruct/masked_mse"] == pytest.approx(last["reconstruct/masked_mse"], rel=1e-5)
+
+
+# LocalMIM: pictures, probe, frozen biases
+
+
+def bare(name: str, steps: int, *, arguments="toy", **overrides):
+    """A toy config without evaluators."""
+    config = toy(name, steps, arguments=arguments, **overrides)
+    config.log.tensorboard = False
+    for key in config.evals.keys():
+        config.evals[key].on = False
+    return config
+
+
+@pytest.fixture(scope="module")
+def local_swin(tmp_path_factory):
+    """The workdir of a finished toy LocalMIM run on a Swin, with both of its checkpoints."""
+    workdir = str(tmp_path_factory.mktemp("local_swin"))
+    run(bare("localmim_swinb", 2), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def local_vit(tmp_path_factory):
+    workdir = str(tmp_path_factory.mktemp("local_vit"))
+    run(bare("localmim_vitb", 1, arguments="toy,scales=2-2-1-0.5,target=pixels"), workdir)
+    return workdir
+
+
+def drawn(paths, ratios):
+    assert len(paths) == 1 + len(ratios)
+    for path in map(str, paths):
+        picture = np.asarray(Image.open(path))
+        assert picture.ndim == 3 and min(picture.shape[:2]) > 100 and picture.std() > 10, path
+
+
+def test_pictures_of_every_tap_are_drawn_from_a_run(local_swin, local_vit, tmp_path):
+    drawn(visualise(local_vit, str(tmp_path / "vit"), (0.75,), 3, "", 0), (0.75,))
+    drawn(visualise(local_swin, str(tmp_path / "swin"), (0.75,), 2, "", 0), (0.75,))
+
+
+def test_a_probe_of_a_swin_pools_by_mean(local_swin, tmp_path):
+    results = run(toy("linprobe", 0, init_from=local_swin), str(tmp_path / "probe"))
+    for name in ("probe", "random_encoder", "raw_pixel"):
+        assert 0 <= results[f"{name}_test"] <= 1 and 0 <= results[f"{name}_knn"] <= 1
+
+
+@pytest.mark.parametrize("features", ["cached", "streamed"])
+def test_a_probe_of_a_swin_by_a_cls_token_is_refused(features, local_swin, tmp_path):
+    config = toy("linprobe", 2, arguments=f"toy,pool=cls,features={features}", init_from=local_swin)
+    with pytest.raises(ValueError, match="pool=cls.*Swin.*pool=mean"):
+        run(config, str(tmp_path / "probe"))
+    assert not (tmp_path / "probe").exists()
+
+
+def test_frozen_biases_are_saved_never_trained_and_loaded_back(local_swin):
+    saved = [read_meta(find(f"{local_swin}/checkpoints/{step}"))["fingerprints"] for step in (1, 2)]
+    names = {f"frozen/hog_bias_{j}" for j in range(4)}
+    assert {key for key in saved[0] if "hog_bias" in key} == names, "frozen, and not in the optimiser's state"
+    assert {key for key in saved[0] if saved[0][key] == saved[1][key]} >= names
+    still = [key for key in saved[0] if key.startswith("params/") and saved[0][key] == saved[1][key]]
+    # one of 2 x 2 units is visible, so a token of the last stage has no other to attend to
+    assert still == ["params/encoder/stage_3/block_00/attn/relative_bias"]
+    before = load_params(find(local_swin), sharding.make_mesh(), "^hog_bias")
+    assert len(before) == 4 and len({float(x) for bias in before.values() for x in bias}) == 8
+    assert all(bool((abs(x) <= 1 / 3).all()) for x in before.values())
+    # what init_from does, without a step
+    config, mesh = bare("localmim_swinb", 1), sharding.make_mesh()
+    made = build.objective(config)
+    example = build.example(config, made)
+    replace, _ = pretrained_params(local_swin, made, example, mesh, encoder_only=False)
+    fresh, _, where = plan(made, build.optimizer(config, lambda step: 0.0), example, seed=5, mesh=mesh,
+                           frozen_patterns=made.frozen)  # fmt: skip
+    own, loaded = create(fresh, where).frozen, create(fresh, where, replace).frozen
+    for key in before:
+        np.testing.assert_array_equal(loaded[key], before[key])
+        assert (np.asarray(own[key]) != np.asarray(before[key])).all()
+
+
+def test_pixel_targets_do_not_take_biases_from_a_run(local_swin, tmp_path):
+    config = bare("localmim_swinb", 1, arguments="toy,target=pixels", init_from=local_swin)
+    with pytest.raises(ValueError, match="another architecture.*decoder_0"):
+        run(config, str(tmp_path / "run"))

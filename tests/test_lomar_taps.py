@@ -20,7 +20,9 @@ TAPS = (0, 2)
 def parts():
     """-> objective(decouple), parameters, images, masks."""
     encoder = ViT(grid=(5, 6), patch=4, width=24, depth=4, heads=2)
-    make = lambda decouple: LoMaR(encoder=encoder, window=3, views=2, mask_ratio=0.6, taps=TAPS, decouple_stages=decouple)
+    make = lambda decouple: LoMaR(
+        encoder=encoder, window=3, views=2, mask_ratio=0.6, taps=TAPS, decouple_stages=decouple
+    )
     images = jax.random.normal(jax.random.key(0), (2, 20, 24, 3))
     masks = make(False).masks(jax.random.key(1), 2)
     shapes = jax.eval_shape(lambda: make(False).init(jax.random.key(0), images, masks))["params"]

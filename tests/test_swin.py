@@ -103,9 +103,10 @@ def reference(swin: Swin, params, images, hidden):
             heads = swin.heads[i]
             split = lambda t, heads=heads: t.reshape(b, -1, heads, t.shape[-1] // heads).swapaxes(1, 2)
             q, k, v = map(split, jnp.split(linear(norm(x, block["norm1"]), block["attn"]["qkv"]), 3, -1))
-            logits = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1]) + block["attn"]["relative_bias"][index].transpose(2, 0, 1)
-            weights = jnp.where(together & shown, jnp.exp(logits - logits.max(-1, keepdims=True)), 0)
-            weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+            logits = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1]) + block["attn"]["relative_bias"][index].transpose(
+                2, 0, 1
+            )
+            weights = jax.nn.softmax(jnp.where(together & shown, logits, -1e9))
             x = x + linear((weights @ v).swapaxes(1, 2).reshape(x.shape), block["attn"]["proj"])
             h = linear(norm(x, block["norm2"]), block["mlp"]["fc1"])
             x = x + linear(h * 0.5 * (1 + jax.scipy.special.erf(h / np.sqrt(2))), block["mlp"]["fc2"])
@@ -181,7 +182,9 @@ class Case:
         return look(run)
 
     def written_out(self, kept):
-        return look(lambda params, images, hidden: shown_only(reference(self.swin, params, images, hidden), hidden, kept))
+        return look(
+            lambda params, images, hidden: shown_only(reference(self.swin, params, images, hidden), hidden, kept)
+        )
 
 
 @pytest.fixture(scope="module", params=SHAPES)

@@ -24,7 +24,8 @@ def kept_count(n: int, mask_ratio: float) -> int:
     kept = int(n * (1 - mask_ratio))
     if not 1 <= kept < n:
         raise ConfigError(
-            f"mask_ratio={mask_ratio} keeps {kept} of {n} tokens; at least one must be hidden and one visible"
+            f"mask_ratio={mask_ratio} keeps {kept} of {n} patches (of a Swin: units); at least one must be hidden and one "
+            "visible"
         )
     return kept
 

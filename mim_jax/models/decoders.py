@@ -12,7 +12,7 @@ from mim_jax.models.layers import Dense, LayerNorm, token_init
 from mim_jax.models.vit import Block
 from mim_jax.tokens import Visible, spread
 
-fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(+-1/sqrt(fan_in)), torch's for convolutions
+fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(+-1/sqrt(fan_in)), as convolutions have it
 
 
 class MaskedDecoder(nn.Module):

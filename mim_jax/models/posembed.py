@@ -14,7 +14,7 @@ def sincos_table(width: int, grid, cls: bool = False) -> np.ndarray:
     10000^(-i / (d/4)) (MAE, arXiv 2111.06377, released code).
     """
     if width % 4:
-        raise ConfigError(f"a sin-cos table needs a width divisible by 4, not {width}")
+        raise ConfigError(f"a sin-cos position table needs a width (of encoder or decoder) divisible by 4, not {width}")
     omega = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
     row, column = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
 

@@ -33,9 +33,9 @@ class WindowLayout:
         fitted = tuple(min(window, g) for g in grid)
         if any(g % w for g, w in zip(grid, fitted)):
             raise ConfigError(
-                f"windows of {window}x{window} tokens do not tile a stage of {grid[0]}x{grid[1]} tokens; choose an image "
-                f"size whose every stage is a multiple of the window, or no larger than it (for window 7: 224, 448; "
-                f"for window 6: 192, 384)"
+                f"encoder.window={window}: windows of {window}x{window} tokens do not tile a stage of {grid[0]}x{grid[1]} "
+                f"tokens; choose an image_size whose every stage is a multiple of the window, or no larger than it (for "
+                f"window 7: 224, 448; for window 6: 192, 384; for window 8: 256)"
             )
         shift = tuple(w // 2 if shifted and g > w else 0 for g, w in zip(grid, fitted))
         return cls(tuple(units), side, fitted, shift)

@@ -9,7 +9,7 @@ from einops import rearrange, reduce
 
 from mim_jax.config import ConfigError
 from mim_jax.masking import random
-from mim_jax.models.decoders import ScaleDecoder
+from mim_jax.models.decoders import ScaleDecoder, doublings
 from mim_jax.models.layers import LayerNorm
 from mim_jax.models.posembed import sincos_table
 from mim_jax.objectives.base import Objective
@@ -49,10 +49,17 @@ class LocalMIM(Objective):
         check_taps(e, self.taps, self.scales)
         for name in ("decoder_width", "decoder_depth", "decoder_heads", "target"):
             for_taps(name, getattr(self, name), self.taps)
-        if self.bins < 1 or min(for_taps("decoder_depth", self.decoder_depth, self.taps)) < 0:
-            raise ConfigError(
-                f"localmim.bins={self.bins} must be 1 or more, decoder_depth={self.decoder_depth} not below 0"
-            )
+        if self.bins < 1:
+            raise ConfigError(f"localmim.bins={self.bins} must be 1 or more")
+        for j in range(len(self.taps)):
+            decoder = self.decoder(j, parent=None)
+            narrowest = decoder.width >> doublings(self.scales[j])
+            if decoder.depth < 0 or decoder.heads < 1 or decoder.width % decoder.heads or narrowest < 1:
+                raise ConfigError(
+                    f"localmim.decoder_width={decoder.width}, decoder_heads={decoder.heads}, decoder_depth={decoder.depth} "
+                    f"at tap {self.taps[j]}: heads must divide the width, which scale {self.scales[j]} halves "
+                    f"{doublings(self.scales[j])} times; depth must not be below 0"
+                )
         for j, cell in enumerate(self.cells):
             if self.norm_pix and self.target_of(j) == "pixels" and cell * cell * e.channels == 1:
                 raise ConfigError(
