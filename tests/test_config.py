@@ -401,7 +401,7 @@ def test_every_flag_of_localmim_builds_at_full_size(name):
 @pytest.mark.parametrize(
     "name, word",
     [
-        ("localmim_vitb:taps=1-3", "scales=fine_to_coarse names 4 scales, and there are 2 taps"),
+        ("localmim_vitb:taps=1-3", "scales=fine_to_coarse names 4 scales for 2 taps"),
         ("localmim_vitb:taps=1-x", "'taps' takes int, not 'x'"),
         ("localmim_vitb:scales=fine", "'scales' takes float, not 'fine'"),
         ("localmim_vitb:target=hgo", "target is 'hgo'"),
