@@ -46,6 +46,18 @@ class LocalMIM(Objective):
 
     def setup(self):
         e = self.encoder
+        self.check()
+        for j in range(len(self.taps)):
+            if self.taps[j] != e.levels - 1:  # the top tap is the encoder's own output, with its final norm
+                setattr(self, f"norm_{j}", LayerNorm(self.dtype))
+            setattr(self, f"decoder_{j}", self.decoder(j))
+            if self.hog_bias and self.target_of(j) == "hog":
+                draw = lambda key: jax.random.uniform(key, (2,), minval=-BIAS_LIMIT, maxval=BIAS_LIMIT)
+                setattr(self, f"hog_bias_{j}", self.param(f"hog_bias_{j}", draw))
+
+    def check(self):
+        """Raises ConfigError for taps, scales, decoders and targets that cannot be, before any compute."""
+        e = self.encoder
         check_taps(e, self.taps, self.scales)
         for name in ("decoder_width", "decoder_depth", "decoder_heads", "target"):
             for_taps(name, getattr(self, name), self.taps)
@@ -68,13 +80,6 @@ class LocalMIM(Objective):
                 )
         if self.decouple_stages and len(self.taps) == 1:
             raise ConfigError(f"localmim.decouple_stages has nothing to cut: localmim.taps={self.taps} is one tap")
-        for j in range(len(self.taps)):
-            if self.taps[j] != e.levels - 1:  # the top tap is the encoder's own output, with its final norm
-                setattr(self, f"norm_{j}", LayerNorm(self.dtype))
-            setattr(self, f"decoder_{j}", self.decoder(j))
-            if self.hog_bias and self.target_of(j) == "hog":
-                draw = lambda key: jax.random.uniform(key, (2,), minval=-BIAS_LIMIT, maxval=BIAS_LIMIT)
-                setattr(self, f"hog_bias_{j}", self.param(f"hog_bias_{j}", draw))
 
     @property
     def cells(self) -> tuple[int, ...]:
