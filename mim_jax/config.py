@@ -147,11 +147,11 @@ def imagenet_pretraining(c, *, method: str, epochs: float, batch_size: int, size
                        **duration("every", epochs=20))  # fmt: skip
 
 
-def sample_pretraining(c, *, method: str, steps: int = 2900):
+def sample_pretraining(c, *, method: str):
     """Fills in what every pretraining on the embedded sample has in common, where configs/lomar_sample.py tells its source."""
     imagenet_pretraining(c, method=method, epochs=0, batch_size=16, size=32)
     on_the_sample(c)
-    c.update(duration("total", steps=steps))
+    c.update(duration("total", steps=2900))
     c.compute_dtype = "float32"
     c.checkpoint.update(duration("every", steps=500))
     c.evals.knn.update(dict(train_examples=0, batch_size=256, **duration("every", steps=1000)))

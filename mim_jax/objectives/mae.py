@@ -41,6 +41,7 @@ class MAE(Objective):
         return random.kept_count(math.prod(self.encoder.units), self.mask_ratio)
 
     def masks(self, key, batch_size: int) -> random.TokenMask:
+        """What is hidden of the encoder's units: patches of a ViT, squares of 32 px in a Swin."""
         return random.draw(key, batch_size, math.prod(self.encoder.units), self.kept)
 
     def __call__(self, images, masks, train: bool = False):
@@ -64,6 +65,7 @@ class MAE(Objective):
 
     @property
     def standardised(self) -> dict[str, bool]:
+        """Whether the targets have lost their contrast."""
         return {"image": self.norm_pix}
 
     def reconstruct(self, images, masks, fill):
