@@ -48,7 +48,7 @@ def get_config(arg=""):
     c.fsdp = False
     c.data.update(dict(crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True))
     c.optim = ConfigDict(dict(name="lars", base_lr=0.1, lr=0.0, min_lr=0.0, momentum=0.9, weight_decay=0.0,
-                              **duration("warmup", epochs=10)))  # fmt: skip
+                              schedule="cosine", **duration("warmup", epochs=10)))  # fmt: skip
     c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", epochs=1)))
     c.log = ConfigDict(dict(every_steps=20, tensorboard=True))
     c.evals = ConfigDict()

@@ -16,7 +16,16 @@ Data, optimiser and length are those of lomar_sample.py, where their source is t
 README.
 """
 
-from mim_jax.config import ConfigDict, ConfigError, arguments, choice, numbers, sample_pretraining, smoke_test
+from mim_jax.config import (
+    ConfigDict,
+    ConfigError,
+    arguments,
+    choice,
+    numbers,
+    sample_encoder,
+    sample_pretraining,
+    smoke_test,
+)
 
 NAMED_TAPS = {"paper": (1, 3), "top": (3,)}
 FINE_TO_COARSE = {1: (1.0,), 2: (1.0, 0.5), 4: (2.0, 2.0, 1.0, 0.5)}
@@ -31,9 +40,7 @@ def get_config(arg=""):
     c = ConfigDict()
     sample_pretraining(c, method="localmim")
 
-    c.encoder = ConfigDict(
-        dict(patch=4, width=128, depth=4, heads=4, mlp_ratio=4.0, drop_path=0.0, position="absolute")
-    )
+    c.encoder = sample_encoder("absolute")
     each = lambda value: (value,) * len(taps)
     c.localmim = ConfigDict(dict(
         taps=taps, scales=scales, decoder_width=each(64), decoder_depth=each(1), decoder_heads=each(4),

@@ -34,6 +34,7 @@ Measured by this project: no full run yet.
 
 from mim_jax.config import (
     ConfigDict,
+    adamw,
     arguments,
     choice,
     duration,
@@ -67,9 +68,8 @@ def get_config(arg=""):
         mask_ratio=a.mask, bins=18, hog_bias=True, norm_pix=True, decouple_stages=a.decouple,
     ))  # fmt: skip
 
-    c.optim = ConfigDict(dict(name="adamw", base_lr=1e-4, lr=0.0, min_lr=1e-6, b1=0.9, b2=0.95, weight_decay=0.05,
-                              no_decay=("mask_token$", "relative_bias$"), clip_norm=0.0,
-                              **duration("warmup", epochs=10 if a.epochs <= 100 else 40)))  # fmt: skip
+    c.optim = adamw(base_lr=1e-4, min_lr=1e-6, no_decay=("mask_token$", "relative_bias$"),
+                    warmup=duration("warmup", epochs=10 if a.epochs <= 100 else 40))  # fmt: skip
     return toy(c) if a.toy else c
 
 

@@ -30,6 +30,7 @@ accuracy 3.1x sooner. Measured by this project: no full run yet.
 from mim_jax.config import (
     ConfigDict,
     ConfigError,
+    adamw,
     arguments,
     choice,
     duration,
@@ -71,9 +72,8 @@ def get_config(arg=""):
         hog_bias=large, norm_pix=True, decouple_stages=a.decouple,
     ))  # fmt: skip
 
-    c.optim = ConfigDict(dict(name="adamw", base_lr=1.5e-4 if large else 2e-4, lr=0.0, min_lr=1e-6, b1=0.9, b2=0.95,
-                              weight_decay=0.05, no_decay=(), clip_norm=0.0,
-                              **duration("warmup", epochs=10 if a.epochs <= 100 else 40)))  # fmt: skip
+    c.optim = adamw(base_lr=1.5e-4 if large else 2e-4, min_lr=1e-6,
+                    warmup=duration("warmup", epochs=10 if a.epochs <= 100 else 40))  # fmt: skip
     return toy(c) if a.toy else c
 
 

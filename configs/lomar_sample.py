@@ -15,7 +15,7 @@ Arguments
     toy       two steps of a smaller model
 """
 
-from mim_jax.config import ConfigDict, arguments, numbers, sample_pretraining, smoke_test
+from mim_jax.config import ConfigDict, arguments, numbers, sample_encoder, sample_pretraining, smoke_test
 
 
 def get_config(arg=""):
@@ -23,7 +23,7 @@ def get_config(arg=""):
     c = ConfigDict()
     sample_pretraining(c, method="lomar")
 
-    c.encoder = ConfigDict(dict(patch=4, width=128, depth=4, heads=4, mlp_ratio=4.0, drop_path=0.0, position="rpe"))
+    c.encoder = sample_encoder("rpe")
     c.lomar = ConfigDict(dict(
         window=5, views=3, mask_ratio=0.6, pairing="paper", arch="simple", norm_pix=True,
         decoder_width=64, decoder_depth=1, decoder_heads=4,

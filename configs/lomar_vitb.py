@@ -34,6 +34,7 @@ Published, fine-tuned top-1 on ImageNet-1k @ hours on 4 A100: 300 epochs 83.3 @ 
 from mim_jax.config import (
     ConfigDict,
     ConfigError,
+    adamw,
     arguments,
     choice,
     duration,
@@ -66,8 +67,7 @@ def get_config(arg=""):
         taps=() if a.taps == "top" else numbers("taps", a.taps, int), decouple_stages=a.decouple,
     ))  # fmt: skip
 
-    c.optim = ConfigDict(dict(name="adamw", base_lr=1.5e-4, lr=0.0, min_lr=0.0, b1=0.9, b2=0.95, weight_decay=0.05,
-                              no_decay=(), clip_norm=0.0, **duration("warmup", percent=5.0)))  # fmt: skip
+    c.optim = adamw(base_lr=1.5e-4, warmup=duration("warmup", percent=5.0))
     return toy(c) if a.toy else c
 
 

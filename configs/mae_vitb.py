@@ -23,6 +23,7 @@ Published, fine-tuned top-1 on ImageNet-1k @ hours on 4 A100 (as LoMaR's paper m
 
 from mim_jax.config import (
     ConfigDict,
+    adamw,
     arguments,
     duration,
     imagenet_pretraining,
@@ -33,24 +34,23 @@ from mim_jax.config import (
 
 
 def get_config(arg=""):
-    a = arguments(arg, variant="B/16", size=224, mask=0.75, norm_pix=True, epochs=1600, toy=False)
+    a = arguments(arg, variant="B/16", size=224, mask=0.75, norm_pix=True, windows=0, window=7, epochs=1600,
+                  toy=False)  # fmt: skip
 
     c = ConfigDict()
     imagenet_pretraining(c, method="mae", epochs=a.epochs, batch_size=4096, size=a.size)
     c.encoder = vit_encoder(a.variant, "absolute")
-    c.mae = ConfigDict(
-        dict(mask_ratio=a.mask, norm_pix=a.norm_pix, decoder_width=512, decoder_depth=8, decoder_heads=16)
-    )
+    c.mae = ConfigDict(dict(mask_ratio=a.mask, windows=a.windows, window=a.window, norm_pix=a.norm_pix, decoder_width=512,
+                            decoder_depth=8, decoder_heads=16))  # fmt: skip
 
-    c.optim = ConfigDict(dict(name="adamw", base_lr=1.5e-4, lr=0.0, min_lr=0.0, b1=0.9, b2=0.95, weight_decay=0.05,
-                              no_decay=(), clip_norm=0.0, **duration("warmup", epochs=40)))  # fmt: skip
+    c.optim = adamw(base_lr=1.5e-4, warmup=duration("warmup", epochs=40))
     return toy(c) if a.toy else c
 
 
 def toy(c):
     """Two steps of a tiny model on the embedded sample; everything else as above."""
     c.encoder.update(dict(width=48, depth=2, heads=3, patch=4))
-    c.mae.update(dict(decoder_width=32, decoder_depth=1, decoder_heads=4))
+    c.mae.update(dict(window=min(c.mae.window, 5), decoder_width=32, decoder_depth=1, decoder_heads=4))
     on_the_sample(c)
     smoke_test(c)
     c.batch_size = 8

@@ -3,6 +3,8 @@
 The literal dict METHODS is the whole name service.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,16 +12,22 @@ from absl import logging
 
 from mim_jax import durations
 from mim_jax.config import ConfigError, choice
+from mim_jax.models.codebook import Tokenizer
+from mim_jax.models.dalle import DalleEncoder
 from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT
+from mim_jax.objectives.beit import BEiT
 from mim_jax.objectives.classify import LinearProbe
 from mim_jax.objectives.localmim import LocalMIM
 from mim_jax.objectives.lomar import LoMaR
 from mim_jax.objectives.mae import MAE
+from mim_jax.objectives.maskfeat import MaskFeat
+from mim_jax.objectives.simmim import SimMIM
+from mim_jax.objectives.tokenizer import TokenizerTraining
 from mim_jax.targets.pixels import Normaliser
 from mim_jax.tokens import grid_size
 from mim_jax.train.optimizer import adamw, lars
-from mim_jax.train.schedule import scaled_lr, warmup_cosine
+from mim_jax.train.schedule import scaled_lr, warmup_constant, warmup_cosine
 
 
 def compute_dtype(config):
@@ -31,8 +39,10 @@ def compute_dtype(config):
 
 
 def encoder(config):
-    """The encoder of `config.encoder` for images of `config.image_size`: a Swin where it has `depths`, else a ViT."""
-    return swin(config) if "depths" in config.encoder.keys() else vit(config)
+    """The encoder of `config.encoder` for images of `config.image_size`: a Swin where it has `depths`, an image tokenizer
+    where it has `levels`, else a ViT."""
+    keys = config.encoder.keys()
+    return swin(config) if "depths" in keys else code_encoder(config) if "levels" in keys else vit(config)
 
 
 def swin(config) -> Swin:
@@ -40,64 +50,77 @@ def swin(config) -> Swin:
     return Swin(
         grid=grid_size(config.image_size, e.patch), patch=e.patch, channels=config.channels, width=e.width,
         depths=tuple(e.depths), heads=tuple(e.heads), window=e.window, mlp_ratio=e.mlp_ratio, drop_path=e.drop_path,
-        sparse=e.sparse, remat=config.remat, dtype=compute_dtype(config),
+        eps=e.norm_eps, norm2_eps=e.norm_eps, sparse=e.sparse, remat=config.remat, dtype=compute_dtype(config),
     )  # fmt: skip
 
 
 def vit(config) -> ViT:
     e = config.encoder
-    choice("encoder.position", e.position, ("rpe", "absolute", "learned"))
     return ViT(
         grid=grid_size(config.image_size, e.patch), patch=e.patch, channels=config.channels, width=e.width, depth=e.depth,
-        heads=e.heads, mlp_ratio=e.mlp_ratio, position=e.position, drop_path=e.drop_path, remat=config.remat,
-        dtype=compute_dtype(config),
+        heads=e.heads, mlp_ratio=e.mlp_ratio, position=e.position, qkv_bias=e.qkv_bias, layer_scale=e.layer_scale,
+        drop_path=e.drop_path, remat=config.remat, dtype=compute_dtype(config),
     )  # fmt: skip
 
 
-def lomar(config) -> LoMaR:
-    o = config.lomar
-    choice("lomar.pairing", o.pairing, ("paper", "released"))
-    choice("lomar.arch", o.arch, ("simple", "asymmetric"))
-    return LoMaR(
-        encoder=vit(config), window=o.window, views=o.views, mask_ratio=o.mask_ratio, pairing=o.pairing, arch=o.arch,
-        norm_pix=o.norm_pix, decoder_width=o.decoder_width, decoder_depth=o.decoder_depth,
-        decoder_heads=o.decoder_heads, taps=tuple(o.taps), decouple_stages=o.decouple_stages,
-        dtype=compute_dtype(config),
+def code_encoder(config) -> Tokenizer:
+    e = config.encoder
+    return Tokenizer(
+        grid=grid_size(config.image_size, e.patch), patch=e.patch, channels=config.channels, width=e.width, depth=e.depth,
+        quantiser_levels=tuple(e.levels), remat=config.remat, dtype=compute_dtype(config),
     )  # fmt: skip
 
 
-def localmim(config) -> LocalMIM:
-    o = config.localmim
-    each = lambda value: tuple(value) if isinstance(value, list | tuple) else value  # one for all taps, or one for each
-    for target in [o.target] if isinstance(o.target, str) else o.target:
-        choice("localmim.target", target, ("hog", "pixels"))
-    made = encoder(config)
-    if o.taps and max(o.taps) < made.levels - 1:
-        logging.warning(
-            "nothing trains the encoder above localmim.taps=%s, which features and probes read", tuple(o.taps)
-        )
-    return LocalMIM(
-        encoder=made, taps=tuple(o.taps), scales=tuple(o.scales), decoder_width=each(o.decoder_width),
-        decoder_depth=each(o.decoder_depth), decoder_heads=each(o.decoder_heads), target=each(o.target),
-        mask_ratio=o.mask_ratio, bins=o.bins, hog_bias=o.hog_bias, norm_pix=o.norm_pix,
-        decouple_stages=o.decouple_stages, dtype=compute_dtype(config),
+def tokenizer(config):
+    """The frozen tokenizer of `config.tokenizer`, with tokens of the encoder's patch; its weights are loaded by run.py."""
+    t, patch = config.tokenizer, config.encoder.patch
+    if choice("tokenizer.kind", t.kind, ("dalle", "trained", "untrained")) == "dalle":
+        if choice("data.normalise", config.data.normalise, ("dataset", "image")) == "image":
+            raise ConfigError(
+                "DALL-E's tokenizer needs the true pixels, which data.normalise=image loses; use data.normalise=dataset, "
+                "or a tokenizer trained on such images (tokenizer=trained)"
+            )
+        grid = grid_size(config.image_size, patch)
+        return DalleEncoder(grid=grid, patch=patch, mean=tuple(config.data.mean), std=tuple(config.data.std))
+    return Tokenizer(
+        grid=grid_size(config.image_size, patch), patch=patch, channels=config.channels, width=t.width, depth=t.depth,
+        quantiser_levels=tuple(t.levels),
     )  # fmt: skip
 
 
-def mae(config) -> MAE:
-    o = config.mae
-    return MAE(
-        encoder=encoder(config), mask_ratio=o.mask_ratio, norm_pix=o.norm_pix, decoder_width=o.decoder_width,
-        decoder_depth=o.decoder_depth, decoder_heads=o.decoder_heads, dtype=compute_dtype(config),
-    )  # fmt: skip
+def method(kind, **parts):
+    """-> config -> an objective of this class: its fields are the keys of the config's section named like the method,
+    and what `parts` make of the config."""
+    known = {field.name for field in dataclasses.fields(kind)}
+
+    def make(config):
+        section = config[config.method]
+        plain = lambda value: tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
+        fields = {key: plain(section[key]) for key in section.keys()}
+        if fields.keys() - known:
+            raise ConfigError(f"{config.method}.{min(fields.keys() - known)} is no setting of {kind.__name__}")
+        fields |= {name: part(config) for name, part in {"encoder": encoder, "dtype": compute_dtype, **parts}.items()}
+        return kind(**{name: value for name, value in fields.items() if name in known})
+
+    return make
 
 
-METHODS = {"lomar": lomar, "localmim": localmim, "mae": mae}
+METHODS = {
+    "lomar": method(LoMaR),
+    "localmim": method(LocalMIM),
+    "mae": method(MAE),
+    "simmim": method(SimMIM),
+    "maskfeat": method(MaskFeat),
+    "beit": method(BEiT, tokenizer=tokenizer),
+    "tokenizer": method(TokenizerTraining),
+}
 
 
 def objective(config):
     """The pretraining objective of `config.method`. Raises ConfigError for settings the method cannot have."""
     made = METHODS[choice("method", config.method, METHODS)](config)
+    for warning in made.warnings():
+        logging.warning(warning)
     jax.eval_shape(lambda: made.init(jax.random.key(0), *example(config, made)))  # every check of shapes, no compute
     return made
 
@@ -138,9 +161,17 @@ def picture_split(config) -> str:
     return config.data.picture_split
 
 
-def pretraining_input(made, normalise):
-    """-> prepare(batch, key): normalised images and what is hidden in them."""
-    return lambda batch, key: (normalise(batch["image"]), made.masks(key, batch["image"].shape[0]))
+def pretraining_input(made, normalise, jitter: float = 0.0):
+    """-> prepare(batch, key): normalised images, their colours jittered before, and what is hidden in them."""
+    from mim_jax.data.jitter import colour_jitter
+
+    def prepare(batch, key):
+        images, masks = batch["image"], made.masks(key, batch["image"].shape[0])
+        if jitter:
+            images = colour_jitter(images.astype(jnp.float32) / 255, jax.random.fold_in(key, 1), jitter) * 255
+        return normalise(images), masks
+
+    return prepare
 
 
 def supervised_input(normalise):
@@ -161,7 +192,10 @@ def schedule(config, total: int, examples_per_epoch: int):
             f"set one of optim.base_lr (per 256 images, now {base_lr}) and optim.lr (absolute, now {peak}), the other 0"
         )
     peak = peak or scaled_lr(base_lr, config.batch_size)
-    return warmup_cosine(peak, total, warmup, o.min_lr), peak, round(warmup)
+    if choice("optim.schedule", o.schedule, ("cosine", "steps")) == "cosine":
+        return warmup_cosine(peak, total, warmup, o.min_lr), peak, round(warmup)
+    milestones, rate, start = tuple(o.milestones), o.milestone_rate, o.warmup_start
+    return warmup_constant(peak, total, warmup, milestones, rate, start), peak, round(warmup)
 
 
 def optimizer(config, lr):

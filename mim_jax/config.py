@@ -104,14 +104,40 @@ def vit_encoder(variant: str, position: str) -> ConfigDict:
     if not patch.isdigit() or not int(patch):
         raise ConfigError(f"variant '{variant}' has no patch size; write for instance variant={letter}/16")
     return ConfigDict(dict(patch=int(patch), width=width, depth=depth, heads=heads, mlp_ratio=4.0, drop_path=0.0,
-                           position=position))  # fmt: skip
+                           position=position, qkv_bias="all", layer_scale=0.0))  # fmt: skip
 
 
-def swin_encoder(variant: str, window: int, sparse: bool = True) -> ConfigDict:
+def swin_encoder(variant: str, window: int, sparse: bool = True, norm_eps: float = 1e-6) -> ConfigDict:
     """`c.encoder` of Swin-T, B, L (arXiv 2103.14030); window 0 is the variant's own."""
     width, depths, heads, own = SWIN_SIZES[choice("variant", variant, SWIN_SIZES)]
     return ConfigDict(dict(patch=4, width=width, depths=depths, heads=heads, window=window or own, mlp_ratio=4.0,
-                           drop_path=0.0, sparse=sparse))  # fmt: skip
+                           drop_path=0.0, norm_eps=norm_eps, sparse=sparse))  # fmt: skip
+
+
+def sample_encoder(position: str, **changes) -> ConfigDict:
+    """`c.encoder` of the ViTs on the embedded sample: 8 x 8 patches of 4 px, 4 blocks."""
+    return ConfigDict(dict(patch=4, width=128, depth=4, heads=4, mlp_ratio=4.0, drop_path=0.0, position=position,
+                           qkv_bias="all", layer_scale=0.0) | changes)  # fmt: skip
+
+
+TOKENIZER = dict(width=384, depth=4, levels=(8, 8, 8, 4, 4))  # what configs/tokenizer.py trains
+SAMPLE_TOKENIZER = dict(width=64, depth=2, levels=(8, 8, 8))  # what configs/tokenizer.py:sample trains
+
+
+def tokenizer_settings(kind: str, **sizes) -> ConfigDict:
+    """`c.tokenizer` of BEiT: "dalle"; or "trained" by configs/tokenizer.py, or "untrained" for smoke tests, of these sizes."""
+    sizes = {} if choice("tokenizer", kind, ("dalle", "trained", "untrained")) == "dalle" else TOKENIZER | sizes
+    return ConfigDict(dict(kind=kind, weights="", **sizes))
+
+
+def adamw(
+    *, base_lr=0.0, lr=0.0, min_lr=0.0, b2=0.95, no_decay=(), clip_norm=0.0, warmup: dict, steps=None
+) -> ConfigDict:
+    """`c.optim`: AdamW with weight decay .05 and b1 = .9, as every method here has it. After the warm-up the learning rate
+    follows a cosine to `min_lr`, or `steps`: dict(warmup_start, milestones, milestone_rate) of train/schedule.py."""
+    fall = dict(schedule="steps", **steps) if steps else dict(schedule="cosine", min_lr=min_lr)
+    return ConfigDict(dict(name="adamw", base_lr=base_lr, lr=lr, b1=0.9, b2=b2, weight_decay=0.05, no_decay=no_decay,
+                           clip_norm=clip_norm, **fall, **warmup))  # fmt: skip
 
 
 def imagenet_pretraining(c, *, method: str, epochs: float, batch_size: int, size: int):
@@ -133,7 +159,7 @@ def imagenet_pretraining(c, *, method: str, epochs: float, batch_size: int, size
     c.fsdp = False  # shard tensors above 4 MiB over the devices
     c.data = ConfigDict(dict(
         source="imagenet2012", path="", data_dir="", train_split="train", picture_split="validation",
-        crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, resize_ratio=0.875,
+        crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, jitter=0.0, resize_ratio=0.875,
         normalise="dataset", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
     ))  # fmt: skip
     c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", epochs=1)))
@@ -157,8 +183,7 @@ def sample_pretraining(c, *, method: str):
     c.evals.knn.update(dict(train_examples=0, batch_size=256, **duration("every", steps=1000)))
     c.evals.reconstruct.update(dict(split="test", examples=0, batch_size=256, **duration("every", steps=1000)))
     c.evals.nmi.update(dict(split="test", **duration("every", steps=1000)))
-    c.optim = ConfigDict(dict(name="adamw", base_lr=0.0, lr=2e-3, min_lr=0.0, b1=0.9, b2=0.95, weight_decay=0.05,
-                              no_decay=(), clip_norm=0.0, **duration("warmup", percent=8.0)))  # fmt: skip
+    c.optim = adamw(lr=2e-3, warmup=duration("warmup", percent=8.0))
 
 
 def on_the_sample(c):

@@ -15,7 +15,6 @@ from mim_jax.evaluators.knn import KnnEvaluator
 from mim_jax.evaluators.pictures import draw_pictures
 from mim_jax.evaluators.reconstruct import ReconstructEvaluator, moments
 from mim_jax.evaluators.scales import draw_scales
-from mim_jax.objectives.localmim import LocalMIM
 from mim_jax.train.loop import ScheduledEvaluator
 
 
@@ -52,7 +51,7 @@ def reconstruct_evaluator(e, config, made, normalise, mesh, open_split):
         masks = made.masks(key, images.shape[0])
         return moments(made.apply(variables, images, masks, harmonic_inpaint, method="reconstruct"))
 
-    shown = drawing(made)(made, normalise, ratios=(made.mask_ratio,))
+    shown = drawing(made)(made, normalise, ratios=(getattr(made, "mask_ratio", 0.0),))
     batches, count = build.split_batches(config, source, e.batch_size, e.examples)
     pictures, sample = e.pictures, []
 
@@ -68,7 +67,7 @@ def reconstruct_evaluator(e, config, made, normalise, mesh, open_split):
 
 def drawing(made):
     """How the pictures of an objective are drawn: draw(objective, normalise, ratios) -> a function of its weights."""
-    return draw_scales if isinstance(made, LocalMIM) else draw_pictures
+    return draw_scales if made.outputs else draw_pictures
 
 
 def classify_evaluator(e, config, made, normalise, mesh, open_split):

@@ -8,6 +8,7 @@ from etils import epath
 from mim_jax import build, durations, evaluation, sharding, tree
 from mim_jax.clock import Clock
 from mim_jax.config import ConfigDict, ConfigError, TrackedConfig, choice
+from mim_jax.convert.tokenizer import dalle_params
 from mim_jax.logs import Logger
 from mim_jax.probe import cached_probe
 from mim_jax.train import checkpoint, loop, pretrained
@@ -75,7 +76,7 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
     normalise = build.normaliser(config)
     if job == "pretrain":
         made = build.objective(config)
-        prepare = build.pretraining_input(made, normalise)
+        prepare = build.pretraining_input(made, normalise, config.data.jitter)
         build.picture_split(config)
     else:
         if not source.num_classes:
@@ -97,8 +98,13 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
         raise ConfigError(f"log.every_steps={log_every} and checkpoint.keep={keep} must be at least 1")
     replace, loaded = {}, "from scratch"
     example = build.example(config, made)
-    if init_from and not pretrained.has_checkpoint(workdir):
-        replace, loaded = pretrained_params(init_from, made, example, mesh, encoder_only=job != "pretrain")
+    tokenizer = (config.tokenizer.kind, config.tokenizer.weights) if hasattr(made, "tokenizer") else ()
+    if not pretrained.has_checkpoint(workdir):
+        if init_from:
+            replace, loaded = pretrained_params(init_from, made, example, mesh, encoder_only=job != "pretrain")
+        if tokenizer:
+            found, words = tokenizer_params(*tokenizer, made, example, mesh)
+            replace, loaded = replace | found, f"{loaded}; {words}"
     batches = build.training_batches(config, source)
     config.require_all_read()
 
@@ -152,6 +158,30 @@ def pretrained_params(init_from: str, made, example, mesh, encoder_only: bool):
     allowed = (r"^head/",) if encoder_only else ()
     fits, report = pretrained.match_params(tree.flatten(shapes), loaded, allow_missing=allowed)
     return fits, f"parameters of {folder}: {report}"
+
+
+def tokenizer_params(kind: str, weights: str, made, example, mesh):
+    """-> ({path: array} of BEiT's frozen tokenizer, a report). Raises ConfigError (CheckpointError) when there are none, or
+    they do not fit."""
+    if kind == "untrained":
+        return {}, "an untrained tokenizer"
+    if not weights:
+        raise ConfigError(
+            "BEiT's targets come from a trained image tokenizer, and tokenizer.weights names none. Train one on your data:\n"
+            "  python -m mim_jax.main --config=configs/tokenizer.py --workdir=runs/tokenizer\n"
+            "and add :tokenizer=trained and --config.tokenizer.weights=runs/tokenizer; or name the file of the released "
+            "encoder of DALL-E's dVAE: --config.tokenizer.weights=encoder.pkl"
+        )
+    if kind == "dalle":
+        loaded = {f"tokenizer/{path}": x for path, x in tree.flatten(dalle_params(weights)).items()}
+    else:
+        weights = pretrained.find(weights)
+        found = pretrained.load_params(weights, mesh, "^encoder/")
+        loaded = {path.replace("encoder/", "tokenizer/", 1): x for path, x in found.items()}
+    shapes = tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), *example))["params"])
+    wanted = {path: shape for path, shape in shapes.items() if path.startswith("tokenizer/")}
+    fits, report = pretrained.match_params(wanted, loaded)
+    return fits, f"tokenizer of {weights}: {report}"
 
 
 def describe(config, made, state, source, workdir, mesh, loaded, total, peak_lr, warmup) -> str:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, reduce
 
 from mim_jax.config import ConfigError
 
@@ -25,6 +25,14 @@ def patchify(images, patch: int):
 def unpatchify(patches, patch: int):
     """[b rows columns (p p c)] -> [b h w c]."""
     return rearrange(patches, "b r s (p q c) -> b (r p) (s q) c", p=patch, q=patch)
+
+
+def to_cells(hidden, scale: float):
+    """[b y x] -> [b scale*y scale*x]: repeated, or, as a share, averaged (LocalMIM: a fractional weight)."""
+    if scale >= 1:
+        return jnp.repeat(jnp.repeat(hidden, round(scale), 1), round(scale), 2)
+    side = round(1 / scale)
+    return reduce(hidden, "b (y i) (x j) -> b y x", "mean", i=side, j=side)
 
 
 def cut_windows(tokens, corners, window: int):

@@ -118,12 +118,119 @@ def speed() -> str:
     return table(head, rows) + "\n\nYardsticks, in order: " + "; ".join(notes) + "." + shares
 
 
-TABLES = {"quickstart": quickstart, "compare": compare, "speed": speed}
+# Hours of pretraining, all as LoMaR's paper measured them (arXiv 2206.00790). By config without its size, and side.
+PUBLISHED = {
+    ("lomar_vitb.py", 224): "49 (300 epochs), 66 (400 epochs)",
+    ("mae_vitb.py", 224): "58 (400 epochs)",
+    ("beit_vitb.py", 224): "107 (300 epochs)",
+    ("beit_vitb.py:windows=4", 224): "102 (300 epochs)",
+    ("mae_vitb.py", 384): "2.5 x LoMaR's",
+    ("beit_vitb.py", 384): "5.0 x LoMaR's",
+    ("mae_vitb.py", 448): "3.1 x LoMaR's",
+    ("beit_vitb.py", 448): "5.3 x LoMaR's",
+}
+
+
+def without_size(spec: str) -> str:
+    """`configs/lomar_vitb.py:size=448,views=4` -> `lomar_vitb.py:views=4`."""
+    path, _, arguments = spec.partition(":")
+    kept = [a for a in arguments.split(",") if a and not a.startswith("size=")]
+    return ":".join([os.path.basename(path), *filter(None, [",".join(kept)])])
+
+
+def costs() -> str | None:
+    """One row for each config, by size; one column of memory for each device and number format. None: nothing recorded."""
+    runs, memory, rows = load("costs*.json"), {}, []
+    found = {}  # (side, config) -> what is the same on every device
+    for run in runs:
+        column = f"{run['device']}, {run['compute_dtype']}, batch {run['batch_size']}" + (", remat" * run["remat"])
+        for result in run["results"]:
+            key = (max(result["image_size"]), without_size(result["config"]))
+            found.setdefault(key, result)
+            memory.setdefault(column, {})[key] = result["activation_bytes_per_image"]
+    if not found:
+        return None
+    for side, config in sorted(found, key=lambda key: key[0]):  # the order of the files within a size
+        result, flops = found[side, config], lambda key: found[key]["flops_per_image"]
+        lomar = [key for key, other in found.items() if key[0] == side and other["method"] == "lomar"]
+        held = [column.get((side, config)) for column in memory.values()]
+        rows.append([
+            f"`{config}`", str(side), f"{result['parameters'] / 1e6:.1f}", f"{result['flops_per_image'] / 1e9:.1f}",
+            f"{flops((side, config)) / flops(lomar[0]):.2f}" if lomar else "–",
+            *("–" if value is None else f"{value / 1e6:.0f}" for value in held), PUBLISHED.get((config, side), ""),
+        ])  # fmt: skip
+    head = ["config", "size, px", "parameters, M", "GFLOP/image", "of LoMaR's", *(f"MB/image ({c})" for c in memory),
+            "papers' hours on 4 A100"]  # fmt: skip
+    note = (
+        "Parameters: those that are trained. GFLOP: matrix products, forward and backward, by formula. MB: what the compiled "
+        "step holds besides its arguments and results, as XLA assigns it there, mostly activations, a share of the "
+        f"gradients too; nothing was run. Commits: {', '.join(sorted({run['git'][:9] for run in runs}))}."
+    )
+    return table(head, rows) + "\n\n" + note
+
+
+METHODS = {
+    "lomar": "LoMaR",
+    "localmim": "LocalMIM",
+    "mae": "MAE",
+    "simmim": "SimMIM",
+    "maskfeat": "MaskFeat",
+    "beit": "BEiT",
+    "beit_windows": "BEiT with LoMaR's windows",
+    "greenmim": "GreenMIM",
+}
+
+
+def baselines() -> str | None:
+    """Every method at one number of images, and in one wall time. None: nothing recorded."""
+    runs = {(b, m): load(f"baseline_{b}_{m}_seed*.json") for b in ("images", "time") for m in METHODS}
+    every = [run for found in runs.values() for run in found]
+    if not every:
+        return None
+    column = lambda found, key: [run[key] for run in found]
+    accuracy = lambda found, key: percent(column(found, key)) if found else "–"
+    median = lambda found, key, form, scale=1: (
+        format(statistics.median(column(found, key)) / scale, form) if found else "–"
+    )
+    rows = []
+    for method, title in METHODS.items():
+        images, time = runs["images", method], runs["time", method]
+        rows.append([
+            title, median(images + time, "images_per_second", ".0f"), median(images + time, "flops_per_image", ".2f", 1e9),
+            median(images + time, "parameters", ".2f", 1e6), accuracy(images, "probe_test"), accuracy(images, "knn_test"),
+            median(time, "steps", ".0f"), accuracy(time, "probe_test"), accuracy(time, "knn_test"),
+        ])  # fmt: skip
+    head = ["", "images/s", "GFLOP/image", "parameters, M", "same images: probe, test %", "kNN, test %",
+            "same time: steps", "probe, test %", "kNN, test %"]  # fmt: skip
+
+    def span(runs, key, scale=1, form=".0f"):
+        low, high = (format(f(column(runs, key)) * scale, form) for f in (min, max))
+        return low if low == high else f"{low} to {high}"
+
+    by = {b: [run for (budget, _), found in runs.items() if budget == b for run in found] for b in ("images", "time")}
+    parts = [f"Same images: {span(by['images'], 'steps')} steps."] if by["images"] else []
+    parts += [f"Same time: {span(by['time'], 'train_seconds')} s of training."] if by["time"] else []
+    parts += [
+        f"Random encoders: probe {span(every, 'random_encoder_test', 100, '.1f')} %, "
+        f"kNN {span(every, 'knn_random', 100, '.1f')} %.",
+        f"Seeds: {', '.join(map(str, sorted({run['seed'] for run in every})))}.",
+        f"Commits: {', '.join(sorted({run['git'][:9] for run in every}))}.",
+    ]
+    return table(head, rows) + "\n\n" + " ".join(parts)
+
+
+TABLES = {"quickstart": quickstart, "compare": compare, "speed": speed, "costs": costs, "baselines": baselines}
+OPTIONAL = ("costs", "baselines")  # the README need not have them
 
 
 def fill(text: str) -> str:
     for name, make in TABLES.items():
-        block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
+        if name in OPTIONAL and f"<!-- {name} -->" not in text:
+            continue
+        made = make()
+        if made is None:  # nothing recorded yet
+            continue
+        block = f"<!-- {name} -->\n{made}\n<!-- /{name} -->"
         text, count = re.subn(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.S)
         if count != 1:
             raise SystemExit(f"README.md has no one place for the table '{name}'")

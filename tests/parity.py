@@ -18,6 +18,7 @@ from ports.hog import HogPort
 from ports.localmim import LocalSwinPort, LocalVitPort
 from ports.lomar import LomarPort
 from ports.mae import MaePort
+from ports.simmim import SimmimPort
 from ports.swin_classifier import SwinClassifierPort
 from recorded import Case, Report
 from recorded_run import compare_run
@@ -33,6 +34,7 @@ PORTS = (
     ("LoMaR", has("param/encoder_pred.weight", "param/mask_token"), LomarPort),
     ("ViT classifiers", has("param/head.weight", "param/blocks.0.attn.qkv.weight"), ClassifierPort),
     ("MAE", has("param/decoder_embed.weight", "param/decoder_blocks.0.attn.qkv.weight"), MaePort),
+    ("SimMIM", has("param/encoder.mask_token", "param/decoder.0.bias"), SimmimPort),
     ("LocalMIM on a ViT", has("param/decoder.0.embed.weight", "param/blocks.0.attn.qkv.weight"), LocalVitPort),
     ("LocalMIM on a Swin", has("param/decoder.0.embed.weight", "param/encoder.patch_embed.norm.weight"), LocalSwinPort),
     ("Swin classifiers", has("param/head.weight", "param/layers.0.blocks.0.attn.qkv.weight"), SwinClassifierPort),

@@ -65,12 +65,14 @@ class Case:
         """[... b c h w] -> [... b h w c]."""
         return jnp.asarray(np.moveaxis(self.released_images, -3, -1), jnp.float32)
 
-    def encoder(self, **options) -> ViT:
-        width, channels, patch, _ = self["param/patch_embed.proj.weight"].shape
-        depth = 1 + max(int(m.group(1)) for m in (re.match(r"param/blocks\.(\d+)\.", key) for key in self.arrays) if m)
+    def encoder(self, prefix: str = "", **options) -> ViT:
+        """The ViT of a case, by the shapes of its parameters, whose names begin with `prefix`."""
+        width, channels, patch, _ = self[f"param/{prefix}patch_embed.proj.weight"].shape
+        blocks = re.compile(rf"param/{re.escape(prefix)}blocks\.(\d+)\.")
+        depth = 1 + max(int(m.group(1)) for m in map(blocks.match, self.arrays) if m)
         heads = self.meta.get("heads", width // 16)  # the recorded cases use heads of 16 where meta is silent
         h, w = self.released_images.shape[-2:]
-        mlp = self["param/blocks.0.mlp.fc1.weight"].shape[0] / width
+        mlp = self[f"param/{prefix}blocks.0.mlp.fc1.weight"].shape[0] / width
         return ViT(grid=(h // patch, w // patch), patch=patch, channels=channels, width=width, depth=depth, heads=heads,
                    mlp_ratio=mlp, **options)  # fmt: skip
 

@@ -380,7 +380,7 @@ def test_the_written_out_sizes_are_those_of_the_formula():
 def test_every_flag_of_localmim_builds_at_full_size(name):
     stem, _, arg = name.partition(":")
     config = load(f"{REPO}/configs/{stem}.py:{arg}")
-    made = build.localmim(config)
+    made = build.METHODS["localmim"](config)
     images, masks = jax.eval_shape(lambda: build.example(config, made, 4))
     once = jax.eval_shape(lambda x, m: made.init_with_output(jax.random.key(0), x, m), images, masks)
     (loss, metrics), params = once[0], once[1]["params"]

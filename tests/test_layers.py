@@ -14,7 +14,7 @@ LAYERS = {
     4: "train",
     5: "evaluators convert",
     6: "build evaluation",
-    7: "run probe",
+    7: "run probe costs",
     8: "main benchmark visualise attention",
 }
 LAYER = {part: number for number, parts in LAYERS.items() for part in parts.split()}

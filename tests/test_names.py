@@ -10,7 +10,8 @@ RNG = np.random.default_rng(0)
 VIT = names.localmim_vit_rules((4, 2, 1, 0.5))
 CASES = [("localmim_vit_tiny_hog9", VIT, 16), ("traj_localmim_vit", VIT, 16),
          ("localmim_swin_tiny_hog9", names.LOCALMIM_SWIN_RULES, 4),
-         ("swin_classifier_tiny", names.SWIN_CLASSIFIER_RULES, 4)]  # fmt: skip
+         ("swin_classifier_tiny", names.SWIN_CLASSIFIER_RULES, 4),
+         ("simmim_vit_tiny", names.SIMMIM_VIT_RULES, 16), ("simmim_swin_tiny", names.SIMMIM_SWIN_RULES, 2)]  # fmt: skip
 OURS = {  # a parameter of every kind: released name, our path, our shape
     "localmim_vit_tiny_hog9": {
         "patch_embed.proj.weight": ("encoder/patch_embed/kernel", (768, 48)),
@@ -47,6 +48,21 @@ OURS = {  # a parameter of every kind: released name, our path, our shape
         "encoder.norm.0.weight": ("norm_0/scale", (16,)),
         "encoder.norm.3.weight": ("encoder/norm/scale", (64,)),
         "decoder.2.pred.weight": ("decoder_2/pred/kernel", (32, 27)),
+    },
+    "simmim_vit_tiny": {
+        "encoder.mask_token": ("mask_token", (1, 1, 48)),
+        "encoder.cls_token": ("encoder/cls_token", (1, 1, 48)),
+        "encoder.rel_pos_bias.relative_position_bias_table": ("encoder/relative_bias", (52, 3)),
+        "encoder.blocks.2.gamma_1": ("encoder/block_02/gamma_1", (48,)),
+        "encoder.blocks.1.attn.v_bias": ("encoder/block_01/attn/v_bias", (48,)),
+        "encoder.blocks.0.attn.qkv.weight": ("encoder/block_00/attn/qkv/kernel", (48, 144)),
+        "decoder.0.weight": ("head/kernel", (48, 768)),
+        "decoder.0.bias": ("head/bias", (768,)),
+    },
+    "simmim_swin_tiny": {
+        "encoder.norm.weight": ("encoder/norm/scale", (64,)),
+        "encoder.layers.1.downsample.reduction.weight": ("encoder/stage_1/merge/reduction/kernel", (64, 32)),
+        "decoder.0.weight": ("head/kernel", (64, 768)),
     },
     "swin_classifier_tiny": {
         "layers.0.blocks.1.mlp.fc2.weight": ("encoder/stage_0/block_01/mlp/fc2/kernel", (32, 8)),
@@ -106,13 +122,24 @@ def test_the_last_tap_may_lie_below_the_top():
 
 @pytest.mark.parametrize("layout, shape", [("same", (3, 2)), ("squeeze", (1, 3, 2)), ("linear", (3, 2)),
                                            ("conv1", (3, 2, 1, 1)), ("patch", (5, 3, 4, 4)), ("deconv", (3, 5, 2, 2)),
-                                           ("merge", (12,)), ("merge_linear", (6, 12))])  # fmt: skip
+                                           ("merge", (12,)), ("merge_linear", (6, 12)), ("shuffle", (12,)),
+                                           ("shuffle_linear", (12, 5, 1, 1))])  # fmt: skip
 def test_every_layout_has_its_inverse(layout, shape):
     array = RNG.normal(size=shape).astype(np.float32)
     ours = names.to_ours(array, layout)
     np.testing.assert_array_equal(names.to_released(ours, layout, patch=4), array)
     np.testing.assert_array_equal(names.to_ours(names.to_released(ours, layout, patch=4), layout), ours)
-    assert len(names.LAYOUTS) == 8  # none is left out here
+    assert len(names.LAYOUTS) == 10  # none is left out here
+
+
+def test_a_pixel_shuffle_becomes_the_order_of_patches():
+    """Channel c of pixel (p, q) of a unit is released at (c p q) and stands here at (p q c)."""
+    released, x = RNG.normal(size=(3 * 2 * 2, 5, 1, 1)), RNG.normal(size=5)
+    pixels = (released[:, :, 0, 0] @ x).reshape(3, 2, 2)
+    np.testing.assert_allclose(
+        (x @ names.to_ours(released, "shuffle_linear")).reshape(2, 2, 3), pixels.transpose(1, 2, 0)
+    )
+    np.testing.assert_array_equal(names.to_ours(pixels.reshape(-1), "shuffle"), pixels.transpose(1, 2, 0).reshape(-1))
 
 
 def test_deconvolution_kernels_give_a_token_its_four_cells():

@@ -11,7 +11,7 @@ from recorded import Case
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = ("lomar_tiny", "lomar_tiny_b4_w7", "lomar_vit_classifier_tiny_gap", "vit_abs_classifier_tiny_gap", "traj_lomar",
          "hog", "localmim_vit_tiny_hog9", "localmim_swin_tiny_hog9", "swin_classifier_tiny", "traj_localmim_vit",
-         "traj_decouple", "mae_tiny")  # fmt: skip
+         "traj_decouple", "mae_tiny", "simmim_vit_tiny", "simmim_swin_tiny")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mim_jax import tree
 
+RGB = 3  # channels of every released model
 # Names the released checkpoints carry for nothing: fixed tables and filters, which are constants here.
 FIXED_TABLES = (r"^pos_embed$", r"^decoder_pos_embed$", r"^decoder\.\d+\.pos_embed$", r"^hog_enc\.\d+\.conv\.weight$",
                 r"\.relative_position_index$", r"\.attn_mask$")  # fmt: skip
@@ -30,6 +31,8 @@ def block(released: str, ours: str) -> tuple:
     return (
         (released + r"attn\.rpe_k\.lookup_table_weight$", ours + "attn/rpe_k/table", "squeeze"),
         (released + r"attn\.relative_position_bias_table$", ours + "attn/relative_bias", "same"),
+        (released + r"attn\.([qv]_bias)$", ours + "attn/{}", "same"),
+        (released + r"(gamma_\d)$", ours + "{}", "same"),
         *norm(released + r"(norm\d)", ours + "{}"),
         *linear(released + r"(attn|mlp)\.(\w+)", ours + "{}/{}"),
     )
@@ -37,11 +40,17 @@ def block(released: str, ours: str) -> tuple:
 
 # -- ViT, LoMaR and the ViT classifiers -------------------------------------------------------------------------------
 
-VIT_BODY = (
-    (r"^cls_token$", "encoder/cls_token", "same"),
-    *linear(r"^patch_embed\.proj", "encoder/patch_embed", "patch"),
-    *block(r"^blocks\.(\d+)\.", "encoder/block_{:02d}/"),
-)
+
+def vit_body(prefix: str) -> tuple:
+    """Tokens, patch embedding and blocks."""
+    return (
+        (prefix + r"cls_token$", "encoder/cls_token", "same"),
+        *linear(prefix + r"patch_embed\.proj", "encoder/patch_embed", "patch"),
+        *block(prefix + r"blocks\.(\d+)\.", "encoder/block_{:02d}/"),
+    )
+
+
+VIT_BODY = vit_body("^")
 HEAD = linear(r"^head", "head")
 VIT_RULES = VIT_BODY + norm(r"^norm", "encoder/norm")
 LOMAR_RULES = VIT_RULES + ((r"^mask_token$", "mask_token", "same"), *linear(r"^encoder_pred", "head"))
@@ -113,6 +122,16 @@ def swin_body(prefix: str, merging: str, merging_norm: str) -> tuple:
     )
 
 
+SIMMIM_HEAD = (
+    (r"^encoder\.mask_token$", "mask_token", "same"),
+    (r"^decoder\.0\.weight$", "head/kernel", "shuffle_linear"),
+    (r"^decoder\.0\.bias$", "head/bias", "shuffle"),
+    *norm(r"^encoder\.norm", "encoder/norm"),
+)
+SIMMIM_VIT_RULES = SIMMIM_HEAD + vit_body(r"^encoder\.") + (
+    (r"^encoder\.rel_pos_bias\.relative_position_bias_table$", "encoder/relative_bias", "same"),
+)  # fmt: skip
+SIMMIM_SWIN_RULES = SIMMIM_HEAD + swin_body(r"^encoder\.", "linear", "same")
 LOCALMIM_SWIN_RULES = (
     swin_body(r"^encoder\.", "merge_linear", "merge")
     + tap_norms(r"^encoder\.", taps=4)
@@ -173,6 +192,17 @@ def swap_neighbours(array):
     return array.reshape(4, -1, *array.shape[1:])[np.array([0, 2, 1, 3])].reshape(array.shape)
 
 
+def shuffle_to_ours(array):
+    """[(c u u) ...], a pixel shuffle's order, -> [(u u c) ...], the order of patches; RGB."""
+    pixels = array.reshape(RGB, -1, *array.shape[1:])
+    return np.ascontiguousarray(pixels.swapaxes(0, 1)).reshape(array.shape)
+
+
+def shuffle_to_released(array):
+    pixels = array.reshape(-1, RGB, *array.shape[1:])
+    return np.ascontiguousarray(pixels.swapaxes(0, 1)).reshape(array.shape)
+
+
 # layout: (released -> ours, ours -> released)
 LAYOUTS = {
     "same": (lambda x: x, lambda x: x),
@@ -181,6 +211,11 @@ LAYOUTS = {
     "conv1": (lambda x: transposed(x[:, :, 0, 0]), lambda x: transposed(x)[:, :, None, None]),
     "patch": (patch_to_ours, patch_to_released),
     "deconv": (deconv_to_ours, deconv_to_released),
+    "shuffle": (shuffle_to_ours, shuffle_to_released),
+    "shuffle_linear": (
+        lambda x: transposed(shuffle_to_ours(x[:, :, 0, 0])),
+        lambda x: shuffle_to_released(transposed(x))[:, :, None, None],
+    ),
     "merge": (swap_neighbours, swap_neighbours),
     "merge_linear": (lambda x: swap_neighbours(transposed(x)), lambda x: transposed(swap_neighbours(x))),
 }

@@ -8,7 +8,8 @@ from mim_jax.evaluators.figure import box, panel_grid, to_rgb
 
 BORROWED = "reconstruction: hidden patches take the mean and deviation of the TRUE patch (norm_pix predicts neither)"
 SPREAD = 0.2  # of the gray scale for one standard deviation
-TITLES = {"masked": "masked", "reconstruction": "reconstruction", "reconstruction_own": "own statistics"}
+TITLES = {"masked": "masked", "reconstruction": "reconstruction", "reconstruction_own": "own statistics",
+          "codes": "codes", "predicted_codes": "predicted codes"}  # fmt: skip
 OWN = "own statistics: the same prediction with the average statistics of the visible patches, nothing borrowed"
 
 
@@ -22,9 +23,12 @@ def draw_pictures(objective, normalise, ratios):
     """-> draw(variables, uint8 [b h w c], key) -> uint8 figure [h w 3]: a row per image, columns per share of hidden
     patches, of what `objective.pictures` makes.
 
-    Where a method looks at windows, each image gets the same one at every share, outlined in the whole image.
+    Where a method looks at windows, each image gets the same one at every share, outlined in the whole image. A method
+    that hides nothing has one variant, whatever the shares.
     """
-    variants = {ratio: objective.clone(mask_ratio=ratio) for ratio in ratios}
+    hides = hasattr(objective, "mask_ratio")
+    variants = {ratio: objective.clone(mask_ratio=ratio) for ratio in ratios} if hides else {0.0: objective}
+    ratios = tuple(variants)
 
     @jax.jit
     def panels(variables, images, key):
@@ -52,6 +56,6 @@ def draw_pictures(objective, normalise, ratios):
         labels = ["image"] + ["window"] * (corners is not None)
         labels += [f"{ratio:.0%} hidden\n{TITLES[name]}" for ratio in ratios for name in names]
         title = f"{type(objective).__name__}: reconstruction" + " inside one random window" * (corners is not None)
-        return panel_grid(rows, labels, title, (BORROWED, OWN) if objective.norm_pix else ())
+        return panel_grid(rows, labels, title, (BORROWED, OWN) if "reconstruction_own" in names else ())
 
     return draw

@@ -27,22 +27,23 @@ def moments(parts: dict) -> dict:
     return found
 
 
-def summarise(found: dict, standardised: dict[str, bool]) -> dict[str, float]:
+def summarise(found: dict, standardised: dict[str, bool | None]) -> dict[str, float]:
     """-> {"output/..."}: masked_mse; inpainting_mse; constant_mse, of the best constant vector; zero_mse, of 0, which is
     each patch's own mean under norm_pix. Several outputs are averaged too, under no name.
 
     Where targets are `standardised` (norm_pix, HOG) the inpainted ones are scaled by the one factor that makes their
-    error smallest on these very images: a smooth guess of full contrast would lose to predicting nothing.
+    error smallest on these very images: a smooth guess of full contrast would lose to predicting nothing. None instead
+    of True or False: hits and misses (BEiT), of which no constant can be predicted.
     """
     errors = {}
     for name in dict.fromkeys(key.rpartition("/")[0] for key in found):
         m = {key: np.mean(found[f"{name}/{key}"]) for key in ("masked_mse", "square", "inpainted", "product")}
         scale = m["product"] / max(m["inpainted"], 1e-12) if standardised[name] else 1.0
-        constant = np.square(found[f"{name}/target"].mean(0)).mean()
-        errors[name] = {
-            "masked_mse": m["masked_mse"], "zero_mse": m["square"], "constant_mse": m["square"] - constant,
-            "inpainting_mse": m["square"] - 2 * scale * m["product"] + scale**2 * m["inpainted"],
-        }  # fmt: skip
+        inpainting = m["square"] - 2 * scale * m["product"] + scale**2 * m["inpainted"]
+        errors[name] = {"masked_mse": m["masked_mse"], "inpainting_mse": inpainting}
+        if standardised[name] is not None:
+            constant = np.square(found[f"{name}/target"].mean(0)).mean()
+            errors[name] |= {"zero_mse": m["square"], "constant_mse": m["square"] - constant}
     mean = {key: float(np.mean([e[key] for e in errors.values()])) for key in next(iter(errors.values()))}
     several = (
         {f"{name}/{key}": float(x) for name, e in errors.items() for key, x in e.items()} if len(errors) > 1 else {}
@@ -55,7 +56,7 @@ class ReconstructEvaluator:
     """`runner` yields `moments` per image; `draw` makes {name: uint8 [h w 3]} of a state."""
 
     runner: SplitRunner
-    standardised: dict[str, bool]
+    standardised: dict[str, bool | None]
     draw: Callable
 
     def run(self, state):

@@ -1,4 +1,4 @@
-"""LocalMIM's figure: for every tap what it should predict and what it predicts, as pixels or as strokes of gradients."""
+"""LocalMIM's figure: for every output what it should predict and what it predicts, as pixels or as strokes of gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,8 @@ from einops import rearrange
 from mim_jax.evaluators.figure import panel_grid, to_rgb
 from mim_jax.evaluators.pictures import BORROWED, in_gray_scale
 from mim_jax.evaluators.strokes import SMALLEST, strokes
-from mim_jax.objectives.localmim import to_cells
 from mim_jax.targets.pixels import patch_statistics
-from mim_jax.tokens import patchify, unpatchify
+from mim_jax.tokens import patchify, to_cells, unpatchify
 
 HOG_NOTE = "histograms of gradients as strokes along edges, brighter = stronger; visible places are shown as they are"
 MAX_ROWS, PANEL = 8, 128  # pixels of a side of a picture of strokes
@@ -19,10 +18,11 @@ MAX_ROWS, PANEL = 8, 128  # pixels of a side of a picture of strokes
 def draw_scales(objective, normalise, ratios):
     """-> draw(variables, uint8 [b h w c], key) -> uint8 figure [h w 3]: a row for each image and share of hidden places.
 
-    Places that are visible show the target in both columns of a tap. With several shares fewer images are drawn.
+    Of an objective with `outputs`. Places that are visible show the target in both columns of an output. With several
+    shares fewer images are drawn.
     """
     variants = {ratio: objective.clone(mask_ratio=ratio) for ratio in ratios}
-    names = [f"tap {tap}: {cell} px" for tap, cell in zip(objective.taps, objective.cells, strict=True)]
+    names, sides, bins = zip(*objective.outputs, strict=True)
     encoder = objective.encoder
 
     @jax.jit
@@ -41,10 +41,10 @@ def draw_scales(objective, normalise, ratios):
     def panel(part, j: int, normalised):
         """-> target and prediction [b rows columns t], pixels with the statistics of the true cell."""
         prediction, target, _, weight = part
-        cell = objective.cells[j]
+        cell = sides[j]
         mixed = jnp.where(weight[..., None] > 0, prediction, target)
         grid = lambda x: rearrange(x, "b (y x) t -> b y x t", y=normalised.shape[1] // cell)
-        if objective.target_of(j) == "hog":
+        if bins[j]:
             return grid(target), grid(mixed)
         patches = patchify(normalised, cell)
         mean, deviation = patch_statistics(patches) if objective.norm_pix else (0.0, 1.0)
@@ -52,9 +52,9 @@ def draw_scales(objective, normalise, ratios):
 
     def picture(values, j: int, brightest: float, image):
         """[rows columns t] -> uint8 [h w 3]."""
-        if objective.target_of(j) == "hog":
-            return strokes(values, objective.bins, brightest, max(SMALLEST, PANEL // len(values)))
-        whole = unpatchify(values[None], objective.cells[j])
+        if bins[j]:
+            return strokes(values, bins[j], brightest, max(SMALLEST, PANEL // len(values)))
+        whole = unpatchify(values[None], sides[j])
         return to_rgb(np.asarray(in_gray_scale(normalise, whole, image[None])[0]))
 
     def draw(variables, images, key):
@@ -70,8 +70,7 @@ def draw_scales(objective, normalise, ratios):
                 rows.append(row)
         labels = ["image", "visible"] + [f"{name}\n{what}" for name in names for what in ("target", "predicted")]
         shares = ", ".join(f"{ratio:.0%}" for ratio in ratios)
-        kinds = {objective.target_of(j) for j in range(len(names))}
-        notes = [HOG_NOTE] * ("hog" in kinds) + [BORROWED] * ("pixels" in kinds and objective.norm_pix)
-        return panel_grid(rows, labels, f"LocalMIM: {shares} hidden, one row each", notes)
+        notes = [HOG_NOTE] * any(bins) + [BORROWED] * (not all(bins) and objective.norm_pix)
+        return panel_grid(rows, labels, f"{type(objective).__name__}: {shares} hidden, one row each", notes)
 
     return draw

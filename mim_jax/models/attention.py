@@ -1,4 +1,4 @@
-"""Multi-head self-attention with an optional contextual relative-position term (iRPE)."""
+"""Multi-head self-attention with optional relative positions: iRPE's contextual term, or a learned bias per offset."""
 
 from typing import Any
 
@@ -10,29 +10,42 @@ from einops import rearrange
 from mim_jax.config import ConfigError
 from mim_jax.models import irpe
 from mim_jax.models.layers import Dense
+from mim_jax.models.relative_bias import CLS_ENTRIES, RelativeBias, offsets
 
 
 class Attention(nn.Module):
-    """[r n d], buckets -> [r n d].
+    """[r n d], buckets, bias -> [r n d].
 
-    `buckets` is None (no relative positions), one table [n n] for all rows, or a table per row [r n n].
+    `buckets` is None (no iRPE), one table [n n] for all rows, or a table per row [r n n]. `bias` is None, or a
+    RelativeBias: its matrix, or, with `own_bias`, one made of this layer's own table. `qkv_bias` "qv": a bias on queries
+    and values only (BEiT), since one on keys changes no softmax.
     """
 
     heads: int
     relative: bool = False
+    own_bias: bool = False
+    qkv_bias: str = "all"
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, buckets=None):
+    def __call__(self, x, buckets=None, bias: RelativeBias | None = None):
         width = x.shape[-1]
         if width % self.heads:
             raise ConfigError(f"width {width} is not divisible by {self.heads} heads")
         head_dim = width // self.heads
-        qkv = Dense(3 * width, self.dtype, name="qkv")(x)
+        qkv = Dense(3 * width, self.dtype, use_bias=self.qkv_bias == "all", name="qkv")(x)
+        if self.qkv_bias == "qv":
+            q, v = (self.param(name, nn.initializers.zeros, (width,)) for name in ("q_bias", "v_bias"))
+            qkv = qkv + jnp.concatenate([q, jnp.zeros_like(q), v]).astype(self.dtype)
         q, k, v = rearrange(qkv, "r n (three h e) -> three r h n e", three=3, h=self.heads)
         logits = jnp.einsum("rhie,rhje->rhij", q * head_dim**-0.5, k, preferred_element_type=jnp.float32)
         if self.relative:
             logits = logits + RelativeKeys(self.dtype, name="rpe_k")(q, buckets)
+        if self.own_bias:
+            shape = (offsets(bias.grid) + CLS_ENTRIES, self.heads)
+            logits = logits + bias.of(self.param("relative_bias", nn.initializers.zeros, shape))
+        elif bias is not None:
+            logits = logits + bias.matrix
         weights = jax.nn.softmax(logits, axis=-1)  # float32 until here
         self.sow("intermediates", "weights", weights)
         weights = weights.astype(self.dtype)

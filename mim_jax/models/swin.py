@@ -27,13 +27,14 @@ class SwinBlock(nn.Module):
     layout: WindowLayout
     mlp_ratio: float = 4.0
     drop_path: float = 0.0
+    eps: float = LAYER_NORM_EPS
     norm2_eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, visible: Visible | None = None, train: bool = False):
         drop = DropPath(self.drop_path)
-        h = LayerNorm(self.dtype, name="norm1")(x)
+        h = LayerNorm(self.dtype, self.eps, name="norm1")(x)
         x = x + drop(WindowAttention(self.heads, self.layout, self.dtype, name="attn")(h, visible), train)
         h = LayerNorm(self.dtype, self.norm2_eps, name="norm2")(x)
         return x + drop(Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(h), train)
@@ -42,12 +43,13 @@ class SwinBlock(nn.Module):
 class Merge(nn.Module):
     """[b u s s d] -> [b u s/2 s/2 2d]: 2 x 2 neighbours (row, column) in the order (0,0) (1,0) (0,1) (1,1), norm, linear."""
 
+    eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x):
         x = rearrange(x, "b u (y i) (x j) d -> b u y x (j i d)", i=2, j=2)
-        x = LayerNorm(self.dtype, name="norm")(x)
+        x = LayerNorm(self.dtype, self.eps, name="norm")(x)
         return Dense(x.shape[-1] // 2, self.dtype, use_bias=False, name="reduction")(x)
 
 
@@ -60,6 +62,7 @@ class Stage(nn.Module):
     window: int
     drop_paths: tuple[float, ...]  # one per block
     mlp_ratio: float = 4.0
+    eps: float = LAYER_NORM_EPS
     norm2_eps: float = LAYER_NORM_EPS
     remat: bool = False
     dtype: Any = jnp.float32
@@ -68,13 +71,10 @@ class Stage(nn.Module):
         block = nn.remat(SwinBlock, static_argnums=(3,)) if self.remat else SwinBlock
         for i, rate in enumerate(self.drop_paths):
             layout = WindowLayout.of(self.units, self.side, self.window, shifted=i % 2 == 1)
-            setattr(
-                self,
-                f"block_{i:02d}",
-                block(self.heads, layout, self.mlp_ratio, rate, self.norm2_eps, self.dtype),
-            )
+            made = block(self.heads, layout, self.mlp_ratio, rate, self.eps, self.norm2_eps, self.dtype)
+            setattr(self, f"block_{i:02d}", made)
         if self.side > 1:
-            self.merge = Merge(self.dtype)
+            self.merge = Merge(self.eps, self.dtype)
 
     def blocks(self, x, visible: Visible | None = None, train: bool = False):
         for i in range(len(self.drop_paths)):
@@ -89,7 +89,8 @@ class Stage(nn.Module):
 class Swin(nn.Module):
     """Patch embedding with norm, stages, final norm. `grid` counts patches: 56 x 56 of 4 px in an image of 224 px.
 
-    `sparse` False computes hidden units as well and hides them from attention: the same numbers for more work.
+    `sparse` False computes hidden units as well and hides them from attention: the same numbers for more work. `eps` is
+    that of every norm but the blocks' second, which has `norm2_eps` (released models differ).
     """
 
     grid: tuple[int, int]
@@ -101,6 +102,7 @@ class Swin(nn.Module):
     window: int = 7
     mlp_ratio: float = 4.0
     drop_path: float = 0.0
+    eps: float = LAYER_NORM_EPS
     norm2_eps: float = LAYER_NORM_EPS
     final_norm: bool = True
     sparse: bool = True
@@ -127,18 +129,18 @@ class Swin(nn.Module):
 
     def setup(self):
         self.patch_embed = Dense(self.width, self.dtype)
-        self.patch_norm = LayerNorm(self.dtype)
+        self.patch_norm = LayerNorm(self.dtype, self.eps)
         first, total = 0, sum(self.depths)
         for i, depth in enumerate(self.depths):
             rates = tuple(self.drop_path * (first + j) / max(total - 1, 1) for j in range(depth))
             setattr(self, f"stage_{i}", self.stage(i, rates))
             first += depth
         if self.final_norm:
-            self.norm = LayerNorm(self.dtype)
+            self.norm = LayerNorm(self.dtype, self.eps)
 
     def stage(self, i: int, drop_paths) -> Stage:
-        return Stage(self.units, self.side >> i, self.heads[i], self.window, drop_paths, self.mlp_ratio, self.norm2_eps,
-                     self.remat, self.dtype)  # fmt: skip
+        return Stage(self.units, self.side >> i, self.heads[i], self.window, drop_paths, self.mlp_ratio, self.eps,
+                     self.norm2_eps, self.remat, self.dtype)  # fmt: skip
 
     @property
     def side(self) -> int:
@@ -197,12 +199,23 @@ class Swin(nn.Module):
         return getattr(self, f"stage_{i}")(tokens, visible, train)
 
     def encode_visible(
-        self, images, visible: Visible, taps: Sequence[int] = (), *, decouple: bool = False, train: bool = False
+        self, images, visible: Visible, taps: Sequence[int] = (), *, ids=None, decouple=False, train: bool = False
     ):
-        """[b h w c], Visible of the units -> [b k d] after the final norm, and the tapped ones."""
+        """[b h w c], Visible of the units -> [b k d] after the final norm, and the tapped ones.
+
+        `ids` is there for ViT's sake: the images of a Swin are whole.
+        """
+        assert ids is None
         tokens = self.embed(images, visible if self.sparse else None)
         tokens, tapped = self.encode(tokens, taps, visible=visible, decouple=decouple, train=train)
         return (tokens if self.sparse else keep(tokens, visible)), tapped
+
+    def encode_masked(self, images, hidden, mask_token, *, ids=None, train: bool = False):
+        """[b h w c], bool [b rows columns] of patches, [1 1 d] -> [b n d]: hidden patches enter as the mask token."""
+        assert ids is None
+        units = rearrange(hidden, "b (y i) (x j) -> b (y x) i j 1", i=self.side, j=self.side)
+        tokens = jnp.where(units, mask_token.astype(self.dtype), self.embed(images))
+        return self.encode(tokens, train=train)[0]
 
     def __call__(self, images, train: bool = False):
         """[b h w c] -> [b n d]: the last stage on the whole image, row by row, nothing hidden."""

@@ -8,38 +8,57 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from mim_jax.config import choice
 from mim_jax.models import flops, irpe
 from mim_jax.models.attention import Attention
 from mim_jax.models.layers import Dense, DropPath, LayerNorm, Mlp, token_init
 from mim_jax.models.posembed import sincos_table
+from mim_jax.models.relative_bias import CLS_ENTRIES, RelativeBias, offsets
 from mim_jax.tokens import Visible, keep, patchify
+
+POSITIONS = ("rpe", "absolute", "learned", "shared_bias", "layer_bias")
 
 
 class Block(nn.Module):
-    """[r n d] -> [r n d]: pre-norm attention and MLP, each in a residual branch."""
+    """[r n d] -> [r n d]: pre-norm attention and MLP, each in a residual branch.
+
+    `layer_scale` other than 0: each branch is multiplied by a vector that starts there (CaiT, arXiv 2103.17239).
+    """
 
     heads: int
     mlp_ratio: float = 4.0
     relative: bool = False
     drop_path: float = 0.0
+    own_bias: bool = False
+    qkv_bias: str = "all"
+    layer_scale: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, buckets=None, train: bool = False):
+    def __call__(self, x, buckets=None, train: bool = False, bias: RelativeBias | None = None):
         drop = DropPath(self.drop_path)
         h = LayerNorm(self.dtype, name="norm1")(x)
-        h = Attention(self.heads, self.relative, self.dtype, name="attn")(h, buckets)
-        x = x + drop(h, train)
+        attention = Attention(self.heads, self.relative, self.own_bias, self.qkv_bias, self.dtype, name="attn")
+        x = x + drop(self.scaled(attention(h, buckets, bias), "gamma_1"), train)
         h = LayerNorm(self.dtype, name="norm2")(x)
         h = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(h)
-        return x + drop(h, train)
+        return x + drop(self.scaled(h, "gamma_2"), train)
+
+    def scaled(self, branch, name: str):
+        if not self.layer_scale:
+            return branch
+        init = nn.initializers.constant(self.layer_scale)
+        return branch * self.param(name, init, branch.shape[-1:]).astype(branch.dtype)
 
 
 class ViT(nn.Module):
     """Patch embedding, cls token, blocks, final norm.
 
     position: "rpe" (iRPE in every block, nothing added to tokens), "absolute" (a fixed sin-cos table is added),
-    "learned" (the same table as a trainable parameter, cls row included, as timm fine-tunes it).
+    "learned" (the same table as a trainable parameter, cls row included, as timm fine-tunes it), "shared_bias" (one
+    relative-position bias that every block adds to its logits), "layer_bias" (one of each block's own).
+
+    Where a method takes `ids`, the images are parts of larger ones: ids [r n] are the places of their patches in `grid`.
     """
 
     grid: tuple[int, int]
@@ -50,22 +69,33 @@ class ViT(nn.Module):
     heads: int = 12
     mlp_ratio: float = 4.0
     position: str = "rpe"
+    qkv_bias: str = "all"
+    layer_scale: float = 0.0
     drop_path: float = 0.0
     final_norm: bool = True
     remat: bool = False
     dtype: Any = jnp.float32
 
     def setup(self):
+        choice("encoder.position", self.position, POSITIONS)
+        choice("encoder.qkv_bias", self.qkv_bias, ("all", "qv"))
         self.patch_embed = Dense(self.width, self.dtype)
         self.cls_token = self.param("cls_token", token_init, (1, 1, self.width))
         if self.position == "learned":
             self.pos_embed = self.param(
                 "pos_embed", lambda _: jnp.asarray(sincos_table(self.width, self.grid, cls=True))[None]
             )
+        if self.position == "shared_bias":
+            shape = (offsets(self.grid) + CLS_ENTRIES, self.heads)
+            self.relative_bias = self.param("relative_bias", nn.initializers.zeros, shape)
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         for i in range(self.depth):
             rate = self.drop_path * i / max(self.depth - 1, 1)  # linear in depth, as timm's
-            setattr(self, f"block_{i:02d}", block(self.heads, self.mlp_ratio, self.relative, rate, self.dtype))
+            made = block(
+                self.heads, self.mlp_ratio, self.relative, rate, self.position == "layer_bias", self.qkv_bias,
+                self.layer_scale, self.dtype,
+            )  # fmt: skip
+            setattr(self, f"block_{i:02d}", made)
         if self.final_norm:
             self.norm = LayerNorm(self.dtype)
 
@@ -105,17 +135,22 @@ class ViT(nn.Module):
 
     def embed(self, images):
         """[b h w c] -> [b n d]: all tokens of the image, positions added where the model adds them."""
-        tokens = self.embed_patches(patchify(images, self.patch))
-        tokens = tokens.reshape(tokens.shape[0], -1, self.width)
-        return tokens + self.positions()
+        return self.tokens_of(images) + self.positions()
 
-    def positions(self):
-        """-> [n d], or 0 where nothing is added to patch tokens."""
+    def tokens_of(self, images):
+        """[r h w c] -> [r n d], nothing added."""
+        tokens = self.embed_patches(patchify(images, self.patch))
+        return tokens.reshape(tokens.shape[0], -1, self.width)
+
+    def positions(self, ids=None):
+        """-> [n d], or [r n d] of the places `ids` [r n], or 0 where nothing is added to patch tokens."""
         if self.position == "absolute":
-            return jnp.asarray(sincos_table(self.width, self.grid), self.dtype)
-        if self.position == "learned":
-            return self.pos_embed[0, 1:].astype(self.dtype)
-        return 0
+            table = jnp.asarray(sincos_table(self.width, self.grid), self.dtype)
+        elif self.position == "learned":
+            table = self.pos_embed[0, 1:].astype(self.dtype)
+        else:
+            return 0
+        return table if ids is None else jnp.take(table, ids, axis=0)
 
     def with_cls(self, tokens):
         """[r n d] -> [r 1+n d]: the cls token (with its position, where it has one) comes first."""
@@ -124,46 +159,56 @@ class ViT(nn.Module):
             [jnp.broadcast_to(cls.astype(tokens.dtype), (tokens.shape[0], 1, self.width)), tokens], 1
         )
 
-    def encode(self, tokens, taps: Sequence[int] = (), *, buckets=None, decouple: bool = False, train: bool = False):
+    def encode(self, tokens, taps: Sequence[int] = (), *, region=None, ids=None, decouple=False, train: bool = False):
         """[r n d] with cls first -> [r n d] after the final norm, and a list of the outputs of the blocks in `taps`.
 
-        `buckets` defaults to the table of the whole grid. With `decouple` no gradient passes a tap from above.
+        The tokens are those of a region of this many (rows, columns), the whole grid by default; or only those at the
+        places `ids` [r k] of that region. With `decouple` no gradient passes a tap from above.
         """
-        if self.relative and buckets is None:
-            buckets = irpe.bucket_table(self.grid)
-        if buckets is not None:
-            buckets = jnp.asarray(buckets)
+        buckets, bias = self.relations(region or self.grid, ids)
         self.sow("intermediates", "tokens_in", tokens)
         tapped = []
         for i in range(self.depth):
-            tokens = getattr(self, f"block_{i:02d}")(tokens, buckets, train)
+            tokens = getattr(self, f"block_{i:02d}")(tokens, buckets, train, bias)
             if i in taps:
                 tapped.append(tokens)
                 tokens = jax.lax.stop_gradient(tokens) if decouple and i < self.depth - 1 else tokens
         return (self.norm(tokens) if self.final_norm else tokens), tapped
 
+    def relations(self, region, ids=None):
+        """-> iRPE's buckets and the learned bias between cls and the tokens of a region, or None for what is not used."""
+        buckets, bias = None, None
+        if self.relative:
+            buckets = jnp.asarray(irpe.bucket_table(region))
+            if ids is not None:
+                there = jnp.pad(ids + 1, ((0, 0), (1, 0)))  # cls comes first
+                buckets = buckets[there[:, :, None], there[:, None, :]]
+        if self.position in ("shared_bias", "layer_bias"):
+            bias = RelativeBias(None, self.grid, region, ids)
+            bias = bias.shared(self.relative_bias) if self.position == "shared_bias" else bias
+        return buckets, bias
+
     def encode_visible(
-        self, images, visible: Visible, taps: Sequence[int] = (), *, decouple: bool = False, train: bool = False
+        self, images, visible: Visible, taps: Sequence[int] = (), *, ids=None, decouple=False, train: bool = False
     ):
-        """[b h w c], Visible of the patches -> [b 1+k d] after the final norm, and the tapped ones: MAE's encoder.
+        """[r h w c], Visible of the patches -> [r 1+k d] after the final norm, and the tapped ones: MAE's encoder.
 
         Hidden patches are not even embedded.
         """
-        patches = keep(rearrange(patchify(images, self.patch), "b r s d -> b (r s) d"), visible)
-        tokens = self.embed_patches(patches)
-        if not self.relative:
-            tokens = tokens + jnp.take(self.positions(), visible.ids, axis=0)
+        patches = patchify(images, self.patch)
+        tokens = self.embed_patches(keep(rearrange(patches, "r y x d -> r (y x) d"), visible))
+        places = visible.ids if ids is None else jnp.take_along_axis(ids, visible.ids, 1)
         return self.encode(
-            self.with_cls(tokens), taps, buckets=self.kept_buckets(visible.ids), decouple=decouple, train=train
-        )
+            self.with_cls(tokens + self.positions(places)), taps, region=patches.shape[1:3], ids=visible.ids,
+            decouple=decouple, train=train,
+        )  # fmt: skip
 
-    def kept_buckets(self, ids, grid=None):
-        """[b k] -> [b 1+k 1+k]: iRPE's buckets between cls and the tokens of these ids, or None without iRPE."""
-        if not self.relative:
-            return None
-        with_cls = jnp.pad(ids + 1, ((0, 0), (1, 0)))
-        table = jnp.asarray(irpe.bucket_table(grid or self.grid))
-        return table[with_cls[:, :, None], with_cls[:, None, :]]
+    def encode_masked(self, images, hidden, mask_token, *, ids=None, train: bool = False):
+        """[r h w c], bool [r rows columns] of patches, [1 1 d] -> [r 1+n d]: hidden patches enter as the mask token."""
+        tokens = jnp.where(
+            rearrange(hidden, "r y x -> r (y x) 1"), mask_token.astype(self.dtype), self.tokens_of(images)
+        )
+        return self.encode(self.with_cls(tokens + self.positions(ids)), region=hidden.shape[1:], train=train)[0]
 
     def __call__(self, images, train: bool = False):
         """[b h w c] -> [b 1+n d]: the whole image, nothing hidden."""

@@ -11,6 +11,7 @@ from einops import rearrange
 
 from mim_jax.config import ConfigError
 from mim_jax.models.layers import Dense, token_init
+from mim_jax.models.relative_bias import bias_matrix
 from mim_jax.tokens import Visible, keep, spread
 
 
@@ -112,18 +113,3 @@ class WindowAttention(nn.Module):
         side = self.layout.side
         hidden = jnp.broadcast_to(visible.hidden[:, :, None, None, None], (*visible.hidden.shape, side, side, 1))
         return blocked | self.layout.cut(hidden)[..., 0][:, :, None, None, :]
-
-
-def bias_matrix(table, window):
-    """[(2r-1)(2c-1) heads] -> [heads n n]: the table's row for the offset query - key, of every pair in a window.
-
-    Offsets of neighbours are neighbours in the table, so slices make the matrix; the gradient of a gather would add up
-    in any order on a GPU.
-    """
-    r, c = window
-    flipped = table.reshape(2 * r - 1, 2 * c - 1, -1)[::-1, ::-1]  # now key - query
-    rows = jnp.stack([flipped[r - 1 - i : 2 * r - 1 - i] for i in range(r)])  # [query row, key row, offset, heads]
-    both = jnp.stack(
-        [rows[:, :, c - 1 - j : 2 * c - 1 - j] for j in range(c)]
-    )  # [query column, row, row, column, heads]
-    return rearrange(both, "j i k l h -> h (i j) (k l)")

@@ -4,6 +4,8 @@ from typing import Any
 
 import flax.linen as nn
 
+from mim_jax.models import flops
+
 
 class Objective(nn.Module):
     """The contract. `params["encoder"]` is what transfers; images are float32 [b h w c], already normalised."""
@@ -11,6 +13,11 @@ class Objective(nn.Module):
     encoder: nn.Module
 
     frozen = ()  # patterns of parameters outside the optimiser
+    outputs = ()  # (title, pixels of a side of a cell, bins or 0 of pixels) of what `reconstruct` gives, to draw it by cells
+
+    def warnings(self) -> list[str]:
+        """What a user should know of settings that work but may not be meant."""
+        return []
 
     def masks(self, key, batch_size: int) -> Any:
         """What to hide: arrays of static shape, first axis b, drawn on the device; no parameters."""
@@ -26,14 +33,19 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     @property
-    def standardised(self) -> dict[str, bool]:
-        """Whether each output of `reconstruct` has targets without contrast of their own (norm_pix, HOG)."""
+    def standardised(self) -> dict[str, bool | None]:
+        """Whether each output of `reconstruct` has targets without contrast of their own (norm_pix, HOG); None for hits."""
         raise NotImplementedError
 
     def features(self, images, pool: str = "mean"):
-        """-> [b d]: deterministic, nothing hidden; for kNN, probes and fine-tuning."""
-        raise NotImplementedError
+        """[b h w c] -> [b d]: nothing hidden, nothing random; the whole image, final norm, then the mean of its tokens or
+        the cls token. For kNN, probes and fine-tuning."""
+        return self.encoder.pool(self.encoder(images), pool)
 
     def flops(self) -> int:
         """Forward FLOPs per image of the matrix products, by formula (models/flops.py)."""
         raise NotImplementedError
+
+    def training_flops(self) -> int:
+        """FLOPs per image of a training step: forward and backward."""
+        return flops.training(self.flops())

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, reduce
+from einops import rearrange
 
-from mim_jax.config import ConfigError
+from mim_jax.config import ConfigError, choice
 from mim_jax.masking import random
 from mim_jax.models.decoders import ScaleDecoder, doublings
 from mim_jax.models.layers import LayerNorm
@@ -15,7 +15,7 @@ from mim_jax.models.posembed import sincos_table
 from mim_jax.objectives.base import Objective
 from mim_jax.targets.hog import hog
 from mim_jax.targets.pixels import masked_mean, pixel_targets
-from mim_jax.tokens import patchify, visible
+from mim_jax.tokens import patchify, to_cells, visible
 
 BIAS_LIMIT = 1 / 3  # of the frozen bias on the gradients, drawn as the bias of a 3x3 convolution would be
 
@@ -61,6 +61,8 @@ class LocalMIM(Objective):
         check_taps(e, self.taps, self.scales)
         for name in ("decoder_width", "decoder_depth", "decoder_heads", "target"):
             for_taps(name, getattr(self, name), self.taps)
+        for j in range(len(self.taps)):
+            choice("localmim.target", self.target_of(j), ("hog", "pixels"))
         if self.bins < 1:
             raise ConfigError(f"localmim.bins={self.bins} must be 1 or more")
         for j in range(len(self.taps)):
@@ -81,10 +83,20 @@ class LocalMIM(Objective):
         if self.decouple_stages and len(self.taps) == 1:
             raise ConfigError(f"localmim.decouple_stages has nothing to cut: localmim.taps={self.taps} is one tap")
 
+    def warnings(self) -> list[str]:
+        if self.taps and max(self.taps) < self.encoder.levels - 1:
+            return [f"nothing trains the encoder above localmim.taps={self.taps}, which features and probes read"]
+        return []
+
     @property
     def cells(self) -> tuple[int, ...]:
         """Pixels of a side of what each tap predicts as one."""
         return tuple(round(self.encoder.tap_shape(t)[0] / s) for t, s in zip(self.taps, self.scales, strict=True))
+
+    @property
+    def outputs(self) -> tuple:
+        bins = lambda j: self.bins if self.target_of(j) == "hog" else 0
+        return tuple((f"tap {t}: {self.cells[j]} px", self.cells[j], bins(j)) for j, t in enumerate(self.taps))
 
     def decoder(self, j: int, **options) -> ScaleDecoder:
         """The decoder of tap j."""
@@ -155,10 +167,6 @@ class LocalMIM(Objective):
         hidden = rearrange(hidden, "b (y x) -> b y x", y=self.encoder.units[0])
         return [rearrange(to_cells(hidden, self.encoder.unit / cell), "b y x -> b (y x)") for cell in self.cells]
 
-    def features(self, images, pool: str = "mean"):
-        """[b h w c] -> [b d]: the whole image, final norm, then the mean of its tokens or the cls token."""
-        return self.encoder.pool(self.encoder(images), pool)
-
     @property
     def standardised(self) -> dict[str, bool]:
         """Whether the target of each tap has lost its contrast."""
@@ -182,14 +190,6 @@ class LocalMIM(Objective):
             decoder = self.decoder(j, parent=None)  # for its sizes, outside this module's tree
             total += decoder.flops(self.kept * per_unit, math.prod(e.units) * per_unit, width)
         return total
-
-
-def to_cells(hidden, scale: float):
-    """[b y x] -> [b scale*y scale*x]: repeated, or averaged (METHODS of LocalMIM: a fractional weight at scale 1/2)."""
-    if scale >= 1:
-        return jnp.repeat(jnp.repeat(hidden, round(scale), 1), round(scale), 2)
-    side = round(1 / scale)
-    return reduce(hidden, "b (y i) (x j) -> b y x", "mean", i=side, j=side)
 
 
 def for_taps(name: str, value, taps) -> tuple:

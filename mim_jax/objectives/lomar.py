@@ -5,9 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 from einops import rearrange
 
-from mim_jax.config import ConfigError
+from mim_jax.config import ConfigError, choice
 from mim_jax.masking import windows
-from mim_jax.models import flops, irpe
+from mim_jax.models import flops
 from mim_jax.models.decoders import MaskedDecoder
 from mim_jax.models.layers import Dense, LayerNorm, token_init
 from mim_jax.models.posembed import sincos_table
@@ -41,6 +41,8 @@ class LoMaR(Objective):
 
     def setup(self):
         encoder = self.encoder
+        choice("lomar.pairing", self.pairing, ("paper", "released"))
+        choice("lomar.arch", self.arch, ("simple", "asymmetric"))
         windows.check(encoder.grid, self.window, self.views, self.mask_ratio, self.pairing)
         out = encoder.patch**2 * encoder.channels
         if self.arch == "simple":
@@ -112,7 +114,7 @@ class LoMaR(Objective):
         tokens = jnp.where(hidden[..., None], self.mask_token.astype(tokens.dtype), tokens)
         tokens = self.encoder.with_cls(tokens + self.positions(corners, self.encoder.width))
         top, tapped = self.encoder.encode(
-            tokens, self.taps, buckets=self.buckets(), decouple=self.decouple_stages, train=train
+            tokens, self.taps, region=self.region, decouple=self.decouple_stages, train=train
         )
         lower = [getattr(self, f"head_{j}")(getattr(self, f"norm_{j}")(x)[:, 1:]) for j, x in enumerate(tapped)]
         return [*lower, self.head(top[:, 1:])]
@@ -122,13 +124,10 @@ class LoMaR(Objective):
         n = tokens.shape[1]
         which = visible(hidden, n - windows.hidden_count(self.window, self.mask_ratio))
         tokens = keep(tokens + self.positions(corners, self.encoder.width), which)
-        kept_buckets = self.encoder.kept_buckets(which.ids, self.region)
-        tokens, _ = self.encoder.encode(self.encoder.with_cls(tokens), buckets=kept_buckets, train=train)
+        tokens, _ = self.encoder.encode(self.encoder.with_cls(tokens), region=self.region, ids=which.ids, train=train)
         positions = self.positions(corners, self.decoder_width)
-        return [self.decoder(tokens, which, self.region, positions, self.buckets(), train)]
-
-    def buckets(self):
-        return jnp.asarray(irpe.bucket_table((self.window, self.window))) if self.encoder.relative else None
+        buckets, _ = self.encoder.relations(self.region)
+        return [self.decoder(tokens, which, self.region, positions, buckets, train)]
 
     def positions(self, corners, width: int):
         """[b m 2] -> [(b m) n d]: sin-cos rows of the true places in the image, or 0 under relative positions."""
@@ -155,10 +154,6 @@ class LoMaR(Objective):
         target = flat(pixel_targets(patches, self.norm_pix))
         baseline = pixel_targets(rearrange(filled, "(b m) y x d -> b (m y x) d", m=self.views), self.norm_pix)
         return {"window": (flat(prediction), target, baseline, rearrange(masks.hidden, "b m n -> b (m n)"))}
-
-    def features(self, images, pool: str = "mean"):
-        """[b h w c] -> [b d]: the whole grid, final norm, then the mean of patch tokens or the cls token."""
-        return self.encoder.pool(self.encoder(images), pool)
 
     def pictures(self, images, masks):
         """-> {name: [b h w c]} for the first window of every image: as it is, and see targets/pixels.repaint."""

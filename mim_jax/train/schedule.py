@@ -2,21 +2,50 @@
 
 import jax.numpy as jnp
 
+from mim_jax.config import ConfigError
 
-def warmup_cosine(peak: float, total_steps: float, warmup_steps: float, min_lr: float = 0.0):
-    """Linear from 0 over the warm-up, then a half cosine to `min_lr` (MAE's released schedule, per step).
+
+def warmup_cosine(peak: float, total_steps: float, warmup_steps: float, min_lr: float = 0.0, start: float = 0.0):
+    """Linear from `start` * peak over the warm-up, then a half cosine to `min_lr` (MAE's released schedule, per step).
 
     Step counts may be fractional: the released code evaluates at the fractional epoch.
     """
 
     def lr(step):
         step = jnp.asarray(step, jnp.float32)
-        rise = peak * step / max(warmup_steps, 1e-9)
         progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1e-9)
         fall = min_lr + (peak - min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
-        return jnp.where(step < warmup_steps, rise, fall)
+        return jnp.where(step < warmup_steps, warm_up(step, peak, warmup_steps, start), fall)
 
     return lr
+
+
+def warmup_constant(
+    peak: float, total_steps: float, warmup_steps: float, milestones=(), rate: float = 0.1, start: float = 0.0
+):
+    """Linear from `start` * peak over the warm-up, then `peak`, multiplied by `rate` at each milestone.
+
+    Milestones are shares of the whole run, warm-up included, so that they move with its length. SimMIM (arXiv 2111.09886,
+    its ImageNet recipe of 800 epochs): milestones (700 / 800,), rate .1, start 5e-7 / 1e-4.
+
+    Raises:
+      ConfigError: a milestone is not inside the run.
+    """
+    for share in milestones:
+        if not 0 < share < 1:  # NaN included
+            raise ConfigError(f"milestones={tuple(milestones)}: {share} is not a share of the run between 0 and 1")
+
+    def lr(step):
+        step = jnp.asarray(step, jnp.float32)
+        passed = sum(jnp.where(step >= share * total_steps, 1, 0) for share in milestones)
+        return jnp.where(step < warmup_steps, warm_up(step, peak, warmup_steps, start), peak * rate**passed)
+
+    return lr
+
+
+def warm_up(step, peak: float, warmup_steps: float, start: float):
+    """A straight line from `start` * peak at step 0 to `peak` at `warmup_steps`."""
+    return start * peak + (1 - start) * peak * step / max(warmup_steps, 1e-9)
 
 
 def scaled_lr(base_lr: float, batch_size: int) -> float:

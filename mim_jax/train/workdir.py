@@ -13,8 +13,16 @@ from mim_jax.config import ConfigError
 # Keys that may differ between the run a workdir holds and the command that continues it: none changes more than rounding.
 MAY_CHANGE = (r"^log\.", r"^checkpoint\.", r"^evals\.", r"^data\.(path|data_dir)$", r"^(remat|fsdp|accumulation)$")
 RESULT = "result.json"
-# Keys that configs got after runs had been saved without them, and what those runs did.
-ADDED = {"lomar": {"taps": (), "decouple_stages": False}}
+# Keys that sections of configs got after runs had been saved without them, and what those runs did. A section is told
+# from others of its name by a key that it has.
+ADDED = (
+    ("lomar", "window", {"taps": (), "decouple_stages": False}),
+    ("mae", "mask_ratio", {"windows": 0, "window": 7}),
+    ("encoder", "position", {"qkv_bias": "all", "layer_scale": 0.0}),
+    ("encoder", "depths", {"norm_eps": 1e-6}),
+    ("optim", "name", {"schedule": "cosine"}),
+    ("data", "picture_split", {"jitter": 0.0}),
+)
 
 
 def claim(workdir: epath.Path, config: dict):
@@ -44,7 +52,11 @@ def claim(workdir: epath.Path, config: dict):
 
 def completed(config: dict) -> dict:
     """A saved config with the keys that its sections have got since."""
-    return {key: {**ADDED.get(key, {}), **value} if isinstance(value, dict) else value for key, value in config.items()}
+    config = dict(config)
+    for name, sign, keys in ADDED:
+        if sign in config.get(name, ()):
+            config[name] = {**keys, **config[name]}
+    return config
 
 
 def read_json(path: epath.Path) -> dict:

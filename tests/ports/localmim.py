@@ -192,10 +192,10 @@ class CoordinateStage(Stage):
         for i, rate in enumerate(self.drop_paths):
             grid = tuple(u * self.side for u in self.units)
             layout = WindowLayout.of(grid, 1, self.window, shifted=i % 2 == 1)
-            block = SwinBlock(self.heads, layout, self.mlp_ratio, rate, self.norm2_eps, self.dtype)
+            block = SwinBlock(self.heads, layout, self.mlp_ratio, rate, self.eps, self.norm2_eps, self.dtype)
             setattr(self, f"block_{i:02d}", block)
         if self.side > 1:
-            self.merge = Merge(self.dtype)
+            self.merge = Merge(self.eps, self.dtype)
 
 
 class ReleasedCoordinates(Swin):
@@ -205,7 +205,7 @@ class ReleasedCoordinates(Swin):
 
     def stage(self, i: int, drop_paths):
         return CoordinateStage(self.units, self.side >> i, self.heads[i], self.window, drop_paths, self.mlp_ratio,
-                               self.norm2_eps)  # fmt: skip
+                               self.eps, self.norm2_eps)  # fmt: skip
 
     def run_stage(self, i: int, x, visible, train: bool):
         stage, ids = getattr(self, f"stage_{i}"), np.asarray(self.places[i])

@@ -10,7 +10,6 @@ from mim_jax import tokens
 from mim_jax.convert import names
 from mim_jax.masking.random import TokenMask, keep_smallest
 from mim_jax.objectives.mae import MAE
-from mim_jax.targets.pixels import pixel_targets
 from ports.localmim import depth_of
 
 
@@ -51,7 +50,7 @@ class MaePort:
         place = np.concatenate([np.zeros_like(place[:, :1]), place], 1)
         variables = {"params": self.params}
         loss, seen = run_and_look(made, variables, images, masks)
-        prediction, patches = made.apply(variables, images, masks, method="predict")
+        prediction = made.apply(variables, images, masks, method="predict")
         embedded = made.apply(variables, images, method=lambda o, x: o.encoder.embed(x) - o.encoder.positions())
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))
         report.add("out/tokens_in", np.asarray(seen["encoder"]["tokens_in"][0])[rows, place], case.get("out/tokens_in"))
@@ -65,7 +64,7 @@ class MaePort:
                 ours = capture(seen, f"{'decoder' if block.group(1) else 'encoder'}/block_{int(block.group(2)):02d}")
                 report.add(f"out/{key}", ours if block.group(1) else ours[rows, place], recorded)
         report.add("out/pred", prediction, case.get("out/pred"))
-        report.add("target/patches", pixel_targets(patches, made.norm_pix), case.get("target/patches"))
+        report.add("target/patches", made.apply(variables, images, method="targets"), case.get("target/patches"))
         report.add("loss/per_patch", seen["error"][0], case.get("loss/per_patch"))
         report.add("loss/total", loss, case.get("loss/total"))
         compare_gradients(report, case, made, self.params, self.rules, (images, masks))

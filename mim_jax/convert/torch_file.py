@@ -1,0 +1,282 @@
+"""Weights from files of PyTorch, safetensors and numpy, without PyTorch and without running anything that a file asks for.
+
+What torch.save writes is a zip archive: a pickle that describes tensors, and their raw storages beside it. A pickle is a
+program and may name any function. Here every name in it becomes an inert object that only remembers what it was given;
+the tensors are then built from what the objects remember, once the program has ended.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import pickle
+import zipfile
+from typing import Any
+
+import ml_dtypes  # noqa: F401  teaches numpy the names bfloat16 and float8_*
+import numpy as np
+
+from mim_jax.config import ConfigError
+
+STATE_KEYS = ("model", "state_dict", "module", "model_ema")  # where training codes keep the weights, the first one wins
+TORCH_STORAGES = {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8",
+    "BoolStorage": "bool", "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
+}  # fmt: skip
+TORCH_DTYPES = (*TORCH_STORAGES.values(), "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")
+SAFE_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
+    "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+RESAVE = "torch.save(torch.load(path, map_location='cpu'), new_path)"
+
+
+def read(path) -> dict[str, np.ndarray]:
+    """The tensors of a file by name: .npz, .safetensors, or what torch.save writes since 1.6 (.pt .pth .pkl).
+
+    Told apart by content, not by name. Of a training checkpoint the first of STATE_KEYS is read and nothing else; a
+    pickled module has the names of its state dict. Arrays keep their dtype, may share memory and must not be written to.
+    Raises ConfigError for what is missing, damaged, of another format or without tensors.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+            if head.startswith(b"PK"):
+                arrays = _read_zip(path)
+            elif head[8:9] == b"{":
+                arrays = _read_safetensors(file, path)
+            elif head.startswith(b"\x80") and head[1:2] <= b"\x05":
+                raise ConfigError(
+                    f"'{path}' is a bare pickle, as torch wrote before 1.6. If you trust it, load and save it again with a"
+                    f" current torch: {RESAVE}"
+                )
+            else:
+                raise ConfigError(
+                    f"'{path}' starts with {head!r} and is none of: .npz, .safetensors, an archive of torch.save"
+                )
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"cannot read the weights '{path}': {error.strerror or error}") from error
+    except Exception as error:  # the formats have no one error for damage: zip, pickle and numpy each raise their own
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ConfigError(f"'{path}' is damaged or incomplete, fetch it again ({reason})") from error
+    if not arrays:
+        raise ConfigError(f"'{path}' holds no tensors")
+    return arrays
+
+
+def _read_zip(path) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        pickles = sorted((n for n in names if n.split("/")[-1] == "data.pkl"), key=len)
+        if pickles:
+            return TorchArchive(archive, pickles[0].removesuffix("data.pkl"), path).tensors()
+    if not any(name.endswith(".npy") for name in names):
+        raise ConfigError(f"'{path}' is a zip archive, but neither of torch.save nor of numpy.savez: {names[:3]}")
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _read_safetensors(file, path) -> dict[str, np.ndarray]:
+    """Eight bytes of the header's length, the header as JSON, then the raw tensors, little-endian and row by row."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    text = file.read(min(length, 2**27))
+    if len(text) < length:
+        raise ConfigError(f"'{path}' ends within its header of {length:,} bytes: it is incomplete")
+    header, raw = json.loads(text), file.read()
+    arrays = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in SAFE_DTYPES:
+            raise ConfigError(f"'{path}': tensor '{name}' is of type {entry['dtype']}, which is not read here")
+        dtype, shape, (first, last) = np.dtype(SAFE_DTYPES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
+        if not 0 <= first <= last <= len(raw) or last - first != math.prod(shape) * dtype.itemsize:
+            raise ConfigError(
+                f"'{path}': tensor '{name}' {tuple(shape)} needs bytes {first:,} to {last:,} of {len(raw):,}: incomplete"
+            )
+        arrays[name] = np.frombuffer(raw, dtype, math.prod(shape), first).reshape(shape)
+    return arrays
+
+
+# -- archives of torch.save -------------------------------------------------------------------------------------------
+
+
+class Inert:
+    """Any class or function that a pickle names, and whatever would come of calling it: arguments and state, kept."""
+
+    name = ""  # dotted; each global of a pickle is a subclass with its own
+
+    def __new__(cls, *args, **options):
+        made = super().__new__(cls)
+        made.args, made.state = args, None
+        return made
+
+    def __init__(self, *args, **options):
+        pass
+
+    def __call__(self, *args, **options):
+        return Inert(*args)
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def ignore(self, *items):
+        """Items of lists, sets and dicts of an unknown class."""
+
+    append = extend = add = __setitem__ = ignore
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """A record of raw bytes, by its name in the archive."""
+
+    kind: str
+    key: str
+    count: int  # of elements
+
+
+class Inspector(pickle.Unpickler):
+    """Runs a pickle in which every global but OrderedDict is inert."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        return type("Inert", (Inert,), {"name": f"{module}.{name}"})
+
+    def persistent_load(self, pid):
+        what, kind, key, _, count = pid[:5]
+        if what != "storage":
+            raise pickle.UnpicklingError(f"a reference to '{what}' instead of a storage")
+        return Storage(kind.name.rpartition(".")[2], key, count)
+
+
+@dataclasses.dataclass
+class TorchArchive:
+    """An open archive of torch.save; `prefix` is the folder in it."""
+
+    archive: zipfile.ZipFile
+    prefix: str
+    path: Any
+
+    def __post_init__(self):
+        self.loaded = {}  # raw storages by name: tensors may share one
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """{name in the state dict: array}. Raises ConfigError, see `read`."""
+        names = set(self.archive.namelist())
+        if self.prefix + "constants.pkl" in names:
+            raise ConfigError(
+                f"'{self.path}' is a TorchScript program; save its weights alone:"
+                " torch.save(torch.jit.load(path).state_dict(), new_path)"
+            )
+        order = self.prefix + "byteorder"
+        if order in names and self.archive.read(order) != b"little":
+            raise ConfigError(f"'{self.path}' was written big-endian; on a little-endian machine: {RESAVE}")
+        with self.archive.open(self.prefix + "data.pkl") as file:
+            top = Inspector(file).load()
+        arrays = {}
+        self.collect(weights(top), "", arrays, ())
+        if not arrays:
+            what = (
+                f"keys {list(map(str, top))[:8]}" if isinstance(top, dict) else getattr(top, "name", type(top).__name__)
+            )
+            raise ConfigError(
+                f"'{self.path}' holds no tensors, neither at its top level ({what}) nor under {', '.join(STATE_KEYS)};"
+                " objects of other classes are not built, whatever the file asks for"
+            )
+        return arrays
+
+    def collect(self, node, name: str, arrays: dict, above: tuple):
+        """Adds the tensors below `node` under their dotted names; what is no tensor is left out."""
+        below = children(node)
+        if below is None:
+            array = self.tensor(node, name)
+            if array is not None:
+                arrays[name] = array
+            return
+        if id(node) in above:
+            raise ConfigError(f"'{self.path}': '{name}' contains itself")
+        for key, child in below.items():
+            self.collect(child, f"{name}.{key}" if name else str(key), arrays, (*above, id(node)))
+
+    def tensor(self, node, name: str) -> np.ndarray | None:
+        """The array that torch would have rebuilt; None for what is no tensor."""
+        kind = node.name.rpartition(".") if isinstance(node, Inert) else ("", "", "")
+        if kind[0] not in ("torch._utils", "torch._tensor") or not kind[2].startswith("_rebuild"):
+            return None
+        match kind[2], node.args:
+            case (("_rebuild_parameter" | "_rebuild_parameter_with_state"), (data, *_)):
+                return self.tensor(data, name)
+            case "_rebuild_from_type_v2", (function, _, args, *_):  # a tensor with attributes of its own
+                return self.tensor(function(*args), name)
+            case "_rebuild_tensor_v2", (Storage() as storage, offset, size, stride, _, _):
+                return self.view(name, storage, TORCH_STORAGES.get(storage.kind), offset, size, stride)
+            case "_rebuild_tensor_v3", (Storage() as storage, offset, size, stride, _, _, dtype):
+                return self.view(name, storage, dtype.name.removeprefix("torch."), offset, size, stride)
+        # also a tensor with one more argument: it marks a conjugate or negated view
+        raise ConfigError(
+            f"'{self.path}': tensor '{name}' is of a kind that is not read here ({kind[2]}); save it as a plain one"
+        )
+
+    def view(self, name: str, storage: Storage, dtype: str | None, offset: int, size, stride) -> np.ndarray:
+        """A strided window on a storage; numpy refuses one that reaches outside."""
+        if dtype not in TORCH_DTYPES:
+            raise ConfigError(
+                f"'{self.path}': tensor '{name}' is of type {dtype or storage.kind}, which is not read here"
+            )
+        if not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
+            raise ConfigError(f"'{self.path}': tensor '{name}' has size {size}, stride {stride} and offset {offset}")
+        dtype = np.dtype(dtype)
+        if 0 in size:
+            return np.zeros(size, dtype)
+        raw = self.raw(name, storage, 1 if storage.kind == "UntypedStorage" else dtype.itemsize)
+        try:
+            return np.ndarray(size, dtype, raw, offset * dtype.itemsize, [n * dtype.itemsize for n in stride])
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"'{self.path}': tensor '{name}' of size {size}, stride {stride} and offset {offset} reaches beyond its"
+                f" storage of {len(raw):,} bytes"
+            ) from error
+
+    def raw(self, name: str, storage: Storage, itemsize: int) -> bytes:
+        record = f"{self.prefix}data/{storage.key}"
+        if record not in self.loaded:
+            try:
+                info = self.archive.getinfo(record)
+            except KeyError as error:
+                raise ConfigError(f"'{self.path}' lacks the record {record} of tensor '{name}'") from error
+            if info.file_size != storage.count * itemsize:  # checked before anything is unpacked
+                raise ConfigError(
+                    f"'{self.path}': the record {record} of tensor '{name}' has {info.file_size:,} bytes instead of"
+                    f" {storage.count * itemsize:,}"
+                )
+            self.loaded[record] = self.archive.read(info)
+        return self.loaded[record]
+
+
+def weights(top, depth: int = 0):
+    """The part of a training checkpoint that holds the weights: down the STATE_KEYS, as far as they lead."""
+    if isinstance(top, dict) and depth < 10:  # a dict may contain itself
+        for key in STATE_KEYS:
+            if children(top.get(key)) is not None:
+                return weights(top[key], depth + 1)
+    return top
+
+
+def children(node) -> dict | None:
+    """{name: what is directly below a dict or a pickled torch.nn.Module}; None for anything else."""
+    if isinstance(node, dict):
+        return node
+    state = node.state if isinstance(node, Inert) else None
+    if not isinstance(state, dict) or "_modules" not in state:
+        return None
+    passing = state.get("_non_persistent_buffers_set", ())
+    if isinstance(passing, Inert):  # old pickles have no sets: set([...])
+        passing = passing.args[0] if passing.args else ()
+    buffers = {name: x for name, x in state.get("_buffers", {}).items() if name not in passing}
+    return {**state.get("_parameters", {}), **buffers, **state["_modules"]}

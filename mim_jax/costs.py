@@ -1,0 +1,115 @@
+"""What a training step costs, told from its compiled program: no parameter is created and no step is run.
+
+So that a config of full size can be judged on any machine: `python -m mim_jax.benchmark --compile_only`.
+"""
+
+import dataclasses
+import os
+import platform
+import time
+
+import jax
+
+from mim_jax import build, sharding, tree
+from mim_jax.config import ConfigError, TrackedConfig, load
+from mim_jax.train.schedule import warmup_cosine
+from mim_jax.train.state import plan
+from mim_jax.train.step import make_step
+from mim_jax.train.workdir import git_hash
+
+
+@dataclasses.dataclass
+class Setting:
+    """Under what every config of one report is compiled. Raises ConfigError for a batch that the devices do not divide."""
+
+    batch_size: int
+    compute_dtype: str = "auto"
+    remat: bool = False
+    mesh: jax.sharding.Mesh = dataclasses.field(default_factory=sharding.make_mesh)
+
+    def __post_init__(self):
+        sharding.check_batch(self.batch_size, 1, self.mesh)
+
+    def header(self, dtype, steps: int) -> dict:
+        """What a report says of its machine and setting."""
+        return {
+            "device": jax.devices()[0].device_kind, "devices": self.mesh.size, "cores": os.cpu_count(),
+            "machine": platform.machine(), "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+            "jax": jax.__version__, "git": git_hash(), "batch_size": self.batch_size, "steps": steps,
+            "compute_dtype": str(dtype), "remat": self.remat,
+        }  # fmt: skip
+
+
+class Program:
+    """The training step of a config on random images, known by shapes alone until somebody creates its state.
+
+    Raises ConfigError naming the config when it cannot be built.
+    """
+
+    def __init__(self, spec: str, setting: Setting):
+        self.spec, self.setting = spec, setting
+        try:
+            config = load(spec)
+            config.compute_dtype, config.remat = setting.compute_dtype, setting.remat
+            config.batch_size = setting.batch_size
+            self.config = config = TrackedConfig(config)
+            self.made = build.objective(config)
+        except ConfigError as error:
+            raise ConfigError(f"{spec}: {error}") from error
+        self.dtype, mesh = build.compute_dtype(config), setting.mesh
+        lr = warmup_cosine(1e-4, 1000, 10)
+        tx = build.optimizer(config, lr)
+        example = build.example(config, self.made)
+        self.fresh, self.shapes, self.shardings = plan(
+            self.made, tx, example, seed=0, mesh=mesh, frozen_patterns=self.made.frozen
+        )
+        self.prepare = build.pretraining_input(self.made, build.normaliser(config))
+        self._step = make_step(self.made, tx, mesh, self.shardings, prepare=self.prepare, seed=0, lr=lr)
+
+    def batch(self) -> dict:
+        """Random images and labels in place of a pipeline's, on the host."""
+        return build.synthetic_batch(self.config, self.setting.batch_size)
+
+    def compile(self):
+        """Makes `step` and `compile_seconds` from shapes and shardings."""
+        struct = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+        state, split = jax.tree.map(struct, self.shapes, self.shardings), sharding.batch_sharding(self.setting.mesh)
+        batch = {key: struct(x, split) for key, x in self.batch().items()}
+        start = time.perf_counter()
+        self.step = self._step.lower(state, batch).compile()
+        self.compile_seconds = time.perf_counter() - start
+
+    def costs(self) -> dict:
+        """The numbers that need no run; bytes are those of one device.
+
+        temp_bytes: what the step holds besides its arguments and results, as XLA assigns the buffers for this device and
+        compute dtype (on a CPU: float32, without what a GPU's fused kernels save). Mostly activations; gradients too.
+        """
+        devices, batch_size = self.setting.mesh.size, self.setting.batch_size
+        compiled, memory = self.step.cost_analysis() or {}, self.step.memory_analysis()
+        temp, argument = (memory.temp_size_in_bytes, memory.argument_size_in_bytes) if memory else (None, None)
+        return {
+            "config": self.spec,
+            "method": self.config.method,
+            "image_size": list(self.config.image_size),
+            "parameters": tree.count(self.shapes.params),
+            "flops_per_image": self.made.training_flops(),
+            "flops_per_image_compiled": compiled.get("flops", 0.0) * devices / batch_size,
+            "temp_bytes": temp,
+            "argument_bytes": argument,
+            "activation_bytes_per_image": temp * devices / batch_size if memory else None,
+            "step_memory_bytes": temp + argument if memory else None,
+            "compile_s": self.compile_seconds,
+        }
+
+
+def widest(programs) -> Program:
+    return max(programs, key=lambda p: p.made.encoder.width)
+
+
+def report(specs, setting: Setting) -> dict:
+    """Compiles the configs one after the other -> the whole report; all are built before the first is compiled."""
+    programs = [Program(spec, setting) for spec in specs]
+    for program in programs:
+        program.compile()
+    return {**setting.header(widest(programs).dtype, 0), "results": [program.costs() for program in programs]}

@@ -1,0 +1,73 @@
+"""Learned relative-position biases: a number per head for the offset of every pair of tokens (Swin; BEiT, section 2.2).
+
+A table of a grid of rows x columns has (2 rows - 1)(2 columns - 1) offsets, row by row; with a cls token three more
+entries: from cls to a token, from a token to cls, from cls to itself.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+CLS_ENTRIES = 3
+
+
+def offsets(grid) -> int:
+    """How many offsets two tokens of a grid can have."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1)
+
+
+def bias_matrix(table, window):
+    """[(2r-1)(2c-1) heads] -> [heads n n]: the table's row for the offset query - key, of every pair in a window.
+
+    Offsets of neighbours are neighbours in the table, so slices make the matrix; the gradient of a gather would add up
+    in any order on a GPU.
+    """
+    r, c = window
+    flipped = table.reshape(2 * r - 1, 2 * c - 1, -1)[::-1, ::-1]  # now key - query
+    rows = jnp.stack([flipped[r - 1 - i : 2 * r - 1 - i] for i in range(r)])  # [query row, key row, offset, heads]
+    both = jnp.stack(
+        [rows[:, :, c - 1 - j : 2 * c - 1 - j] for j in range(c)]
+    )  # [query column, row, row, column, heads]
+    return rearrange(both, "j i k l h -> h (i j) (k l)")
+
+
+def region_bias(table, grid, region):
+    """[offsets+3 heads] of a grid -> [heads 1+n 1+n] among cls and the n tokens of a region no larger than it."""
+    (rows, columns), (r, c) = grid, region
+    body = table[:-CLS_ENTRIES].reshape(2 * rows - 1, 2 * columns - 1, -1)
+    body = body[rows - r : rows + r - 1, columns - c : columns + c - 1]
+    body = bias_matrix(body.reshape(-1, table.shape[-1]), region)
+    to_token, to_cls, to_itself = table[-CLS_ENTRIES:]  # [heads] each
+    heads, n, _ = body.shape
+    first = jnp.concatenate([to_itself[:, None], jnp.broadcast_to(to_token[:, None], (heads, n))], 1)
+    rest = jnp.concatenate([jnp.broadcast_to(to_cls[:, None, None], (heads, n, 1)), body], 2)
+    return jnp.concatenate([first[:, None], rest], 1)
+
+
+@flax.struct.dataclass
+class RelativeBias:
+    """What a block adds to its logits: the one matrix that all blocks share, or how to make it of the block's own table.
+
+    matrix: [heads n n] or [r heads n n], or None; grid: the table's; region: rows and columns of what is looked at;
+    ids: [r k] where only these tokens of the region are there, else None.
+    """
+
+    matrix: jax.Array | None
+    grid: tuple[int, int] = flax.struct.field(pytree_node=False)
+    region: tuple[int, int] = flax.struct.field(pytree_node=False)
+    ids: jax.Array | None = None
+
+    def of(self, table):
+        """[offsets+3 heads] -> what to add to the logits of the tokens that are there."""
+        matrix = region_bias(table, self.grid, self.region)
+        if self.ids is None:
+            return matrix
+        there = jnp.pad(self.ids + 1, ((0, 0), (1, 0)))  # cls comes first
+        return jax.vmap(lambda i: matrix[:, i[:, None], i[None, :]])(there)
+
+    def shared(self, table):
+        """The same with the matrix made, for all blocks."""
+        return dataclasses.replace(self, matrix=self.of(table))

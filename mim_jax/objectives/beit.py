@@ -1,0 +1,100 @@
+"""BEiT: blocks enter the encoder as mask tokens, which predict the visual tokens of a frozen tokenizer (arXiv 2106.08254)."""
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+
+from mim_jax.config import ConfigError
+from mim_jax.masking import block, windows
+from mim_jax.masking.random import TokenMask
+from mim_jax.models import flops
+from mim_jax.models.layers import Dense, token_init
+from mim_jax.objectives.masked import MaskedPrediction, Region
+from mim_jax.tokens import keep, visible
+
+
+class BEiT(MaskedPrediction):
+    """int(n * mask_ratio) patches are hidden in blocks; cross-entropy of the codes of hidden patches (section 2.3).
+
+    `tokenizer`: codes(images [b h w c]) -> [b n], one of `classes` for each patch; paint(codes, grid) -> [b h' w' c], a
+    picture of them; it is frozen.
+    """
+
+    tokenizer: nn.Module | None = None
+    mask_ratio: float = 0.383
+    min_block: int = 16
+
+    frozen = (r"^tokenizer/",)
+
+    def setup(self):
+        e = self.encoder
+        if not e.has_cls:
+            raise ConfigError("beit is here for a ViT, as in its paper")
+        self.check_windows()
+        if not self.windows:
+            block.check(e.grid, self.hidden_count, self.min_block)
+        self.mask_token = self.param("mask_token", token_init, (1, 1, e.width))
+        self.head = Dense(self.tokenizer.classes, self.dtype)
+
+    @property
+    def hidden_count(self) -> int:
+        """Hidden patches of an image or window: 75 of 196 at the paper's .383."""
+        if self.windows:
+            return windows.hidden_count(self.window, self.mask_ratio)
+        return int(math.prod(self.encoder.grid) * self.mask_ratio)
+
+    def hide(self, key, batch_size: int) -> TokenMask:
+        return block.draw(key, batch_size, self.encoder.grid, count=self.hidden_count, min_block=self.min_block)
+
+    def __call__(self, images, masks, train: bool = False):
+        """As `predict` says, but scores are made for hidden patches alone: 8192 for every patch would cost the most."""
+        if self.is_initializing():  # what only pictures need has parameters too
+            self.tokenizer.paint(self.tokenizer.codes(images), self.encoder.grid)
+        region = self.region(images, masks)
+        which = visible(~rearrange(region.hidden, "r y x -> r (y x)"), self.hidden_count)  # the hidden ones
+        scores = self.head(keep(self.encode_masked(region, train), which)).astype(jnp.float32)
+        codes = keep(self.of_regions(self.targets(images), masks), which)[..., 0]
+        loss = optax.softmax_cross_entropy_with_integer_labels(scores, codes).mean()
+        return loss, {"accuracy": (scores.argmax(-1) == codes).mean()}
+
+    def predict_region(self, region: Region, train: bool = False):
+        """-> [r n classes], the scores of every code."""
+        return self.head(self.encode_masked(region, train)).astype(jnp.float32)
+
+    def targets(self, images):
+        """[b h w c] -> [b n 1] int32."""
+        return self.tokenizer.codes(images)[..., None]
+
+    @property
+    def standardised(self) -> dict[str, None]:
+        return dict.fromkeys(super().standardised)
+
+    def reconstruct(self, images, masks, fill):
+        """As the base class says, of hits instead of values: a prediction of 1 is the right code, so that the squared
+        error is the share of wrong codes; the baseline are the codes of the completed images."""
+        ((name, parts),) = super().reconstruct(images, masks, fill).items()
+        scores, codes, filled, weight = parts
+        hit = lambda found: (found == codes[..., 0]).astype(jnp.float32)[..., None]
+        return {name: (hit(scores.argmax(-1)), jnp.ones_like(weight)[..., None], hit(filled[..., 0]), weight)}
+
+    def pictures(self, images, masks):
+        """As the base class says, the codes of everything, and the same with the predicted ones in hidden places."""
+        region = self.first_region(images, masks)
+        codes = self.tokenizer.codes(region.images)
+        hidden = rearrange(region.hidden, "r y x -> r (y x)")
+        predicted = jnp.where(hidden, self.predict_region(region).argmax(-1), codes)
+        paint = lambda codes: self.tokenizer.paint(codes, self.units)
+        return super().pictures(images, masks) | {"codes": paint(codes), "predicted_codes": paint(predicted)}
+
+    def flops(self) -> int:
+        """Forward FLOPs per image, the tokenizer not counted."""
+        regions = max(1, self.windows)
+        return self.encoder_flops() + regions * flops.dense(
+            self.hidden_count, self.encoder.width, self.tokenizer.classes
+        )
+
+    def training_flops(self) -> int:
+        return super().training_flops() + self.tokenizer.flops()  # it only runs forward

@@ -1,0 +1,60 @@
+"""Training of a discrete image tokenizer: pictures through codes and back (finite scalar quantisation, arXiv 2309.15505).
+
+What it makes serves as target of other methods (BEiT): `encoder.codes(images)`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from mim_jax.masking.random import TokenMask
+from mim_jax.objectives.base import Objective
+from mim_jax.tokens import patchify
+
+
+class TokenizerTraining(Objective):
+    """Squared error of the pictures that the codes paint, on normalised pixels; nothing is hidden, and rounding has no
+    parameters that would need a loss of their own."""
+
+    def masks(self, key, batch_size: int) -> TokenMask:
+        """Nothing is hidden, whatever the key."""
+        return TokenMask(jnp.zeros((batch_size, math.prod(self.encoder.units)), bool))
+
+    def __call__(self, images, masks, train: bool = False):
+        """[b h w c], TokenMask -> loss [], and of the codes of the whole batch: `perplexity`, the number of codes that
+        would be as hard to guess if all were equally frequent, and `codes_used`, the share of all codes that occur."""
+        e = self.encoder
+        values = e.quantise(e.latent(images))
+        return jnp.square(e.to_pixels(values) - images).mean(), code_usage(e.to_codes(values), e.classes)
+
+    @property
+    def standardised(self) -> dict[str, bool]:
+        """Patches keep their contrast."""
+        return {"image": False}
+
+    def reconstruct(self, images, masks, fill):
+        """-> {"image": (prediction, target, baseline [b n (p p c)], weight [b n])}; everything counts. Nothing is hidden that
+        `fill` could complete: the baseline is each patch's own mean colour."""
+        e = self.encoder
+        flat = lambda x: rearrange(patchify(x, e.patch), "b y x d -> b (y x) d")
+        target = flat(images)
+        colours = rearrange(target, "b n (q c) -> b n q c", c=e.channels).mean(2, keepdims=True)
+        baseline = jnp.broadcast_to(colours, (*target.shape[:2], e.patch**2, e.channels)).reshape(target.shape)
+        return {"image": (flat(e.reconstruct(images)), target, baseline, jnp.ones(target.shape[:2]))}
+
+    def pictures(self, images, masks):
+        """-> {"reconstruction": [b h w c]}."""
+        return {"reconstruction": self.encoder.reconstruct(images)}
+
+    def flops(self) -> int:
+        """Forward FLOPs per image, to the codes and back."""
+        return self.encoder.flops() + self.encoder.painter_flops()
+
+
+def code_usage(codes, classes: int) -> dict:
+    """int [b n] -> {perplexity: exp of the entropy of their frequencies, codes_used: share of all classes}."""
+    counts = jnp.bincount(codes.reshape(-1), length=classes)
+    share = counts / codes.size
+    return {"perplexity": jnp.exp(jax.scipy.special.entr(share).sum()), "codes_used": (counts > 0).mean()}

@@ -1,0 +1,86 @@
+"""`python results/run_baselines.py [--seed=0] [--methods=mae,beit]`: the README's table of methods on the embedded sample.
+
+Three parts, each skipped where its file in results/ is there: how fast every method's step is, all in turn in one run
+(baseline_speed_cpu.json); a run of every method on the same number of images (baseline_images_*.json); and one with as many
+steps as take the time of LoMaR's, by that measurement (baseline_time_*.json), so that what else the machine does while they
+run does not decide. A run ends with the linear probe and kNN of configs/linprobe.py. Folders: runs/baselines/.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SPECS = {"lomar": "configs/lomar_sample.py", "localmim": "configs/localmim_sample.py"} | {
+    name: f"configs/baseline_sample.py:method={name}"
+    for name in ("mae", "simmim", "maskfeat", "beit", "beit_windows", "greenmim")
+}
+TOKENIZER = "runs/tokenizer_sample"  # where configs/baseline_sample.py looks for it
+STEPS, BATCH = 2900, 16  # of configs/lomar_sample.py
+
+
+def command(module: str, *arguments):
+    line = [sys.executable, *(["-m", module] if not module.endswith(".py") else [module]), *arguments]
+    print(" ".join(line), flush=True)
+    subprocess.run(line, check=True, cwd=os.path.dirname(HERE))
+
+
+def read(path: str) -> dict:
+    with open(path) as f:
+        return json.load(f)
+
+
+def speed() -> dict:
+    """-> {method: its part of the benchmark}."""
+    path = os.path.join(HERE, "baseline_speed_cpu.json")
+    if not os.path.exists(path):
+        configs = [f"--config={spec}" for spec in SPECS.values()]
+        command("mim_jax.benchmark", *configs, f"--batch_size={BATCH}", "--steps=60", f"--out={path}")
+    return dict(zip(SPECS, read(path)["results"], strict=True))
+
+
+def record(method: str, budget: str, steps: int, seed: int, measured: dict):
+    """Pretrains, probes and writes one file of results."""
+    out = os.path.join(HERE, f"baseline_{budget}_{method}_seed{seed}.json")
+    same = out.replace("_time_", "_images_")
+    if steps == STEPS and os.path.exists(same) and not os.path.exists(out):
+        shutil.copy(same, out)  # LoMaR's own time
+    if os.path.exists(out):
+        return
+    folder = f"runs/baselines/{budget}_{method}_seed{seed}"
+    seeded = f"--config.seed={seed}"
+    if method.startswith("beit"):
+        command("mim_jax.main", "--config=configs/tokenizer.py:sample", f"--workdir={TOKENIZER}")
+    command(
+        "mim_jax.main", f"--config={SPECS[method]}", seeded, f"--config.total_steps={steps}", "--config.evals.nmi.on=False",
+        f"--workdir={folder}/pretrain",
+    )  # fmt: skip
+    command(
+        "mim_jax.main", "--config=configs/linprobe.py", f"--config.init_from={folder}/pretrain", seeded,
+        f"--workdir={folder}/probe",
+    )  # fmt: skip
+    command(os.path.join(HERE, "summarise.py"), folder)
+    rate = {key: measured[key] for key in ("images_per_second", "flops_per_image", "parameters")}
+    summary = read(os.path.join(folder, "summary.json")) | rate | {"train_seconds": steps * measured["step_median_s"]}
+    with open(out, "w") as f:
+        json.dump(summary, f, indent=1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", default=",".join(SPECS))
+    parser.add_argument("--budgets", default="images,time")
+    flags = parser.parse_args()
+    measured = speed()
+    for budget in flags.budgets.split(","):
+        for method in flags.methods.split(","):
+            ratio = measured["lomar"]["step_median_s"] / measured[method]["step_median_s"] if budget == "time" else 1
+            record(method, budget, round(STEPS * ratio), flags.seed, measured[method])
+
+
+if __name__ == "__main__":
+    main()
