@@ -11,7 +11,7 @@ STAMP = $(VENV)/.requirements-installed
 TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_CPP_MIN_LOG_LEVEL
 
-.PHONY: env test quickstart compare clean
+.PHONY: env test quickstart compare costs clean
 
 env: $(STAMP)
 
@@ -52,6 +52,20 @@ compare-%: env
 	$(PY) -m mim_jax.main --config=configs/linprobe.py --config.init_from="runs/compare/$*_seed$(SEED)/pretrain" --config.seed=$(SEED) --workdir="runs/compare/$*_seed$(SEED)/probe"
 	$(PY) results/summarise.py "runs/compare/$*_seed$(SEED)"
 	cp "runs/compare/$*_seed$(SEED)/summary.json" "results/compare_$*_seed$(SEED).json"
+
+# What every full-size config costs at three sizes, compiled but not run. Swins at 384 px need windows that tile it.
+WINDOWS_224 = 4
+WINDOWS_384 = 6
+WINDOWS_448 = 9
+SWIN_384 = ,window=12
+
+costs: costs-224 costs-384 costs-448
+
+costs-%: env
+	$(PY) -m mim_jax.benchmark --compile_only --out=results/costs_$*px_cpu.json \
+	  $(foreach name,lomar localmim mae simmim maskfeat beit,--config=configs/$(name)_vitb.py:size=$*) \
+	  --config=configs/beit_vitb.py:size=$*,windows=$(WINDOWS_$*) \
+	  $(foreach name,localmim greenmim simmim,--config=configs/$(name)_swinb.py:size=$*$(SWIN_$*))
 
 # The default environment and caches only: never runs/, never an environment named by VENV=.
 clean:

@@ -102,14 +102,14 @@ def test_fsdp_and_checkpoints_across_device_counts(tmp_path):
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]
 
 
-def test_localmim_on_one_and_eight_devices_and_in_micro_batches():
+def test_other_methods_on_one_and_eight_devices_and_in_micro_batches():
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(REPO)}
-    done = subprocess.run([sys.executable, __file__, "localmim"], cwd=REPO, env=env, capture_output=True, text=True,
-                          timeout=300)  # fmt: skip
-    assert done.returncode == 0 and done.stdout.count("passed") == 2, done.stdout[-2000:] + done.stderr[-3000:]
+    done = subprocess.run([sys.executable, __file__, "methods"], cwd=REPO, env=env, capture_output=True, text=True,
+                          timeout=900)  # fmt: skip
+    assert done.returncode == 0 and done.stdout.count("passed") == 3, done.stdout[-2000:] + done.stderr[-3000:]
 
 
-def localmim_scenario():
+def methods_scenario():
     """Two steps of each toy on 1 device and on several, with micro-batches too: the same losses, gradients, parameters."""
     import jax
 
@@ -126,20 +126,22 @@ def localmim_scenario():
         example = build.example(config, made)
         fresh, _, where = plan(made, tx, example, seed=0, mesh=mesh, frozen_patterns=made.frozen)
         state = create(fresh, where)
-        step = make_step(made, tx, mesh, where, prepare=build.pretraining_input(made, normalise), seed=0,
-                         accumulation=accumulation)  # fmt: skip
+        prepare = build.pretraining_input(made, normalise, config.data.jitter)
+        step = make_step(made, tx, mesh, where, prepare=prepare, seed=0, accumulation=accumulation)
         history = []
         for i in range(2):
             state, metrics = step(state, sharding.to_global(build.synthetic_batch(config, 8, seed=i), mesh))
             history.append({key: float(x) for key, x in metrics.items()})
         return state, history
 
-    others = {"localmim_vitb": ((8, 1), (2, 4)), "localmim_swinb": ((4, 2),)}  # devices, accumulation
+    # devices, accumulation; drop path draws for every micro-batch anew, so BEiT's are not split
+    others = {"localmim_vitb": ((8, 1), (2, 4)), "localmim_swinb": ((4, 2),), "beit_vitb": ((8, 1),)}
     for name in others:
         config = TrackedConfig(load(f"configs/{name}.py:toy"))
         state, history = two_steps(config, 1, 1)
-        assert {"loss", "grad_norm", "loss_tap0", "loss_tap3"} <= history[0].keys()
-        assert abs(history[0]["loss"] - sum(history[0][f"loss_tap{j}"] for j in range(4))) < 1e-5
+        if name != "beit_vitb":
+            assert {"loss", "grad_norm", "loss_tap0", "loss_tap3"} <= history[0].keys()
+            assert abs(history[0]["loss"] - sum(history[0][f"loss_tap{j}"] for j in range(4))) < 1e-5
         for devices, accumulation in others[name]:
             other, same_history = two_steps(config, devices, accumulation)
             for ours, theirs in zip(same_history, history, strict=True):
@@ -203,4 +205,4 @@ def scenario(workdir: str):
 
 
 if __name__ == "__main__":
-    localmim_scenario() if sys.argv[1] == "localmim" else scenario(sys.argv[1])
+    methods_scenario() if sys.argv[1] == "methods" else scenario(sys.argv[1])
