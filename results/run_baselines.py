@@ -60,7 +60,11 @@ def record(method: str, budget: str, steps: int, seed: int, measured: dict):
     )  # fmt: skip
     command(os.path.join(HERE, "summarise.py"), folder)
     rate = {key: measured[key] for key in ("images_per_second", "flops_per_image", "parameters")}
-    summary = read(os.path.join(folder, "summary.json")) | rate | {"train_seconds": steps * measured["step_median_s"]}
+    summary = (
+        read(os.path.join(os.path.dirname(HERE), folder, "summary.json"))
+        | rate
+        | {"train_seconds": steps * measured["step_median_s"]}
+    )
     with open(out, "w") as f:
         json.dump(summary, f, indent=1)
 
