@@ -8,6 +8,8 @@ Arguments (default first)
     size      224 | 384, 448, any multiple of the patch
     mask      0.75 | share of the patches that is hidden
     norm_pix  true | false          standardise each target patch
+    windows   0 = the whole image | LoMaR's windows per image, in each of which single patches are hidden
+    window    7 | side of a window in patches
     epochs    1600 | 400, 800
     toy       a tiny model on the embedded sample, two steps: a smoke test
 

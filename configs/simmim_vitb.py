@@ -7,7 +7,7 @@ Arguments (default first)
     variant    B/16 | S, B, L, H, Ti with patch 8, 14 or 16
     size       224 | 384, 448, any multiple of the squares
     mask       0 = the paper's .6, with windows LoMaR's .8 | share of the squares, or of a window's patches, that is hidden
-    mask_size  32 | pixels of a side of a hidden square: a multiple of the patch
+    mask_size  32 | pixels of a side of a hidden square: a multiple of the patch (28 with patches of 14)
     norm_pix   false | true         standardise each target patch
     windows    0 = the whole image | LoMaR's windows per image, in which single patches are hidden
     window     7 | side of a window in patches

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mim_jax import durations
+from mim_jax import durations, prng
 from mim_jax.config import ConfigError, choice
 from mim_jax.models.codebook import Tokenizer
 from mim_jax.models.dalle import DalleEncoder
@@ -128,7 +128,7 @@ def objective(config):
 def pooling(key: str, how: str, encoder) -> str:
     """How tokens become one feature: "cls" or "mean". Raises ConfigError for the cls token of a Swin."""
     if choice(key, how, ("cls", "mean")) == "cls" and not encoder.has_cls:
-        raise ConfigError(f"{key}=cls: a Swin has no cls token; use {key}=mean")
+        raise ConfigError(f"{key}=cls: a {type(encoder).__name__} has no cls token; use {key}=mean")
     return how
 
 
@@ -161,14 +161,20 @@ def picture_split(config) -> str:
     return config.data.picture_split
 
 
-def pretraining_input(made, normalise, jitter: float = 0.0):
+def pretraining_input(config, made, normalise):
     """-> prepare(batch, key): normalised images, their colours jittered before, and what is hidden in them."""
     from mim_jax.data.jitter import colour_jitter
+
+    jitter = config.data.jitter
+    if not 0 <= jitter < float("inf") or (jitter and config.channels not in (1, 3)):
+        raise ConfigError(
+            f"data.jitter={jitter} must be 0 or more, and 0 for images of other than 1 or 3 channels (now {config.channels})"
+        )
 
     def prepare(batch, key):
         images, masks = batch["image"], made.masks(key, batch["image"].shape[0])
         if jitter:
-            images = colour_jitter(images.astype(jnp.float32) / 255, jax.random.fold_in(key, 1), jitter) * 255
+            images = colour_jitter(images.astype(jnp.float32) / 255, prng.named(key, "jitter"), jitter) * 255
         return normalise(images), masks
 
     return prepare

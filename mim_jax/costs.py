@@ -63,7 +63,7 @@ class Program:
         self.fresh, self.shapes, self.shardings = plan(
             self.made, tx, example, seed=0, mesh=mesh, frozen_patterns=self.made.frozen
         )
-        self.prepare = build.pretraining_input(self.made, build.normaliser(config))
+        self.prepare = build.pretraining_input(config, self.made, build.normaliser(config))
         self._step = make_step(self.made, tx, mesh, self.shardings, prepare=self.prepare, seed=0, lr=lr)
 
     def batch(self) -> dict:

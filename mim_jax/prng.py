@@ -7,5 +7,10 @@ import jax
 
 def stream(seed: int, name: str, step=None) -> jax.Array:
     """The key of the stream `name`, folded with `step` (a traced integer is fine) when given."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    key = named(jax.random.key(seed), name)
     return key if step is None else jax.random.fold_in(key, step)
+
+
+def named(key, name: str) -> jax.Array:
+    """A key of its own for `name`, apart from what else the key is used for."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))

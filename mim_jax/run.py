@@ -7,7 +7,7 @@ from etils import epath
 
 from mim_jax import build, durations, evaluation, sharding, tree
 from mim_jax.clock import Clock
-from mim_jax.config import ConfigDict, ConfigError, TrackedConfig, choice
+from mim_jax.config import ConfigDict, ConfigError, TrackedConfig, choice, differences
 from mim_jax.convert.tokenizer import dalle_params
 from mim_jax.logs import Logger
 from mim_jax.probe import cached_probe
@@ -76,7 +76,7 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
     normalise = build.normaliser(config)
     if job == "pretrain":
         made = build.objective(config)
-        prepare = build.pretraining_input(made, normalise, config.data.jitter)
+        prepare = build.pretraining_input(config, made, normalise)
         build.picture_split(config)
     else:
         if not source.num_classes:
@@ -98,12 +98,13 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
         raise ConfigError(f"log.every_steps={log_every} and checkpoint.keep={keep} must be at least 1")
     replace, loaded = {}, "from scratch"
     example = build.example(config, made)
-    tokenizer = (config.tokenizer.kind, config.tokenizer.weights) if hasattr(made, "tokenizer") else ()
+    targets = config.tokenizer if hasattr(made, "tokenizer") else None
+    kind, weights = (targets.kind, targets.weights) if targets else ("untrained", "")
     if not pretrained.has_checkpoint(workdir):
         if init_from:
             replace, loaded = pretrained_params(init_from, made, example, mesh, encoder_only=job != "pretrain")
-        if tokenizer:
-            found, words = tokenizer_params(*tokenizer, made, example, mesh)
+        if kind != "untrained" and (weights or not any(path.startswith("tokenizer/") for path in replace)):
+            found, words = tokenizer_params(config, made, example, mesh)
             replace, loaded = replace | found, f"{loaded}; {words}"
     batches = build.training_batches(config, source)
     config.require_all_read()
@@ -160,11 +161,10 @@ def pretrained_params(init_from: str, made, example, mesh, encoder_only: bool):
     return fits, f"parameters of {folder}: {report}"
 
 
-def tokenizer_params(kind: str, weights: str, made, example, mesh):
+def tokenizer_params(config, made, example, mesh):
     """-> ({path: array} of BEiT's frozen tokenizer, a report). Raises ConfigError (CheckpointError) when there are none, or
     they do not fit."""
-    if kind == "untrained":
-        return {}, "an untrained tokenizer"
+    weights = config.tokenizer.weights
     if not weights:
         raise ConfigError(
             "BEiT's targets come from a trained image tokenizer, and tokenizer.weights names none. Train one on your data:\n"
@@ -172,16 +172,38 @@ def tokenizer_params(kind: str, weights: str, made, example, mesh):
             "and add :tokenizer=trained and --config.tokenizer.weights=runs/tokenizer; or name the file of the released "
             "encoder of DALL-E's dVAE: --config.tokenizer.weights=encoder.pkl"
         )
-    if kind == "dalle":
+    if config.tokenizer.kind == "dalle":
         loaded = {f"tokenizer/{path}": x for path, x in tree.flatten(dalle_params(weights)).items()}
     else:
         weights = pretrained.find(weights)
+        check_tokenizer(config, weights, ConfigDict(pretrained.read_meta(weights)["config"]))
         found = pretrained.load_params(weights, mesh, "^encoder/")
         loaded = {path.replace("encoder/", "tokenizer/", 1): x for path, x in found.items()}
     shapes = tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), *example))["params"])
     wanted = {path: shape for path, shape in shapes.items() if path.startswith("tokenizer/")}
     fits, report = pretrained.match_params(wanted, loaded)
     return fits, f"tokenizer of {weights}: {report}"
+
+
+def check_tokenizer(config, weights, trained: ConfigDict):
+    """Raises ConfigError when the run at `weights` is of no tokenizer, or of one whose codes or images are others: shapes
+    alone do not tell levels or the normalisation of images."""
+    if trained.method != "tokenizer":
+        raise ConfigError(f"tokenizer.weights={weights} is a {trained.method} run, not one of configs/tokenizer.py")
+    t, data = config.tokenizer, ("normalise", "mean", "std")
+    ours = dict(patch=config.encoder.patch, width=t.width, depth=t.depth, levels=t.levels, channels=config.channels)
+    theirs = {key: trained.encoder[key] for key in ("patch", "width", "depth", "levels")} | dict(
+        channels=trained.channels
+    )
+    changed = differences(
+        theirs | {f"data.{key}": trained.data[key] for key in data},
+        ours | {f"data.{key}": config.data[key] for key in data},
+    )
+    if changed:
+        raise ConfigError(
+            f"the tokenizer at tokenizer.weights={weights} is another than this config says (there -> here): "
+            + "; ".join(changed)
+        )
 
 
 def describe(config, made, state, source, workdir, mesh, loaded, total, peak_lr, warmup) -> str:

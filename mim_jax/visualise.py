@@ -40,8 +40,8 @@ def visualise(workdir: str, out: str, ratios, images: int, split: str, seed: int
     shown = candidates[np.random.default_rng(seed).permutation(count)[:images]]
     out = absolute(out)
     out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for group in [ratios] + [(ratio,) for ratio in ratios]:
+    paths, ratios = [], possible(made, ratios)
+    for group in [ratios] + [(ratio,) for ratio in ratios if ratio]:
         draw = evaluation.drawing(made)(made, normalise, group)
         figure = draw({"params": nest(params)}, shown, prng.stream(seed, "visualise"))
         name = "reconstructions" if group is ratios else f"reconstructions_{round(100 * group[0])}"
@@ -50,6 +50,23 @@ def visualise(workdir: str, out: str, ratios, images: int, split: str, seed: int
             Image.fromarray(figure).save(f, format="PNG")
         print(paths[-1], flush=True)
     return paths
+
+
+def possible(made, ratios) -> tuple:
+    """The shares that can be hidden; the others are named. Raises ConfigError when none is left."""
+    if not hasattr(made, "mask_ratio"):  # nothing is hidden: one figure
+        return (0.0,)
+    left, errors = [], []
+    for ratio in ratios:
+        try:
+            jax.eval_shape(lambda r=ratio: made.clone(mask_ratio=r).masks(jax.random.key(0), 1))
+            left.append(ratio)
+        except ConfigError as error:
+            errors.append(error)
+            print(f"left out: {error}", flush=True)
+    if not left:
+        raise ConfigError(f"none of --ratios={','.join(map(str, ratios))} can be hidden: {errors[-1]}")
+    return tuple(left)
 
 
 def main(_):

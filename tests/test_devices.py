@@ -126,7 +126,7 @@ def methods_scenario():
         example = build.example(config, made)
         fresh, _, where = plan(made, tx, example, seed=0, mesh=mesh, frozen_patterns=made.frozen)
         state = create(fresh, where)
-        prepare = build.pretraining_input(made, normalise, config.data.jitter)
+        prepare = build.pretraining_input(config, made, normalise)
         step = make_step(made, tx, mesh, where, prepare=prepare, seed=0, accumulation=accumulation)
         history = []
         for i in range(2):
@@ -178,7 +178,7 @@ def scenario(workdir: str):
     def two_steps(devices, fsdp):
         mesh, fresh, _, where = state_on(devices, fsdp)
         state = create(fresh, where)
-        step = make_step(made, tx, mesh, where, prepare=build.pretraining_input(made, normalise), seed=0)
+        step = make_step(made, tx, mesh, where, prepare=build.pretraining_input(config, made, normalise), seed=0)
         for i in range(2):
             state, metrics = step(state, sharding.to_global(build.synthetic_batch(config, 8, seed=i), mesh))
         return state, float(metrics["loss"])

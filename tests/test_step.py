@@ -37,7 +37,7 @@ class Rig:
         tx = build.optimizer(self.config, lr)
         fresh, _, where = plan(self.made, tx, build.example(self.config, self.made), seed=0, mesh=mesh)
         self.state = create(fresh, where)
-        plain = build.pretraining_input(self.made, build.normaliser(self.config))
+        plain = build.pretraining_input(self.config, self.made, build.normaliser(self.config))
 
         def prepare(batch, key):
             images, masks = plain(batch, key)

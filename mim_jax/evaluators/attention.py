@@ -44,7 +44,7 @@ def layer_weights(sown: dict) -> dict:
     named = {path: x for path, x in flatten(sown).items() if path.startswith(head) and path.endswith(tail)}
     if not named:
         raise ConfigError(
-            "the encoder shows no attention weights: its attention modules, named 'attn', must "
+            "the encoder has no attention to measure: modules of a new one, named 'attn', must "
             "self.sow('intermediates', 'weights', weights)"
         )
     return {path[len(head) : -len(tail)]: named[path] for path in sorted(named)}

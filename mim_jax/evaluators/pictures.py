@@ -54,8 +54,10 @@ def draw_pictures(objective, normalise, ratios):
                 row = [box(row[0], *(corners[i] * patch), side), to_rgb(drawn[ratios[0]]["window"][i])]
             rows.append(row + [to_rgb(drawn[ratio][name][i]) for ratio in ratios for name in names])
         labels = ["image"] + ["window"] * (corners is not None)
-        labels += [f"{ratio:.0%} hidden\n{TITLES[name]}" for ratio in ratios for name in names]
+        hidden = lambda ratio: f"{ratio:.0%} hidden\n" if hides else ""
+        labels += [hidden(ratio) + TITLES[name] for ratio in ratios for name in names]
         title = f"{type(objective).__name__}: reconstruction" + " inside one random window" * (corners is not None)
-        return panel_grid(rows, labels, title, (BORROWED, OWN) if "reconstruction_own" in names else ())
+        notes = [BORROWED] * any(objective.standardised.values()) + [OWN] * ("reconstruction_own" in names)
+        return panel_grid(rows, labels, title, notes)
 
     return draw

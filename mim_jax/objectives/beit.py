@@ -1,23 +1,19 @@
 """BEiT: blocks enter the encoder as mask tokens, which predict the visual tokens of a frozen tokenizer (arXiv 2106.08254)."""
 
-import math
-
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
 
-from mim_jax.config import ConfigError
-from mim_jax.masking import block, windows
-from mim_jax.masking.random import TokenMask
 from mim_jax.models import flops
 from mim_jax.models.layers import Dense, token_init
-from mim_jax.objectives.masked import MaskedPrediction, Region
+from mim_jax.objectives.masked import BlockPrediction, Region
 from mim_jax.tokens import keep, visible
 
 
-class BEiT(MaskedPrediction):
-    """int(n * mask_ratio) patches are hidden in blocks; cross-entropy of the codes of hidden patches (section 2.3).
+class BEiT(BlockPrediction):
+    """int(n * mask_ratio) patches are hidden in blocks, 75 of 196; cross-entropy of the codes of hidden patches (section 2.3).
 
     `tokenizer`: codes(images [b h w c]) -> [b n], one of `classes` for each patch; paint(codes, grid) -> [b h' w' c], a
     picture of them; it is frozen.
@@ -25,29 +21,13 @@ class BEiT(MaskedPrediction):
 
     tokenizer: nn.Module | None = None
     mask_ratio: float = 0.383
-    min_block: int = 16
 
     frozen = (r"^tokenizer/",)
 
     def setup(self):
-        e = self.encoder
-        if not e.has_cls:
-            raise ConfigError("beit is here for a ViT, as in its paper")
-        self.check_windows()
-        if not self.windows:
-            block.check(e.grid, self.hidden_count, self.min_block)
-        self.mask_token = self.param("mask_token", token_init, (1, 1, e.width))
+        self.check()
+        self.mask_token = self.param("mask_token", token_init, (1, 1, self.encoder.width))
         self.head = Dense(self.tokenizer.classes, self.dtype)
-
-    @property
-    def hidden_count(self) -> int:
-        """Hidden patches of an image or window: 75 of 196 at the paper's .383."""
-        if self.windows:
-            return windows.hidden_count(self.window, self.mask_ratio)
-        return int(math.prod(self.encoder.grid) * self.mask_ratio)
-
-    def hide(self, key, batch_size: int) -> TokenMask:
-        return block.draw(key, batch_size, self.encoder.grid, count=self.hidden_count, min_block=self.min_block)
 
     def __call__(self, images, masks, train: bool = False):
         """As `predict` says, but scores are made for hidden patches alone: 8192 for every patch would cost the most."""
@@ -66,7 +46,8 @@ class BEiT(MaskedPrediction):
 
     def targets(self, images):
         """[b h w c] -> [b n 1] int32."""
-        return self.tokenizer.codes(images)[..., None]
+        with jax.default_matmul_precision("highest"):  # or the hardware's rounding would choose some codes
+            return self.tokenizer.codes(images)[..., None]
 
     @property
     def standardised(self) -> dict[str, None]:
@@ -82,8 +63,9 @@ class BEiT(MaskedPrediction):
 
     def pictures(self, images, masks):
         """As the base class says, the codes of everything, and the same with the predicted ones in hidden places."""
-        region = self.first_region(images, masks)
-        codes = self.tokenizer.codes(region.images)
+        shown = self.shown(masks)
+        region = self.region(images, shown)
+        codes = self.of_regions(self.targets(images), shown)[..., 0]
         hidden = rearrange(region.hidden, "r y x -> r (y x)")
         predicted = jnp.where(hidden, self.predict_region(region).argmax(-1), codes)
         paint = lambda codes: self.tokenizer.paint(codes, self.units)

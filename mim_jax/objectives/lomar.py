@@ -171,7 +171,7 @@ class LoMaR(Objective):
         if self.arch == "simple":
             return round(m * (flops.vit(e, 1 + n, embedded) + (1 + len(self.taps)) * flops.dense(n, e.width, out)))
         kept = n - windows.hidden_count(self.window, self.mask_ratio)
-        decoder = flops.dense(1 + kept, e.width, self.decoder_width) + flops.dense(1 + n, self.decoder_width, out)
+        decoder = flops.dense(1 + kept, e.width, self.decoder_width) + flops.dense(n, self.decoder_width, out)
         decoder += self.decoder_depth * flops.block(1 + n, self.decoder_width, 4.0, e.relative)
         return round(m * (flops.vit(e, 1 + kept, embedded) + decoder))
 

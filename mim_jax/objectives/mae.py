@@ -25,7 +25,7 @@ class MAE(PixelPrediction):
 
     def setup(self):
         e = self.encoder
-        self.check_windows()
+        self.check()
         self.decoder = MaskedDecoder(
             self.decoder_width, self.decoder_depth, self.decoder_heads, e.unit**2 * e.channels, cls=e.has_cls,
             remat=e.remat, dtype=self.dtype,
@@ -56,5 +56,5 @@ class MAE(PixelPrediction):
         _, width = e.tap_shape(e.levels - 1)
         decoder = flops.dense(first + self.kept, width, self.decoder_width)
         decoder += self.decoder_depth * flops.block(first + n, self.decoder_width)
-        decoder += flops.dense(first + n, self.decoder_width, e.unit**2 * e.channels)
+        decoder += flops.dense(n, self.decoder_width, e.unit**2 * e.channels)
         return self.encoder_flops(self.kept) + max(1, self.windows) * decoder

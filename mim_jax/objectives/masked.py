@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mim_jax.config import ConfigError
-from mim_jax.masking import windows
+from mim_jax.masking import block, windows
 from mim_jax.masking.random import TokenMask
 from mim_jax.models import flops
 from mim_jax.objectives.base import Objective
@@ -73,8 +73,12 @@ class MaskedPrediction(Objective):
         """Rows and columns of the encoder's units in a region."""
         return (self.window, self.window) if self.windows else self.encoder.units
 
-    def check_windows(self):
-        """Raises ConfigError for windows that cannot be."""
+    def check(self):
+        """Raises ConfigError for settings that cannot be, before any compute."""
+        if not 0 <= self.mask_ratio <= 1:  # NaN included
+            raise ConfigError(f"mask_ratio={self.mask_ratio} is not a share between 0 and 1")
+        if self.windows < 0:
+            raise ConfigError(f"windows={self.windows} must be 0, for the whole image, or more")
         if self.windows and not self.encoder.has_cls:
             raise ConfigError("windows need a ViT: a Swin attends inside windows of its own; use windows=0")
         if self.windows:
@@ -82,6 +86,7 @@ class MaskedPrediction(Objective):
 
     def masks(self, key, batch_size: int):
         """-> TokenMask of the image's cells, or WindowMask where there are windows."""
+        self.check()
         if not self.windows:
             return self.hide(key, batch_size)
         return windows.draw(
@@ -126,12 +131,22 @@ class MaskedPrediction(Objective):
         return self.predict_region(self.region(images, masks), train)
 
     def reconstruct(self, images, masks, fill):
-        """-> {"image" or "window": (prediction, target, baseline, weight)}; the baseline is the target of the images, or
-        of the windows, that `fill(pictures, hidden pixels)` completes."""
+        """-> {"image" or "window": (prediction, target, baseline, weight)}; the baseline is the target of the images whose
+        hidden pixels, or those of one window at a time, `fill(pictures, hidden pixels)` completes from what is visible."""
         region = self.region(images, masks)
         filled = fill(region.images, to_cells(region.hidden, self.cell))
+        if self.windows:
+            corners = rearrange(masks.corners, "b m i -> (b m) i")
+            around = jnp.repeat(images, self.windows, 0)
+            paste = lambda image, window, at: jax.lax.dynamic_update_slice(
+                image, window, (*(at * self.encoder.patch), 0)
+            )
+            filled = jax.vmap(paste)(around, filled, corners)
+            baseline = self.of_regions(self.targets(filled), windows.WindowMask(corners[:, None], None))
+        else:
+            baseline = self.targets(filled)
         parts = (
-            self.predict_region(region), self.of_regions(self.targets(images), masks), self.targets(filled),
+            self.predict_region(region), self.of_regions(self.targets(images), masks), baseline,
             self.unit_weights(region.hidden),
         )  # fmt: skip
         joined = lambda x: rearrange(x, "(b m) n ... -> b (m n) ...", b=images.shape[0])
@@ -144,7 +159,7 @@ class MaskedPrediction(Objective):
 
     def pictures(self, images, masks):
         """-> {name: [b h w c]} of the images, or of the first window of each: what is visible."""
-        region = self.first_region(images, masks)
+        region = self.region(images, self.shown(masks))
         hidden = to_cells(region.hidden, self.cell)[..., None]
         window = {"window": region.images} if self.windows else {}
         return {**window, "masked": jnp.where(hidden, 0.0, region.images)}
@@ -154,11 +169,9 @@ class MaskedPrediction(Objective):
         scale = self.cell / self.encoder.unit
         return rearrange(to_cells(hidden.astype(jnp.float32), scale), "r y x -> r (y x)")
 
-    def first_region(self, images, masks) -> Region:
-        """The whole images, or the first window of each: what pictures show."""
-        if not self.windows:
-            return self.region(images, masks)
-        return self.region(images, windows.WindowMask(masks.corners[:, :1], masks.hidden[:, :1]))
+    def shown(self, masks):
+        """The masks of what pictures show: the whole images, or the first window of each."""
+        return windows.WindowMask(masks.corners[:, :1], masks.hidden[:, :1]) if self.windows else masks
 
     def encoder_flops(self, kept: int | None = None) -> int:
         """Forward FLOPs of the encoder per image, with `kept` units of each region visible or all of them."""
@@ -171,6 +184,32 @@ class MaskedPrediction(Objective):
         """Forward FLOPs per image of one linear layer on every unit of every region."""
         _, width = self.encoder.tap_shape(self.encoder.levels - 1)
         return max(1, self.windows) * flops.dense(math.prod(self.units), width, width_out)
+
+
+class BlockPrediction(MaskedPrediction):
+    """Methods that hide int(n * mask_ratio) patches of an image in blocks (masking/block.py). They need a ViT."""
+
+    min_block: int = 16
+
+    def check(self):
+        super().check()
+        if not self.encoder.has_cls:
+            raise ConfigError(f"{type(self).__name__} is here for a ViT, as in its paper")
+        if not self.windows:
+            try:
+                block.check(self.encoder.grid, self.hidden_count, self.min_block)
+            except ConfigError as error:
+                raise ConfigError(f"{error} (mask_ratio={self.mask_ratio} of the patches gives the count)") from error
+
+    @property
+    def hidden_count(self) -> int:
+        """Hidden patches of an image or window."""
+        if self.windows:
+            return windows.hidden_count(self.window, self.mask_ratio)
+        return int(math.prod(self.encoder.grid) * self.mask_ratio)
+
+    def hide(self, key, batch_size: int) -> TokenMask:
+        return block.draw(key, batch_size, self.encoder.grid, count=self.hidden_count, min_block=self.min_block)
 
 
 class PixelPrediction(MaskedPrediction):
@@ -187,9 +226,12 @@ class PixelPrediction(MaskedPrediction):
 
     def pictures(self, images, masks):
         """As the base class says, and what is predicted; see targets/pixels.repaint."""
-        region, unit = self.first_region(images, masks), self.encoder.unit
+        region, unit = self.region(images, self.shown(masks)), self.encoder.unit
         patches = rearrange(patchify(region.images, unit), "r y x d -> r (y x) d")
-        hidden = self.unit_weights(region.hidden) > 0
-        painted = repaint(self.predict_region(region), patches, hidden, self.norm_pix)
+        painted = repaint(self.predict_region(region), patches, self.unit_weights(region.hidden) > 0, self.norm_pix)
+        if self.cell < unit:  # a unit may be visible in part, and none as a whole
+            painted.pop("reconstruction_own", None)
+        visible = ~to_cells(region.hidden, self.cell)[..., None]
         whole = lambda x: unpatchify(rearrange(x, "r (y x) d -> r y x d", y=self.units[0]), unit)
-        return super().pictures(images, masks) | {name: whole(x) for name, x in painted.items()}
+        painted = {name: jnp.where(visible, region.images, whole(x)) for name, x in painted.items()}
+        return painted | super().pictures(images, masks)

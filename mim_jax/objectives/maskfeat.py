@@ -1,21 +1,17 @@
 """MaskFeat: blocks enter the encoder as mask tokens, one linear layer predicts histograms of gradients (arXiv 2112.09133)."""
 
-import math
-
 import jax.numpy as jnp
 from einops import rearrange
 
 from mim_jax.config import ConfigError
-from mim_jax.masking import block
-from mim_jax.masking.random import TokenMask
 from mim_jax.models.layers import Dense, token_init
-from mim_jax.objectives.masked import MaskedPrediction, Region
+from mim_jax.objectives.masked import BlockPrediction, Region
 from mim_jax.targets.hog import maskfeat_hog
 from mim_jax.tokens import to_cells
 
 
-class MaskFeat(MaskedPrediction):
-    """int(n * mask_ratio) patches are hidden in blocks; squared error of the HOG of hidden patches (section 3)."""
+class MaskFeat(BlockPrediction):
+    """int(n * mask_ratio) patches are hidden in blocks, 78 of 196; squared error of the HOG of hidden patches (section 3)."""
 
     mask_ratio: float = 0.4
     min_block: int = 15
@@ -23,28 +19,23 @@ class MaskFeat(MaskedPrediction):
     hog_cell: int = 8
 
     def setup(self):
-        e = self.encoder
-        if not e.has_cls or self.windows:
-            raise ConfigError("maskfeat is here for a ViT on whole images, as in its paper")
-        if self.bins < 1 or self.hog_cell < 1 or e.patch % self.hog_cell:
-            raise ConfigError(
-                f"maskfeat.hog_cell={self.hog_cell} must divide the patch, {e.patch} px, and maskfeat.bins={self.bins} be 1 up"
-            )
-        block.check(e.grid, self.hidden_count, self.min_block)
-        self.mask_token = self.param("mask_token", token_init, (1, 1, e.width))
+        self.check()
+        self.mask_token = self.param("mask_token", token_init, (1, 1, self.encoder.width))
         self.head = Dense(self.target_width, self.dtype)
+
+    def check(self):
+        super().check()
+        patch = self.encoder.patch
+        if self.windows:
+            raise ConfigError("maskfeat is here for whole images, as in its paper; use maskfeat.windows=0")
+        if self.hog_cell < 1 or patch % self.hog_cell or self.bins < 1:
+            raise ConfigError(
+                f"maskfeat.hog_cell={self.hog_cell} must divide the patch, {patch} px, and bins={self.bins} be at least 1"
+            )
 
     @property
     def target_width(self) -> int:
         return self.encoder.channels * self.bins * (self.encoder.patch // self.hog_cell) ** 2
-
-    @property
-    def hidden_count(self) -> int:
-        """Hidden patches per image: 78 of 196 at the paper's .4."""
-        return int(math.prod(self.encoder.grid) * self.mask_ratio)
-
-    def hide(self, key, batch_size: int) -> TokenMask:
-        return block.draw(key, batch_size, self.encoder.grid, count=self.hidden_count, min_block=self.min_block)
 
     def predict_region(self, region: Region, train: bool = False):
         return self.head(self.encode_masked(region, train)).astype(jnp.float32)

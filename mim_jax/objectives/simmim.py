@@ -3,7 +3,7 @@
 import math
 
 import jax.numpy as jnp
-from einops import repeat
+from einops import rearrange, repeat
 
 from mim_jax.config import ConfigError
 from mim_jax.masking import random
@@ -21,26 +21,28 @@ class SimMIM(PixelPrediction):
     norm_pix: bool = False
 
     def setup(self):
-        e = self.encoder
-        self.check_windows()
-        self.check_squares()
-        self.mask_token = self.param("mask_token", token_init, (1, 1, e.width))
-        self.head = Dense(e.unit**2 * e.channels, self.dtype)
+        self.check()
+        self.mask_token = self.param("mask_token", token_init, (1, 1, self.encoder.width))
+        self.head = Dense(self.encoder.unit**2 * self.encoder.channels, self.dtype)
 
-    def check_squares(self):
+    def check(self):
         """Raises ConfigError for squares that do not fit patches, units and image, or that hide nothing or everything."""
+        super().check()
         e, size = self.encoder, self.mask_size
+        if self.windows:
+            return  # in which patches are hidden, not squares
         if size < 1 or size % e.patch or (size % e.unit and e.unit % size):
             raise ConfigError(
-                f"mask_size={size} must be a multiple of the patch, {e.patch} px, that fits units of {e.unit} px"
+                f"simmim.mask_size={size} must be a multiple of the patch, {e.patch} px, that fits units of {e.unit} px"
             )
         h, w = (u * e.unit for u in e.units)
         if h % size or w % size:
-            raise ConfigError(f"squares of mask_size={size} px do not tile images of {h}x{w} px")
+            raise ConfigError(f"squares of simmim.mask_size={size} px do not tile images of {h}x{w} px")
         n = math.prod(self.cells)
-        if not 0 <= self.mask_ratio <= 1 or not 1 <= self.hidden_count < n:
+        if not 1 <= self.hidden_count < n:
             raise ConfigError(
-                f"mask_ratio={self.mask_ratio} must hide at least one of the {n} squares of {size} px and leave one visible"
+                f"simmim.mask_ratio={self.mask_ratio} must hide at least one of the {n} squares of {size} px and leave one "
+                "visible"
             )
 
     @property
@@ -66,6 +68,15 @@ class SimMIM(PixelPrediction):
         pixels = patchify(to_cells(hidden, self.cell)[..., None], e.unit)
         weight = repeat(pixels, "r y x d -> r (y x) (d c)", c=e.channels)
         return masked_mean(jnp.abs(prediction - target), weight), {}
+
+    def reconstruct(self, images, masks, fill):
+        """As the base class says; square by square where squares are smaller than units."""
+        found, e = super().reconstruct(images, masks, fill), self.encoder
+        if self.cell >= e.unit:
+            return found
+        sizes = dict(y=e.units[0], p=self.cell, q=self.cell, i=e.unit // self.cell, j=e.unit // self.cell)
+        split = lambda x: rearrange(x, "b (y x) (i p j q c) -> b (y i x j) (p q c)", c=e.channels, **sizes)
+        return {name: (*map(split, parts[:3]), masks.hidden.astype(jnp.float32)) for name, parts in found.items()}
 
     def flops(self) -> int:
         """Forward FLOPs per image."""

@@ -23,7 +23,7 @@ class TokenizerTraining(Objective):
         return TokenMask(jnp.zeros((batch_size, math.prod(self.encoder.units)), bool))
 
     def __call__(self, images, masks, train: bool = False):
-        """[b h w c], TokenMask -> loss [], and of the codes of the whole batch: `perplexity`, the number of codes that
+        """[b h w c], TokenMask -> loss [], and of the codes of the (micro-)batch: `perplexity`, the number of codes that
         would be as hard to guess if all were equally frequent, and `codes_used`, the share of all codes that occur."""
         e = self.encoder
         values = e.quantise(e.latent(images))

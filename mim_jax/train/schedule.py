@@ -33,7 +33,9 @@ def warmup_constant(
     """
     for share in milestones:
         if not 0 < share < 1:  # NaN included
-            raise ConfigError(f"milestones={tuple(milestones)}: {share} is not a share of the run between 0 and 1")
+            raise ConfigError(
+                f"optim.milestones={tuple(milestones)}: {share} is not a share of the run between 0 and 1"
+            )
 
     def lr(step):
         step = jnp.asarray(step, jnp.float32)

@@ -11,7 +11,9 @@ from mim_jax import tree
 from mim_jax.config import ConfigError
 
 # Keys that may differ between the run a workdir holds and the command that continues it: none changes more than rounding.
-MAY_CHANGE = (r"^log\.", r"^checkpoint\.", r"^evals\.", r"^data\.(path|data_dir)$", r"^(remat|fsdp|accumulation)$")
+# (A tokenizer's weights are in the checkpoints.)
+MAY_CHANGE = (r"^log\.", r"^checkpoint\.", r"^evals\.", r"^data\.(path|data_dir)$", r"^(remat|fsdp|accumulation)$",
+              r"^tokenizer\.weights$")  # fmt: skip
 RESULT = "result.json"
 # Keys that sections of configs got after runs had been saved without them, and what those runs did. A section is told
 # from others of its name by a key that it has.
