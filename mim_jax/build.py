@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
 
 from mim_jax import durations, prng
@@ -17,16 +18,17 @@ from mim_jax.models.dalle import DalleEncoder
 from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT
 from mim_jax.objectives.beit import BEiT
-from mim_jax.objectives.classify import LinearProbe
+from mim_jax.objectives.classify import Classify
 from mim_jax.objectives.localmim import LocalMIM
 from mim_jax.objectives.lomar import LoMaR
 from mim_jax.objectives.mae import MAE
 from mim_jax.objectives.maskfeat import MaskFeat
+from mim_jax.objectives.probe import Probe
 from mim_jax.objectives.simmim import SimMIM
 from mim_jax.objectives.tokenizer import TokenizerTraining
 from mim_jax.targets.pixels import Normaliser
 from mim_jax.tokens import grid_size
-from mim_jax.train.optimizer import adamw, lars
+from mim_jax.train.optimizer import adamw, lars, moving_average, scale_by_path
 from mim_jax.train.schedule import scaled_lr, warmup_constant, warmup_cosine
 
 
@@ -132,16 +134,39 @@ def pooling(key: str, how: str, encoder) -> str:
     return how
 
 
-def probe_objective(config, pretrained, classes: int) -> LinearProbe:
-    """A linear probe on the encoder of the pretraining run's config."""
-    made = encoder(pretrained)
-    return LinearProbe(encoder=made, classes=classes, pool=pooling("pool", config.pool, made))
+def probe_objective(config, classes: int) -> Probe:
+    """The encoder of the config with heads on its `taps`, the last always among them, and a head of each learning rate.
+
+    Cached features are only read through it: their heads are trained by evaluators/linear_probe.py.
+    Raises ConfigError for taps that the encoder has not, and for queries that do not divide its width.
+    """
+    made, taps, queries = encoder(config), tuple(config.taps), config.queries
+    top, head = made.levels - 1, choice("head", config.head, ("linear", "attentive", "both"))
+    kinds = ("linear", "attentive") if head == "both" else (head,)
+    if wrong := [tap for tap in taps if not 0 <= tap <= top]:
+        kind = "stages" if isinstance(made, Swin) else "blocks"
+        raise ConfigError(f"taps={taps}: the encoder has no tap {wrong[0]}; its {kind} are 0 to {top}")
+    taps = tuple(sorted({*taps, top}))
+    if len(taps) > 1 and not isinstance(made, (ViT, Swin)):
+        raise ConfigError(f"taps={config.taps}: a {type(made).__name__} has no other output than its last, {top}")
+    if "attentive" in kinds:
+        widths = [made.tap_shape(tap)[1] if isinstance(made, (ViT, Swin)) else made.width for tap in taps]
+        if queries < 1 or any(width % queries for width in widths):
+            raise ConfigError(f"queries={queries} must divide the width of the tokens: {sorted(set(widths))}")
+    lrs = (0.0,)
+    if "optim" in config:
+        o = config.optim
+        lrs = (o.base_lr or o.lr * 256 / config.batch_size, *o.more_base_lrs)
+        if min(lrs) <= 0 or len({f"{lr:g}" for lr in lrs}) < len(lrs):
+            raise ConfigError(f"optim.base_lr and optim.more_base_lrs must be above 0 and differ; they are {lrs}")
+    return Probe(encoder=made, classes=classes, pool=pooling("pool", config.pool, made), taps=taps, kinds=kinds,
+                 base_lrs=lrs, queries=queries)  # fmt: skip
 
 
 def example(config, made, batch_size: int = 2):
     """(images, masks) of the right shapes, for parameter initialisation."""
     images = jnp.zeros((batch_size, *config.image_size, config.channels))
-    if isinstance(made, LinearProbe):
+    if isinstance(made, (Classify, Probe)):
         return images, jnp.zeros((batch_size,), jnp.int32)
     return images, made.masks(jax.random.key(0), batch_size)
 
@@ -204,11 +229,18 @@ def schedule(config, total: int, examples_per_epoch: int):
     return warmup_constant(peak, total, warmup, milestones, rate, start), peak, round(warmup)
 
 
-def optimizer(config, lr):
+def optimizer(config, lr, lr_scales=None):
+    """`lr_scales`: path -> what the learning rate of this parameter is multiplied by."""
     o = config.optim
     if choice("optim.name", o.name, ("adamw", "lars")) == "lars":
-        return lars(lr, momentum=o.momentum, weight_decay=o.weight_decay)
-    return adamw(lr, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, no_decay=o.no_decay, clip_norm=o.clip_norm)
+        made = lars(lr, momentum=o.momentum, weight_decay=o.weight_decay)
+        return optax.chain(made, scale_by_path(lr_scales)) if lr_scales else made
+    made = adamw(lr, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, no_decay=o.no_decay, clip_norm=o.clip_norm,
+                 lr_scales=lr_scales)  # fmt: skip
+    decay = o.average if "average" in o else 0.0
+    if not 0 <= decay < 1:
+        raise ConfigError(f"optim.average={decay} is the decay of a moving average: 0 (none), or such as 0.9999")
+    return optax.chain(made, moving_average(decay)) if decay else made
 
 
 def sources(config):
@@ -223,12 +255,19 @@ def training_batches(config, source):
     """The pipeline of training batches: batch(step) is a pure function of (seed, step, process)."""
     from mim_jax.data.augment import RandomCrop
     from mim_jax.data.pipeline import TrainBatches
+    from mim_jax.data.randaugment import RandAugment
 
     d = config.data
     crop = RandomCrop(scale=tuple(d.crop_scale), ratio=tuple(d.crop_ratio), flip=d.flip)
+    policy = None
+    if "randaugment" in d and d.randaugment.layers:
+        r, mean = d.randaugment, [round(255 * m) for m in d.mean]
+        policy = RandAugment(layers=r.layers, magnitude=r.magnitude, std=r.std, fill=tuple(mean))
+    elif "randaugment" in d:
+        d.randaugment.ignore()
     return TrainBatches(
         source, batch_size=config.batch_size, size=tuple(config.image_size), crop=crop, seed=config.seed,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        process_index=jax.process_index(), process_count=jax.process_count(), augment=policy,
     )  # fmt: skip
 
 

@@ -4,12 +4,14 @@ The literal dict EVALUATORS is the whole name service.
 """
 
 import jax
+from absl import logging
 
 from mim_jax import build, durations, prng
 from mim_jax.config import ConfigError, choice
 from mim_jax.evaluators.attention import NmiEvaluator, nmi_runner
 from mim_jax.evaluators.base import SplitRunner
-from mim_jax.evaluators.classify import ClassifyEvaluator, hits
+from mim_jax.evaluators.classify import ClassifyEvaluator, hits, labelled
+from mim_jax.evaluators.fewshot import FewshotEvaluator
 from mim_jax.evaluators.inpainting import harmonic_inpaint
 from mim_jax.evaluators.knn import KnnEvaluator
 from mim_jax.evaluators.pictures import draw_pictures
@@ -42,6 +44,21 @@ def knn_evaluator(e, config, made, normalise, mesh, open_split):
     return KnnEvaluator(run(bank, e.train_examples), run(queries, 0), bank.num_classes, e.k, e.temperature)
 
 
+def fewshot_evaluator(e, config, made, normalise, mesh, open_split):
+    bank, queries = open_split(e.train_split), open_split(e.test_split)
+    pool = build.pooling("pool", e.pool, made.encoder)
+    for source in (bank, queries):
+        if not source.num_classes:
+            raise ConfigError(f"few-shot classification needs labels, which {source.name} '{source.split}' has not")
+    if e.train_split == e.test_split:
+        raise ConfigError(f"train_split and test_split are both '{e.test_split}': judged on what it learned from")
+    shots = tuple(e.shots)
+    if not shots or min(shots) < 1 or e.draws < 1 or e.l2 <= 0:
+        raise ConfigError(f"shots={shots}, draws={e.draws} and l2={e.l2} must be at least 1, 1 and above 0")
+    run = lambda source: feature_runner(made, normalise, mesh, build.split_batches(config, source, e.batch_size), pool)
+    return FewshotEvaluator(run(bank), run(queries), bank.num_classes, shots, e.draws, e.l2, config.seed)
+
+
 def reconstruct_evaluator(e, config, made, normalise, mesh, open_split):
     source = open_split(e.split)
     key = prng.stream(config.seed, "reconstruct")
@@ -71,13 +88,43 @@ def drawing(made):
 
 
 def classify_evaluator(e, config, made, normalise, mesh, open_split):
-    def fn(variables, batch):
-        logits = made.apply(variables, normalise(batch["image"]), method="logits")
-        return {"top1": hits(logits, batch["label"], 1), "top5": hits(logits, batch["label"], 5)}
+    """Top-1 and top-5 on the run's data, or on another data set of the same classes; None where that may be missing, and is.
 
-    return ClassifyEvaluator(
-        SplitRunner(fn, mesh, *build.split_batches(config, open_split(e.split), e.batch_size, e.examples)), e.split
-    )
+    Raises ConfigError when the classes are others.
+    """
+    from mim_jax.data.sources import NotPrepared, open_source  # imports TensorFlow
+
+    d, split, examples, batch_size = config.data, e.split, e.examples, e.batch_size
+    average = choice("weights", e.weights, ("trained", "average")) == "average"
+    if average and not ("average" in config.optim and config.optim.average):
+        raise ConfigError("weights=average: this run keeps no moving average of its weights; optim.average=0.9999 does")
+    named, optional = e.source, e.optional
+    path = "" if named not in ("", d.source) else d.path
+    try:
+        source = open_source(
+            named or d.source, split, path=path, data_dir=d.data_dir, channels=config.channels, label_sets=True
+        )
+    except NotPrepared as error:
+        if not optional:
+            raise
+        logging.warning("left out: %s", str(error).splitlines()[0])
+        return None
+    if source.num_classes != made.classes:
+        found = f"{source.num_classes} classes" if source.num_classes else "no labels"
+        raise ConfigError(
+            f"{source.name} '{split}' has {found}, the classifier {made.classes} classes: only a split of the same "
+            "classes can be judged"
+        )
+
+    def fn(variables, batch):
+        logits, labels = made.apply(variables, normalise(batch["image"]), method="logits"), batch["label"]
+        heads = logits if isinstance(logits, dict) else {"": logits}
+        found = {f"{name}/top{k}".lstrip("/"): hits(x, labels, k) for name, x in heads.items() for k in (1, 5)}
+        return {**found, "counted": labelled(labels)}
+
+    title = (f"{named}/{split}" if named else split) + ("_average" if average else "")
+    batches, count = build.split_batches(config, source, batch_size, examples)
+    return ClassifyEvaluator(SplitRunner(fn, mesh, batches, count), title, average)
 
 
 def nmi_evaluator(e, config, made, normalise, mesh, open_split):
@@ -88,6 +135,7 @@ def nmi_evaluator(e, config, made, normalise, mesh, open_split):
 EVALUATORS = {
     "nmi": nmi_evaluator,
     "knn": knn_evaluator,
+    "fewshot": fewshot_evaluator,
     "reconstruct": reconstruct_evaluator,
     "classify": classify_evaluator,
 }
@@ -109,5 +157,6 @@ def evaluators(config, made, normalise, mesh, open_split, total: int, examples_p
             evaluator = EVALUATORS[kind](e, config, made, normalise, mesh, open_split)
         except ConfigError as error:
             raise type(error)(f"{error} (evaluator '{name}': --config.evals.{name}.on=False leaves it out)") from error
-        scheduled.append(ScheduledEvaluator(name, evaluator.run, every))
+        if evaluator is not None:
+            scheduled.append(ScheduledEvaluator(name, evaluator.run, every))
     return scheduled

@@ -4,17 +4,21 @@ import time
 
 import jax
 from etils import epath
+from PIL import Image
 
-from mim_jax import build, durations, evaluation, sharding, tree
+from mim_jax import build, durations, evaluation, prng, sharding, supervised, tree
 from mim_jax.clock import Clock
-from mim_jax.config import ConfigDict, ConfigError, TrackedConfig, choice, differences
-from mim_jax.convert.tokenizer import dalle_params
+from mim_jax.config import ConfigError, TrackedConfig, choice
+from mim_jax.evaluate import evaluate
+from mim_jax.evaluators.augmented import draw_augmented
+from mim_jax.features import write_features
 from mim_jax.logs import Logger
 from mim_jax.probe import cached_probe
 from mim_jax.train import checkpoint, loop, pretrained
 from mim_jax.train.state import create, plan
 from mim_jax.train.step import make_step
 from mim_jax.train.workdir import RESULT, claim, git_hash, read_json, write_json
+from mim_jax.transfer import inherit, pretrained_params, tokenizer_params
 
 STOPPED = 143  # exit status after SIGTERM, state saved: a scheduler may start the same command again
 
@@ -26,69 +30,46 @@ def run(config, workdir: str) -> dict:
     """
     plain, workdir = config.to_dict(), epath.Path(workdir)
     config = TrackedConfig(config)
-    job = choice("job", config.job, ("pretrain", "linprobe"))
+    job = choice("job", config.job, ("pretrain", "linprobe", "finetune", "eval", "features"))
     mesh = sharding.make_mesh()
-    if job == "linprobe":
-        config = with_pretrained(config)
-        if choice("features", config.features, ("cached", "streamed")) == "cached":
-            return cached_probe(config, plain, workdir, mesh)
+    if job != "pretrain":
+        config = inherit(config, workdir)
+    if job == "eval":
+        return evaluate(config, plain, workdir, mesh)
+    if job == "features":
+        return write_features(config, plain, workdir, mesh)
+    if job == "linprobe" and choice("features", config.features, ("cached", "streamed")) == "cached":
+        return cached_probe(config, plain, workdir, mesh)
     return train(config, plain, workdir, mesh, job)
 
 
-def with_pretrained(config: TrackedConfig) -> TrackedConfig:
-    """The probe's config completed by the pretraining run's: its model, its images, and its data where none is named."""
-    if not config.init_from:
-        raise ConfigError("linprobe needs the run to probe: --config.init_from=<folder of a pretraining run>")
-    meta = pretrained.read_meta(pretrained.find(config.init_from))
-    source = ConfigDict(meta["config"])
-    merged = ConfigDict(config.to_dict())
-    merged.pretrained = source
-    merged.image_size = tuple(config.image_size) if any(config.image_size) else tuple(source.image_size)
-    merged.channels = source.channels
-    for key in ("compute_dtype", "remat"):
-        merged.pretrained[key] = config[key]
-    if not config.data.source:
-        if config.data.path or config.data.data_dir:
-            raise ConfigError(
-                "data.path and data.data_dir belong to a data.source; give it too, for instance data.source=folder"
-            )
-        for key in ("source", "path", "data_dir", "normalise", "mean", "std", "resize_ratio"):
-            merged.data[key] = source.data[key]
-    sample = merged.data.source == "sample"
-    automatic = dict(train_split="train_tiles" if sample else "train", validation_split="validation" if sample else "",
-                     test_split="test" if sample else "validation")  # fmt: skip
-    for key, value in automatic.items():
-        if key in merged.data and merged.data[key] == "auto":
-            merged.data[key] = value
-    merged.pretrained.image_size = merged.image_size
-    done = TrackedConfig(merged)
-    done.pretrained.ignore()  # the pretraining run has checked its own keys
-    done.mark_read("job", "features", "init_from", "image_size", "compute_dtype", "remat", "channels")
-    return done
-
-
 def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: str) -> dict:
-    """A run of the training loop: pretraining, or a probe on streamed features."""
+    """A run of the training loop: pretraining, fine-tuning, or a probe on streamed features."""
     began = time.perf_counter()
     sharding.check_batch(config.batch_size, config.accumulation, mesh)
     open_split = build.sources(config)
     source = open_split(config.data.train_split)
     normalise = build.normaliser(config)
+    classes = source.num_classes
+    if job != "pretrain" and not classes:
+        raise ConfigError(f"job={job} needs labels, which {source.name} at '{config.data.path}' has not")
     if job == "pretrain":
         made = build.objective(config)
         prepare = build.pretraining_input(config, made, normalise)
         build.picture_split(config)
+    elif job == "finetune":
+        made = supervised.classifier(config, classes)
+        prepare = supervised.finetuning_input(config, normalise, classes)
     else:
-        if not source.num_classes:
-            raise ConfigError(f"a linear probe needs labels, which {source.name} at '{config.data.path}' has not")
-        made = build.probe_objective(config, config.pretrained, source.num_classes)
+        made = build.probe_objective(config, classes)
         prepare = build.supervised_input(normalise)
     per_epoch = source.num_examples
     total = durations.in_steps(config, "total", batch_size=config.batch_size, examples_per_epoch=per_epoch)
     if total < 1:
         raise ConfigError("the run has no length: set one of total_steps, total_epochs, total_examples")
     lr, peak_lr, warmup = build.schedule(config, total, per_epoch)
-    tx = build.optimizer(config, lr)
+    lr_scales = supervised.layer_decay(config) if job == "finetune" else getattr(made, "lr_scale", None)
+    tx = build.optimizer(config, lr, lr_scales)
     evaluators = evaluation.evaluators(config, made, normalise, mesh, open_split, total, per_epoch)
     save_every = durations.in_steps(config.checkpoint, "every", batch_size=config.batch_size, examples_per_epoch=per_epoch,
                                     total_steps=total)  # fmt: skip
@@ -97,12 +78,13 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
     if log_every < 1 or keep < 1:
         raise ConfigError(f"log.every_steps={log_every} and checkpoint.keep={keep} must be at least 1")
     replace, loaded = {}, "from scratch"
+    scratch = config.scratch if job == "finetune" else False
     example = build.example(config, made)
     targets = config.tokenizer if hasattr(made, "tokenizer") else None
     kind, weights = (targets.kind, targets.weights) if targets else ("untrained", "")
     if not pretrained.has_checkpoint(workdir):
-        if init_from:
-            replace, loaded = pretrained_params(init_from, made, example, mesh, encoder_only=job != "pretrain")
+        if init_from and not scratch:
+            replace, loaded = pretrained_params(config, made, example, mesh)
         if kind != "untrained" and (weights or not any(path.startswith("tokenizer/") for path in replace)):
             found, words = tokenizer_params(config, made, example, mesh)
             replace, loaded = replace | found, f"{loaded}; {words}"
@@ -131,12 +113,14 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
         made, tx, mesh, shardings, prepare=prepare, seed=config.seed, accumulation=config.accumulation, lr=lr
     )
     logger.say(f"ready to compile after {time.perf_counter() - began:.1f} s")
+    if job == "finetune" and first == 0 and jax.process_count() == 1:
+        save_augmented(workdir, config, batches.batch(0), prepare, source.class_names)
     checkpoints.stop_on_sigterm()
     try:
         state, results, finished = loop.train(
             state, step_fn, batches, first=first, total=total, batch_size=config.batch_size, mesh=mesh,
             evaluators=evaluators, checkpoints=checkpoints, clock=clock, logger=logger, log_every=log_every,
-            meta={"config": plain, "git": git_hash()},
+            meta={"config": {**config.to_dict(), "classes": classes}, "git": git_hash()},
         )  # fmt: skip
     finally:
         checkpoints.close()
@@ -151,59 +135,16 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
     return results
 
 
-def pretrained_params(init_from: str, made, example, mesh, encoder_only: bool):
-    """-> ({path: array} that fit the objective, a report). Raises CheckpointError naming what does not fit."""
-    folder = pretrained.find(init_from)
-    loaded = pretrained.load_params(folder, mesh, "^encoder/" if encoder_only else "")
-    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), *example))["params"]
-    allowed = (r"^head/",) if encoder_only else ()
-    fits, report = pretrained.match_params(tree.flatten(shapes), loaded, allow_missing=allowed)
-    return fits, f"parameters of {folder}: {report}"
-
-
-def tokenizer_params(config, made, example, mesh):
-    """-> ({path: array} of BEiT's frozen tokenizer, a report). Raises ConfigError (CheckpointError) when there are none, or
-    they do not fit."""
-    weights = config.tokenizer.weights
-    if not weights:
-        raise ConfigError(
-            "BEiT's targets come from a trained image tokenizer, and tokenizer.weights names none. Train one on your data:\n"
-            "  python -m mim_jax.main --config=configs/tokenizer.py --workdir=runs/tokenizer\n"
-            "and add :tokenizer=trained and --config.tokenizer.weights=runs/tokenizer; or name the file of the released "
-            "encoder of DALL-E's dVAE: --config.tokenizer.weights=encoder.pkl"
-        )
-    if config.tokenizer.kind == "dalle":
-        loaded = {f"tokenizer/{path}": x for path, x in tree.flatten(dalle_params(weights)).items()}
-    else:
-        weights = pretrained.find(weights)
-        check_tokenizer(config, weights, ConfigDict(pretrained.read_meta(weights)["config"]))
-        found = pretrained.load_params(weights, mesh, "^encoder/")
-        loaded = {path.replace("encoder/", "tokenizer/", 1): x for path, x in found.items()}
-    shapes = tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), *example))["params"])
-    wanted = {path: shape for path, shape in shapes.items() if path.startswith("tokenizer/")}
-    fits, report = pretrained.match_params(wanted, loaded)
-    return fits, f"tokenizer of {weights}: {report}"
-
-
-def check_tokenizer(config, weights, trained: ConfigDict):
-    """Raises ConfigError when the run at `weights` is of no tokenizer, or of one whose codes or images are others: shapes
-    alone do not tell levels or the normalisation of images."""
-    if trained.method != "tokenizer":
-        raise ConfigError(f"tokenizer.weights={weights} is a {trained.method} run, not one of configs/tokenizer.py")
-    t, data = config.tokenizer, ("normalise", "mean", "std")
-    ours = dict(patch=config.encoder.patch, width=t.width, depth=t.depth, levels=t.levels, channels=config.channels)
-    theirs = {key: trained.encoder[key] for key in ("patch", "width", "depth", "levels")} | dict(
-        channels=trained.channels
+def save_augmented(workdir, config, batch, prepare, names):
+    """Draws what the first step of a fine-tuning sees, once: nothing shows a wrong augmentation sooner."""
+    shown = 24
+    images, targets = jax.jit(prepare)(
+        {key: batch[key] for key in ("image", "label")}, prng.stream(config.seed, "masks", 0)
     )
-    changed = differences(
-        theirs | {f"data.{key}": trained.data[key] for key in data},
-        ours | {f"data.{key}": config.data[key] for key in data},
-    )
-    if changed:
-        raise ConfigError(
-            f"the tokenizer at tokenizer.weights={weights} is another than this config says (there -> here): "
-            + "; ".join(changed)
-        )
+    pixels = build.normaliser(config).undo(images, batch["image"])
+    figure = draw_augmented(pixels[:shown], targets[:shown], names)
+    with (workdir / "augmented.png").open("wb") as f:
+        Image.fromarray(figure).save(f, "png")
 
 
 def describe(config, made, state, source, workdir, mesh, loaded, total, peak_lr, warmup) -> str:

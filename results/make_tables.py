@@ -1,6 +1,6 @@
-"""`python results/make_tables.py`: writes the tables of README.md from results/*.json, between their markers.
+"""`python results/make_tables.py`: writes the tables of README.md and results/README.md from results/*.json, between markers.
 
-`--check` writes nothing and exits with 1 when the README is not what the files say.
+`--check` writes nothing and exits with 1 when a page is not what the files say.
 """
 
 import glob
@@ -11,7 +11,7 @@ import statistics
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-README = os.path.join(HERE, "..", "README.md")
+PAGES = (os.path.join(HERE, "..", "README.md"), os.path.join(HERE, "README.md"))
 
 
 def load(pattern: str) -> list[dict]:
@@ -219,32 +219,87 @@ def baselines() -> str | None:
     return table(head, rows) + "\n\n" + " ".join(parts)
 
 
-TABLES = {"quickstart": quickstart, "compare": compare, "speed": speed, "costs": costs, "baselines": baselines}
-OPTIONAL = ("costs", "baselines")  # the README need not have them
+FINETUNED = {"lomar": "LoMaR", "localmim": "LocalMIM", "mae": "MAE"}
 
 
-def fill(text: str) -> str:
-    for name, make in TABLES.items():
-        if name in OPTIONAL and f"<!-- {name} -->" not in text:
-            continue
-        made = make()
+def finetune() -> str | None:
+    """Fine-tuning from pretrained and from random weights. None: nothing recorded."""
+    rows, every = [], load("finetune_*.json")
+    if not every:
+        return None
+    for method, title in FINETUNED.items():
+        runs = {
+            kind: load(f"finetune_{method}_{kind}_seed*.json") for kind in ("pretrained", "scratch", "scratch_long")
+        }
+        top1 = {kind: {run["seed"]: run["test_top1"] for run in found} for kind, found in runs.items()}
+        gains = [
+            top1["pretrained"][seed] - top1["scratch"][seed] for seed in top1["pretrained"] if seed in top1["scratch"]
+        ]
+        shown = {kind: percent(list(found.values())) if found else "–" for kind, found in top1.items()}
+        steps = sorted(run["steps"] for run in runs["scratch_long"])
+        rows.append([
+            title, shown["pretrained"], shown["scratch"], percent(gains) if gains else "–", shown["scratch_long"],
+            f"{steps[0]} to {steps[-1]}" if steps else "–", str(len(gains)),
+        ])  # fmt: skip
+    head = ["", "pretrained, test top-1 %", "from scratch, same steps", "gain, points", "from scratch, same FLOPs in all",
+            "its steps", "seeds"]  # fmt: skip
+    first = every[0]
+    short = {run["steps"] for run in every if run["kind"] != "scratch_long"}
+    commits = {run[key][:9] for run in every for key in ("git", "pretrain_git")}
+    note = (
+        f"{', '.join(map(str, sorted(short)))} steps of {first['batch_size']} images after "
+        f"{', '.join(map(str, sorted({run['pretrain_steps'] for run in every})))} of pretraining; {first['test_examples']} "
+        "test tiles, looked at once per run. LocalMIM and MAE have the same encoder and seeds, so their runs from "
+        f"scratch differ in length only. Commits: {', '.join(sorted(commits))}."
+    )
+    return table(head, rows) + "\n\n" + note
+
+
+def ratios() -> str | None:
+    """What the tables of costs and speed say of LoMaR and MAE at 448 px, in a sentence. None: nothing recorded."""
+    compiled, measured = load("costs_448px_*.json"), load("benchmark_448px_*.json")
+    if not compiled or not measured:
+        return None
+    named = lambda run: {without_size(result["config"]): result for result in run["results"]}
+    cost, speed = named(compiled[0]), named(measured[0])
+    ratio = lambda found, key: found["mae_vitb.py"][key] / found["lomar_vitb.py"][key]
+    return (
+        f"At 448 px MAE's step needs {ratio(cost, 'flops_per_image'):.2f} times the FLOPs of LoMaR's and "
+        f"{ratio(cost, 'activation_bytes_per_image'):.1f} times the memory, and took {ratio(speed, 'step_median_s'):.2f} times "
+        f"as long (batch {measured[0]['batch_size']}, {measured[0]['cores']} CPU cores): its decoder attends over 785 tokens, "
+        "LoMaR's windows over 50. The paper's hours on GPUs differ by 3.1."
+    )
+
+
+TABLES = {"quickstart": quickstart, "compare": compare, "speed": speed, "costs": costs, "ratios": ratios,
+          "baselines": baselines, "finetune": finetune}  # fmt: skip
+
+
+def fill(text: str, page: str) -> str:
+    """The page with its tables made anew. Raises SystemExit for a marker without its end, or of a table that is not there."""
+    for name in re.findall(r"<!-- (\w+) -->", text):
+        made = TABLES[name]() if name in TABLES else None
+        if name not in TABLES:
+            raise SystemExit(f"{page}: there is no table '{name}'")
         if made is None:  # nothing recorded yet
             continue
         block = f"<!-- {name} -->\n{made}\n<!-- /{name} -->"
         text, count = re.subn(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.S)
         if count != 1:
-            raise SystemExit(f"README.md has no one place for the table '{name}'")
+            raise SystemExit(f"{page} has no one place for the table '{name}'")
     return text
 
 
 def main(check: bool):
-    with open(README) as f:
-        old = f.read()
-    new = fill(old)
-    if check:
-        raise SystemExit(0 if new == old else "README.md is not what results/*.json say: python results/make_tables.py")
-    with open(README, "w") as f:
-        f.write(new)
+    for page in PAGES:
+        with open(page) as f:
+            old = f.read()
+        new = fill(old, page)
+        if check and new != old:
+            raise SystemExit(f"{page} is not what results/*.json say: python results/make_tables.py")
+        if not check:
+            with open(page, "w") as f:
+                f.write(new)
 
 
 if __name__ == "__main__":

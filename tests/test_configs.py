@@ -9,15 +9,16 @@ from PIL import Image
 
 from mim_jax import build, sharding
 from mim_jax.config import load
-from mim_jax.run import pretrained_params, run
+from mim_jax.run import run
 from mim_jax.train.checkpoint import Checkpoints
 from mim_jax.train.pretrained import find, load_params, read_meta
 from mim_jax.train.state import create, plan
+from mim_jax.transfer import pretrained_params
 from mim_jax.visualise import visualise
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (REPO / "configs").glob("*.py"))
-PROBES = ("linprobe",)
+STARTED_FROM_A_RUN = ("linprobe", "finetune", "eval", "features")
 
 
 def toy(name: str, steps: int, *, arguments="toy", **overrides):
@@ -51,7 +52,7 @@ def pretrained(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in PROBES])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in STARTED_FROM_A_RUN])
 def test_toy_runs_evaluates_and_resumes(name, tmp_path, monkeypatch):
     workdir = str(tmp_path / "run")
     interrupted(monkeypatch, toy(name, 3), workdir, at=2)
@@ -100,7 +101,30 @@ def test_streamed_probe_trains_the_head_alone_and_resumes(pretrained, tmp_path, 
     frozen = {key.removeprefix("frozen/"): x for key, x in saved.items() if key.startswith("frozen/")}
     assert frozen and all(source[f"params/{key}"] == x for key, x in frozen.items())
     assert not [key for key in saved if key.startswith("opt_state") and "encoder" in key]
-    assert "stats/batch_stats/head/norm/mean" in saved
+    assert "stats/batch_stats/head_tap1_linear_lr0.1/norm/mean" in saved
+
+
+@pytest.mark.parametrize("format", ["npy", "parquet"])
+def test_features_of_a_run(format, pretrained, tmp_path):
+    results = run(toy("features", 0, arguments=f"toy,format={format}", init_from=pretrained), str(tmp_path / "run"))
+    assert results["count"] == results["shape"][0] > 0
+    assert (tmp_path / "run" / f"features.{format}").exists()
+
+
+def test_streamed_heads_learn_at_their_own_rates_and_are_evaluated_alone(pretrained, tmp_path):
+    config = toy("linprobe", 2, arguments="toy,features=streamed,head=both,taps=0", init_from=pretrained)
+    config.optim.more_base_lrs = (1.0,)
+    config.optim.update(dict(warmup_steps=0, base_lr=0.01))
+    workdir = str(tmp_path / "probe")
+    results = run(config, workdir)
+    heads = load_params(find(workdir), sharding.make_mesh(), "linear/kernel$")
+    pairs = {name: name.replace("lr1/", "lr0.01/") for name in heads if "lr1/" in name}
+    assert len(heads) == 2 * len(pairs) == 8
+    assert all(np.abs(heads[fast] - heads[slow]).max() > 0 for fast, slow in pairs.items())
+    config = toy("eval", 0, arguments="toy,splits=validation", init_from=workdir)
+    again = run(config, str(tmp_path / "eval"))
+    scores = {key for key in results if key.startswith("validation/tap")}
+    assert len(scores) == 16 and {key: again[key] for key in scores} == {key: results[key] for key in scores}
 
 
 def test_pretraining_continues_from_another_run(pretrained, tmp_path, capsys):
@@ -180,7 +204,8 @@ def test_frozen_biases_are_saved_never_trained_and_loaded_back(local_swin):
     config, mesh = bare("localmim_swinb", 1), sharding.make_mesh()
     made = build.objective(config)
     example = build.example(config, made)
-    replace, _ = pretrained_params(local_swin, made, example, mesh, encoder_only=False)
+    config.init_from = local_swin
+    replace, _ = pretrained_params(config, made, example, mesh)
     fresh, _, where = plan(made, build.optimizer(config, lambda step: 0.0), example, seed=5, mesh=mesh,
                            frozen_patterns=made.frozen)  # fmt: skip
     own, loaded = create(fresh, where).frozen, create(fresh, where, replace).frozen

@@ -13,12 +13,13 @@ LAYERS = {
     3: "objectives",
     4: "train",
     5: "evaluators convert",
-    6: "build evaluation",
-    7: "run probe costs",
-    8: "main benchmark visualise attention",
+    6: "build supervised transfer evaluation",
+    7: "run probe features evaluate costs",
+    8: "main benchmark visualise attention convert.__main__",
 }
 LAYER = {part: number for number, parts in LAYERS.items() for part in parts.split()}
-SAME_LAYER = {("run", "probe"), ("evaluation", "build")}  # besides layer 0, whose files may import each other
+SAME_LAYER = {("run", "probe"), ("run", "features"), ("run", "evaluate"), ("evaluation", "build"), ("supervised", "build"),
+              ("transfer", "build")}  # besides layer 0, whose files may import each other
 HEAVY = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections")
 FILES = sorted((REPO / "mim_jax").rglob("*.py"))
 CODE = [f for f in FILES if f.name != "__init__.py"]
@@ -29,9 +30,9 @@ def name_of(file):
 
 
 def part_of(file):
-    """The layer's word for a file: its package, or its own name where it lies at the top."""
+    """The layer's word for a file: its package, or its own name where it lies at the top, or is an entry point."""
     parts = file.relative_to(REPO / "mim_jax").with_suffix("").parts
-    return parts[0]
+    return ".".join(parts) if parts[-1] == "__main__" else parts[0]
 
 
 def imports(tree):

@@ -95,15 +95,52 @@ def test_the_table_of_baselines(record):
     )
 
 
+def test_the_table_of_fine_tuning(record):
+    assert make_tables.finetune() is None
+
+    def save(method, kind, seed, top1, steps):
+        common = {"method": method, "kind": kind, "batch_size": 32, "test_examples": 674, "pretrain_steps": 2900}
+        record(f"finetune_{method}_{kind}_seed{seed}.json", {
+            **common, "seed": seed, "test_top1": top1, "steps": steps, "git": "a" * 40, "pretrain_git": "b" * 40})  # fmt: skip
+
+    for seed, gain in ((0, 0.1), (1, 0.2)):
+        save("lomar", "pretrained", seed, 0.5 + gain, 500)
+        save("lomar", "scratch", seed, 0.5, 500)
+    save("lomar", "scratch_long", 0, 0.55, 1400)
+    save("mae", "pretrained", 0, 0.4, 500)
+    _, rows = cells(make_tables.finetune())
+    assert rows == [
+        ["LoMaR", "65.0 ± 7.1", "50.0 ± 0.0", "15.0 ± 7.1", "55.0", "1400 to 1400", "2"],
+        ["LocalMIM", "–", "–", "–", "–", "–", "0"],
+        ["MAE", "40.0", "–", "–", "–", "–", "0"],
+    ]
+    assert "500 steps of 32 images after 2900 of pretraining; 674 test tiles" in make_tables.finetune()
+
+
+def test_the_sentence_on_448_px(record):
+    assert make_tables.ratios() is None
+    result = lambda name, **values: {"config": f"configs/{name}_vitb.py:size=448", **values}
+    record("costs_448px_cpu.json", {"results": [
+        result("lomar", flops_per_image=100, activation_bytes_per_image=10),
+        result("mae", flops_per_image=150, activation_bytes_per_image=25)]})  # fmt: skip
+    record("benchmark_448px_cpu.json", {"batch_size": 2, "cores": 2, "results": [
+        result("lomar", step_median_s=2.0), result("mae", step_median_s=4.2)]})  # fmt: skip
+    said = make_tables.ratios()
+    assert "1.50 times the FLOPs" in said and "2.5 times the memory" in said and "2.10 times as long" in said
+
+
 def test_markers(monkeypatch):
-    """Tables that the README need not have are left out; a table without its one place is an error."""
+    """A page has the tables that it has markers for; a marker without its end, or of no table, is an error."""
     monkeypatch.setattr(
         make_tables, "TABLES", {"speed": lambda: "new", "costs": lambda: "dear", "baselines": lambda: None}
     )
     place = "<!-- {0} -->\nold\n<!-- /{0} -->\n".format
-    assert make_tables.fill(place("speed")) == place("speed").replace("old", "new")
-    both = make_tables.fill(place("speed") + place("costs") + place("baselines"))
+    fill = lambda text: make_tables.fill(text, "page")
+    assert fill(place("speed")) == place("speed").replace("old", "new")
+    both = fill(place("speed") + place("costs") + place("baselines"))
     assert both.split("\n")[1::3] == ["new", "dear", "old"]
-    for text in (place("costs"), place("speed") + 2 * place("costs"), place("speed") + "<!-- costs -->"):
+    for text in (place("speed") + 2 * place("costs"), place("speed") + "<!-- costs -->"):
         with pytest.raises(SystemExit, match="no one place"):
-            make_tables.fill(text)
+            fill(text)
+    with pytest.raises(SystemExit, match="no table 'cost'"):
+        fill(place("cost"))

@@ -45,19 +45,12 @@ def test_a_milestone_within_the_warm_up_shows_at_its_end():
     close([lr(15), lr(20)], [0.75, 0.1])
 
 
-@pytest.mark.parametrize("make", [warmup_cosine, warmup_constant])
 @pytest.mark.parametrize("start", [0.0, 0.005, 0.5, 1.0])
-def test_both_schedules_warm_up_alike(make, start):
-    lr = make(3e-3, 100, 12.5, start=start)  # fractional warm-ups, too
+def test_the_warm_up_is_a_straight_line(start):
+    lr = warmup_constant(3e-3, 100, 12.5, start=start)  # fractional warm-ups, too
     steps = np.arange(13)
     close(jax.vmap(lr)(steps), 3e-3 * (start + (1 - start) * steps / 12.5))
     close(lr(12.5), 3e-3)
-
-
-def test_a_start_leaves_the_cosine_as_it_is():
-    steps = np.arange(10, 110)
-    found = jax.vmap(warmup_cosine(1e-3, 100, 10, 1e-5, start=0.3))(steps)
-    np.testing.assert_array_equal(found, jax.vmap(warmup_cosine(1e-3, 100, 10, 1e-5))(steps))
 
 
 @pytest.mark.parametrize("peak, total, warmup, min_lr", [(2.4e-3, 1000, 50, 0.0), (1e-3, 777, 33.3, 1e-6), (2, 300, 0, 0.5),

@@ -9,7 +9,7 @@ from mim_jax.data.augment import DataError
 from mim_jax.data.stream import Stream
 
 FOREVER = np.iinfo(np.int64).max
-ORDER, CROP = 0, 1  # what a seed is for, so that the two are independent
+ORDER, CROP, AUGMENT = 0, 1, 2  # what a seed is for, so that these are independent
 FETCH = 64  # records per bulk lookup
 _plain = tf.autograph.experimental.do_not_convert  # no function here needs rewriting
 
@@ -82,9 +82,10 @@ class TrainBatches:
     """Training batches, a pure function of (seed, step, process): nothing to save, nothing to restore.
 
     Example number i of the run (i = step * batch_size + place in the global batch) is example
-    permutation[epoch](i mod N), with epoch = i div N; its crop depends on (seed, epoch, id) only, so any
-    number of processes sees the same global batches. A source without random access gives each process a
-    fixed share instead, reshuffled every epoch; to start at a step it replays the shuffle of that epoch.
+    permutation[epoch](i mod N), with epoch = i div N; its crop and what `augment` draws depend on
+    (seed, epoch, id) only, so any number of processes sees the same global batches. A source without random
+    access gives each process a fixed share instead, reshuffled every epoch; to start at a step it replays the
+    shuffle of that epoch.
 
     Args:
       source: what `open_source` returned.
@@ -95,19 +96,22 @@ class TrainBatches:
       process_index: this process, 0 .. process_count - 1.
       process_count: how many processes share a batch.
       prefetch: batches prepared ahead.
+      augment: randaugment.RandAugment, applied to the cropped and flipped image, or None.
 
     Raises:
       DataError: the sizes do not fit together, or the source holds fewer examples than processes.
     """
 
-    def __init__(self, source, *, batch_size, size, crop, seed, process_index=0, process_count=1, prefetch=2):
+    def __init__(
+        self, source, *, batch_size, size, crop, seed, process_index=0, process_count=1, prefetch=2, augment=None
+    ):
         _check(batch_size, size, process_index, process_count)
         if source.num_examples < (1 if source.random_access else process_count):
             raise DataError(
                 f"{source.name!r}, split {source.split!r}, holds {source.num_examples} examples, "
                 f"too few for {process_count} processes."
             )
-        self._source, self._size, self._crop = source, tuple(size), crop
+        self._source, self._size, self._crop, self._augment = source, tuple(size), crop, augment
         self._batch_size, self._local = batch_size, batch_size // process_count
         self._seed = int(seed) % 2**63
         self._process_index, self._process_count = process_index, process_count
@@ -182,6 +186,8 @@ class TrainBatches:
         image, label = self._source.load(item)
         uniforms = tf.random.stateless_uniform([augment.UNIFORMS], _fold(self._seed, CROP, epoch, example_id))
         image = augment.train_image(image, self._crop, self._size, self._source.channels, uniforms)
+        if self._augment is not None:
+            image = self._augment.in_graph(image, _fold(self._seed, AUGMENT, epoch, example_id))
         return {"image": image, "label": label, "id": example_id}
 
 
@@ -191,7 +197,8 @@ def eval_batches(source, *, batch_size, size, resize_ratio, process_index=0, pro
     A source without random access gives its first `limit` examples instead.
 
     Yields {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b], "valid": bool [b]}, the same number
-    of batches on every process; padding is zeros with label and id -1 and valid False. The shorter side goes to
+    of batches on every process; padding is zeros with label and id -1 and valid False. Of label sets "label" is uint8
+    [b classes], 1 for every class of the example, and padding has none. The shorter side goes to
     size / resize_ratio, then the centre is cut out; an image of the target size stays as it is.
 
     Raises:
@@ -226,18 +233,18 @@ def eval_batches(source, *, batch_size, size, resize_ratio, process_index=0, pro
                     batch = stream.next()
                 except tf.errors.OpError as error:
                     raise _explain(error, source, ds.skip(k * local).take(local)) from error
-                yield _pad(batch, local, (*size, source.channels))
+                yield _pad(batch, local, tuple(size), source)
         finally:
             stream.close()
 
     return batches()
 
 
-def _pad(batch, local, shape):
+def _pad(batch, local, size, source):
     """A batch of at most `local` examples, or None -> a batch of `local`, with "valid"."""
     padded = {
-        "image": np.zeros((local, *shape), np.uint8),
-        "label": np.full(local, -1, np.int32),
+        "image": np.zeros((local, *size, source.channels), np.uint8),
+        "label": source.no_labels(local),
         "id": np.full(local, -1, np.int64),
         "valid": np.zeros(local, bool),
     }

@@ -23,11 +23,16 @@ WAYS = """provide data in one of three ways:
   sample:        data.source=sample (a few photographs bundled with scikit-image and scikit-learn)"""
 
 
+class NotPrepared(DataError):
+    """The data set is known and not there; the first line of the message says how to get it."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
     """A split of labelled or unlabelled images; examples are numbered 0 .. num_examples - 1.
 
-    Without `random_access`, `stream` replaces `lookup`. `load` works inside tf.data.
+    Without `random_access`, `stream` replaces `lookup`. `load` works inside tf.data. With `label_sets` an example may have
+    several classes, or none.
     """
 
     name: str
@@ -38,13 +43,14 @@ class Source:
     channels: int
     random_access: bool = True
     bulk: bool = False  # lookup is worth calling with many ids at once
+    label_sets: bool = False
 
     def lookup(self, ids):
         """int64 [b] -> items [b]: what `load` needs of each example."""
         return ids
 
     def load(self, item):
-        """One item -> (bytes or uint8 [h w c], label int32 []; -1 without labels)."""
+        """One item -> (bytes or uint8 [h w c], label int32 []; -1 without labels; of label sets uint8 [classes], 0 or 1)."""
         raise NotImplementedError
 
     def stream(self, low, high, seed=None):
@@ -54,6 +60,14 @@ class Source:
     def describe(self, example_id):
         """What a person calls the example: a path, or a place in the split."""
         return f"example {example_id} of {self.name!r}, split {self.split!r}"
+
+    def file_name(self, example_id) -> str:
+        """A name of the example for tables: its path below data.path, or "<split>/<id>"."""
+        return f"{self.split}/{int(example_id)}"
+
+    def no_labels(self, count: int):
+        """-> [count] or [count classes] of numpy: what `load` gives of examples that are not there."""
+        return np.zeros((count, self.num_classes), np.uint8) if self.label_sets else np.full(count, -1, np.int32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +87,7 @@ class FolderSource(Source):
 
     paths: tf.Tensor = None  # string [n]
     labels: tf.Tensor = None  # int32 [n]
+    folder: str = ""  # what the user named: data.path
 
     def load(self, item):
         return tf.io.read_file(self.paths[item]), self.labels[item]
@@ -80,15 +95,20 @@ class FolderSource(Source):
     def describe(self, example_id):
         return self.paths[int(example_id)].numpy().decode()
 
+    def file_name(self, example_id) -> str:
+        return os.path.relpath(self.describe(example_id), self.folder)
 
-def open_source(name, split, *, path="", data_dir="", channels=3):
+
+def open_source(name, split, *, path="", data_dir="", channels=3, label_sets=False):
     """Opens a split. `name` is "sample", "folder" (with `path`) or a TFDS dataset (with `data_dir`).
 
     `split` is "train", "validation" or "test", and what the source adds: TFDS slices such as "train[:1%]",
-    and "train_tiles" for the sample, which is always gray.
+    and "train_tiles" for the sample, which is always gray. A TFDS dataset with several labels per example (ReaL) counts
+    as one without labels unless `label_sets`.
 
     Raises:
-      DataError: the data or the split does not exist, or the options do not fit together.
+      DataError: the data or the split does not exist, or the options do not fit together; NotPrepared, its kin, for a
+        TFDS dataset that is not in `data_dir`.
     """
     if channels not in (1, 3):
         raise DataError(f"data.channels={channels}: images are decoded to 3 (colour) or 1 (gray) channels.")
@@ -103,7 +123,7 @@ def open_source(name, split, *, path="", data_dir="", channels=3):
         return _open_folder(path, split, channels)
     from mim_jax.data import tfds_source  # here, so that the other sources need no TFDS
 
-    return tfds_source.open_tfds(name, split, data_dir=data_dir, channels=channels)
+    return tfds_source.open_tfds(name, split, data_dir=data_dir, channels=channels, label_sets=label_sets)
 
 
 def _open_sample(split):
@@ -203,6 +223,7 @@ def _open_folder(path, split, channels):
         channels,
         paths=tf.constant([os.path.join(root, p) for p in files]),
         labels=tf.constant(labels),
+        folder=path,
     )
 
 

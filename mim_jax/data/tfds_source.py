@@ -10,10 +10,11 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from mim_jax.data.augment import DataError
-from mim_jax.data.sources import WAYS, Source
+from mim_jax.data.sources import WAYS, NotPrepared, Source
 
 SHUFFLE_BUFFER = 8192  # encoded records: about 1 GB for ImageNet
 CYCLE = 16  # files read in turns while shuffling
+LABEL_SETS = "real_label"  # of imagenet2012_real: the classes that annotators saw (arXiv 2006.07159), maybe none
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +34,11 @@ class TfdsSource(Source):
 
     def load(self, item):
         example = self.features.deserialize_example(item, decoders={"image": tfds.decode.SkipDecoding()})
-        label = tf.cast(example["label"], tf.int32) if self.num_classes else tf.constant(-1)
+        if self.label_sets:
+            present = tf.one_hot(example[LABEL_SETS], self.num_classes, on_value=True, off_value=False)
+            label = tf.cast(tf.reduce_any(present, 0), tf.uint8)
+        else:
+            label = tf.cast(example["label"], tf.int32) if self.num_classes else tf.constant(-1)
         return example["image"], label
 
     def stream(self, low, high, seed=None):
@@ -76,19 +81,23 @@ def _open_builder(name, data_dir):
         builder = tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
     except tfds.core.DatasetNotFoundError as error:
         raise DataError(f"data.source={name!r} is neither 'sample' nor 'folder' nor a TFDS dataset; {WAYS}") from error
+    except ValueError as error:  # TFDS says which variants there are
+        raise DataError(f"data.source={name!r}: {error}") from error
     if not builder.info.splits:
         option = f"data.data_dir={data_dir!r}" if data_dir else "the default folder of TFDS (data.data_dir is empty)"
-        raise DataError(
-            f"{name} is not prepared in {option}: {os.fspath(builder.data_path)!r} does not hold it; {WAYS}"
+        manual = " --manual_dir=TARS" if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ""
+        raise NotPrepared(
+            f"{name} is not prepared in {option}: {os.fspath(builder.data_path)!r} does not hold it. Prepare it once with "
+            f"tfds build {name} --data_dir={data_dir or 'DIR'}{manual} --file_format=array_record\nOr {WAYS}"
         )
     return builder
 
 
-def open_tfds(name, split, *, data_dir, channels):
+def open_tfds(name, split, *, data_dir, channels, label_sets=False):
     """Opens a prepared TFDS dataset with an `image` feature; nothing is ever downloaded.
 
     Raises:
-      DataError: it is not there, has no such split, no image, or lies in a format that is not read.
+      DataError: it is not there (NotPrepared), has no such split, no image, or lies in a format that is not read.
     """
     builder = _open_builder(name, data_dir)
     try:
@@ -105,7 +114,11 @@ def open_tfds(name, split, *, data_dir, channels):
     features = builder.info.features
     if "image" not in features or not isinstance(features["image"], tfds.features.Image):
         raise DataError(f"{name} has no feature 'image' that is an image; it has {', '.join(features)}.")
-    label = features["label"] if "label" in features else None
+    label_sets = label_sets and LABEL_SETS in features
+    if label_sets:
+        label = features[LABEL_SETS].feature
+    else:
+        label = features["label"] if "label" in features else None
     names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
 
     file_format = builder.info.file_format.value
@@ -123,6 +136,7 @@ def open_tfds(name, split, *, data_dir, channels):
         channels,
         random_access,
         bulk=True,
+        label_sets=label_sets,
         features=features,
         files=files,
         records=records,

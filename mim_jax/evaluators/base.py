@@ -18,17 +18,25 @@ class SplitRunner:
         self._fn = jax.jit(with_valid, out_shardings=sharding.replicated(mesh))
         self._mesh, self._batches, self.num_examples = mesh, batches, num_examples
 
-    def __call__(self, variables) -> dict[str, np.ndarray]:
-        """Raises RuntimeError unless exactly the split's examples were seen."""
-        parts = []
+    def stream(self, variables):
+        """Yields {name: [b ...]} batch by batch, for splits whose results are too many to hold.
+
+        Raises RuntimeError at the end unless exactly the split's examples were seen.
+        """
+        seen = 0
         for batch in self._batches():
             batch = sharding.to_global(batch, self._mesh)
-            parts.append(jax.tree.map(np.asarray, self._fn(variables, batch)))
-        whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        valid = whole.pop("valid")
-        if valid.sum() != self.num_examples:
-            raise RuntimeError(f"the evaluation saw {valid.sum()} examples of a split of {self.num_examples}")
-        return {key: value[valid] for key, value in whole.items()}
+            part = jax.tree.map(np.asarray, self._fn(variables, batch))
+            valid = part.pop("valid")
+            seen += valid.sum()
+            yield {key: value[valid] for key, value in part.items()}
+        if seen != self.num_examples:
+            raise RuntimeError(f"the evaluation saw {seen} examples of a split of {self.num_examples}")
+
+    def __call__(self, variables) -> dict[str, np.ndarray]:
+        """{name: [n ...]} of the whole split. Raises RuntimeError unless exactly the split's examples were seen."""
+        parts = list(self.stream(variables))
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def balanced_accuracy(predicted, labels) -> float:

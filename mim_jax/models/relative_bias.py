@@ -11,12 +11,23 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from mim_jax.models.posembed import resize_table
+
 CLS_ENTRIES = 3
 
 
 def offsets(grid) -> int:
     """How many offsets two tokens of a grid can have."""
     return (2 * grid[0] - 1) * (2 * grid[1] - 1)
+
+
+def resize_offsets(table, old, new, cls: bool):
+    """[(2r-1)(2c-1) (+3) heads] of a grid or window `old` -> that of `new`: bicubic over the offsets (as Swin's and BEiT's
+    users do it); the entries of the cls token, which come last, are kept."""
+    body, rest = (table[:-CLS_ENTRIES], table[-CLS_ENTRIES:]) if cls else (table, table[:0])
+    spans = [tuple(2 * side - 1 for side in grid) for grid in (old, new)]
+    body = resize_table(jnp.asarray(body)[None], *spans, cls=False)[0]
+    return jnp.concatenate([body, jnp.asarray(rest)])
 
 
 def bias_matrix(table, window):

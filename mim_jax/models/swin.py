@@ -167,6 +167,14 @@ class Swin(nn.Module):
         merged = min(tap + 1, len(self.depths) - 1)
         return self.patch * 2**merged, self.width * 2**merged
 
+    def tables(self) -> dict[str, tuple[int, int]]:
+        """{path of a parameter whose shape depends on the windows: the window it is made for}."""
+        found = {}
+        for i, depth in enumerate(self.depths):
+            window = WindowLayout.of(self.units, self.side >> i, self.window, shifted=False).window
+            found |= {f"stage_{i}/block_{j:02d}/attn/relative_bias": window for j in range(depth)}
+        return found
+
     def flops(self, kept: int | None = None) -> int:
         """Forward FLOPs per image, with `kept` units visible or all of them."""
         return flops.swin(self, kept)

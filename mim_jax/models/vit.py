@@ -124,6 +124,15 @@ class ViT(nn.Module):
         """-> pixels of a side of one token, and the width, after block `tap`."""
         return self.patch, self.width
 
+    def tables(self) -> dict[str, tuple[int, int]]:
+        """{path of a parameter whose shape depends on the image size: the grid it is made for}."""
+        if self.position == "learned":
+            return {"pos_embed": self.grid}
+        if self.position == "shared_bias":
+            return {"relative_bias": self.grid}
+        own = self.position == "layer_bias"
+        return {f"block_{i:02d}/attn/relative_bias": self.grid for i in range(self.depth) if own}
+
     def flops(self, kept: int | None = None) -> int:
         """Forward FLOPs per image, with `kept` patches visible or all of them."""
         kept = kept or self.grid[0] * self.grid[1]

@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models.heads import LinearProbeHead
 from mim_jax.models.layers import Dense, LayerNorm
 from mim_jax.objectives.base import Objective
 
@@ -59,29 +58,3 @@ class Classify(Objective):
         logits = self.logits(images, train)
         loss = soft_cross_entropy(logits, one_hot_targets(targets, self.classes, self.smoothing)).mean()
         return loss, {"accuracy": (logits.argmax(-1) == (targets if targets.ndim == 1 else targets.argmax(-1))).mean()}
-
-
-class LinearProbe(Objective):
-    """MAE's linear probe on a frozen encoder: pooled features -> LinearProbeHead. `masks` are labels [b]."""
-
-    classes: int = 1000
-    pool: str = "cls"
-
-    frozen = (r"^encoder/",)
-
-    def setup(self):
-        self.head = LinearProbeHead(self.classes)
-
-    def features(self, images, pool: str = ""):
-        return jax.lax.stop_gradient(self.encoder.pool(self.encoder(images), pool or self.pool))
-
-    def logits(self, images, train: bool = False):
-        return self.head(self.features(images), train)
-
-    def flops(self) -> int:
-        return self.encoder.flops()
-
-    def __call__(self, images, targets, train: bool = False):
-        logits = self.logits(images, train)
-        loss = soft_cross_entropy(logits, one_hot_targets(targets, self.classes)).mean()
-        return loss, {"accuracy": (logits.argmax(-1) == targets).mean()}

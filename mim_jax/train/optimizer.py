@@ -1,7 +1,8 @@
-"""AdamW with the released decay rule and per-layer learning rates; LARS of MAE's linear probe."""
+"""AdamW with the released decay rule and per-layer learning rates, averaged weights; LARS of MAE's linear probe."""
 
 import math
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,23 @@ def scale_by_path(scale) -> optax.GradientTransformation:
         return tree.map_named(lambda path, u: u * scale(path), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class MovingAverage(NamedTuple):
+    average: Any  # the parameters' tree
+
+
+def moving_average(decay: float) -> optax.GradientTransformation:
+    """Keeps average <- decay * average + (1 - decay) * parameters, after every step; the last part of a chain.
+
+    It lives in the optimiser's state, so it is saved, resumed and sharded with it, and a skipped step leaves it alone.
+    """
+
+    def update(updates, state, params):
+        new = jax.tree.map(lambda a, p, u: decay * a + (1 - decay) * (p + u), state.average, params, updates)
+        return updates, MovingAverage(new)
+
+    return optax.GradientTransformation(lambda params: MovingAverage(jax.tree.map(jnp.array, params)), update)
 
 
 def lars(lr, *, momentum: float = 0.9, trust: float = 0.001, weight_decay: float = 0.0):

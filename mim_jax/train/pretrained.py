@@ -1,13 +1,14 @@
 """Weights of a finished or running run: where they are, what they are, and whether they fit another model."""
 
 import contextlib
+import re
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from mim_jax import sharding, tree
-from mim_jax.train.checkpoint import CheckpointError, Damaged, absolute, arrays, require_fingerprints
+from mim_jax.train.checkpoint import CheckpointError, Damaged, absolute, require_fingerprints
 from mim_jax.train.workdir import completed
 
 
@@ -69,24 +70,33 @@ def _named(step_folder: epath.Path):
         ) from error
 
 
-def load_params(step_folder: epath.Path, mesh, pattern: str = "") -> dict:
-    """{path: array} of the parameters of a checkpoint, trained and frozen, whose path matches; bits are verified."""
+TRAINED, AVERAGE, STATS = r"^(params|frozen)/", r"^(opt_state/.*/average|frozen)/", "^stats/"
+
+
+def load_params(step_folder: epath.Path, mesh, pattern: str = "", part: str = TRAINED) -> dict:
+    """{path: array} of the parameters of a checkpoint, trained and frozen, whose path matches; bits are verified.
+
+    `part` AVERAGE: their moving average instead; STATS: running statistics.
+    """
     expected = read_meta(step_folder)["fingerprints"]
     manager, step = _reader(step_folder)
+
+    def choose(path, leaf):
+        if not (hasattr(leaf, "shape") and re.match(part, path) and re.search(pattern, re.sub(part, "", path))):
+            return ocp.PLACEHOLDER
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+
     with manager, _named(step_folder):
-        wanted = {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
-            for path, leaf in arrays(manager.item_metadata(step).state).items()
-            if path.split("/")[0] in ("params", "frozen") and tree.matches((pattern,), path.split("/", 1)[1])
-        }
-        if not wanted:
-            raise CheckpointError(f"the checkpoint {step_folder} holds no parameter that matches '{pattern}'")
-        target = tree.nest(wanted)
+        target = tree.map_named(choose, manager.item_metadata(step).state.tree)
+        if all(leaf is ocp.PLACEHOLDER for leaf in jax.tree.leaves(target)):
+            what = {AVERAGE: "moving average of a ", STATS: "statistic of a "}.get(part, "")
+            raise CheckpointError(f"the checkpoint {step_folder} holds no {what}parameter that matches '{pattern}'")
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        item = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
-        loaded = manager.restore(step, args=ocp.args.Composite(state=item)).state
+        item = ocp.args.PyTreeRestore(target, restore_args=restore_args)
+        loaded = tree.flatten(manager.restore(step, args=ocp.args.Composite(state=item)).state)
+        loaded = {path: x for path, x in loaded.items() if x is not ocp.PLACEHOLDER}
         require_fingerprints(loaded, expected)
-    return {path.split("/", 1)[1]: x for path, x in tree.flatten(loaded).items()}
+    return {re.sub(part, "", path): x for path, x in loaded.items()}
 
 
 def match_params(wanted: dict, loaded: dict, allow_missing=(), allow_unexpected=()) -> tuple[dict, str]:

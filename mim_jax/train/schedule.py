@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from mim_jax.config import ConfigError
 
 
-def warmup_cosine(peak: float, total_steps: float, warmup_steps: float, min_lr: float = 0.0, start: float = 0.0):
-    """Linear from `start` * peak over the warm-up, then a half cosine to `min_lr` (MAE's released schedule, per step).
+def warmup_cosine(peak: float, total_steps: float, warmup_steps: float, min_lr: float = 0.0):
+    """Linear from 0 over the warm-up, then a half cosine to `min_lr` (MAE's released schedule, per step).
 
     Step counts may be fractional: the released code evaluates at the fractional epoch.
     """
@@ -15,7 +15,7 @@ def warmup_cosine(peak: float, total_steps: float, warmup_steps: float, min_lr: 
         step = jnp.asarray(step, jnp.float32)
         progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1e-9)
         fall = min_lr + (peak - min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
-        return jnp.where(step < warmup_steps, warm_up(step, peak, warmup_steps, start), fall)
+        return jnp.where(step < warmup_steps, warm_up(step, peak, warmup_steps), fall)
 
     return lr
 
@@ -45,7 +45,7 @@ def warmup_constant(
     return lr
 
 
-def warm_up(step, peak: float, warmup_steps: float, start: float):
+def warm_up(step, peak: float, warmup_steps: float, start: float = 0.0):
     """A straight line from `start` * peak at step 0 to `peak` at `warmup_steps`."""
     return start * peak + (1 - start) * peak * step / max(warmup_steps, 1e-9)
 

@@ -5,6 +5,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
 from mim_jax import prng, sharding, tree
 
@@ -21,9 +22,10 @@ class TrainState:
     skipped: jax.Array  # steps with a non-finite loss or gradient since the start
     skipped_in_row: jax.Array
 
-    def variables(self) -> dict:
-        """What `objective.apply` takes."""
-        return {"params": merge(self.params, self.frozen), **self.stats}
+    def variables(self, average: bool = False) -> dict:
+        """What `objective.apply` takes; with `average` the moving average of the parameters, which the optimiser keeps."""
+        params = optax.tree.get(self.opt_state, "average") if average else self.params
+        return {"params": merge(params, self.frozen), **self.stats}
 
 
 def merge(params, frozen):

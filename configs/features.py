@@ -1,0 +1,41 @@
+"""Features of every image of a split, by the encoder of a finished run: for search, clustering, classifiers of your own.
+
+    python -m mim_jax.main --config=configs/features.py --config.init_from=runs/lomar_vitb \
+        --config.data.source=folder --config.data.path=/my/images --workdir=runs/my_features
+    python -m mim_jax.main --config=configs/features.py:format=parquet --config.init_from=runs/lomar_vitb
+
+Nothing is hidden and nothing is random: the shorter side is brought to size / data.resize_ratio, the centre is cut out, and
+the same image gives the same feature in any batch (to rounding: 1e-6 with compute_dtype=float32). Every image once, in the
+order of the split, labelled or not. Files appear under their names when they are complete:
+
+    format=npy       features.npy float32 [n d], or [n t d] with pool=none; labels.npy int32 [n], -1 without labels;
+                     names.txt, a line per image. numpy.load("features.npy", mmap_mode="r") reads it piece by piece.
+    format=parquet   features.parquet: columns name, label (null without labels), feature; the settings are its metadata
+    result.json      either way: how many, of which checkpoint, settings, seconds, images/s
+
+Arguments (default first)
+    format    npy | parquet
+    pool      mean | cls | none     mean of the patch tokens; cls (not of a Swin); none: all tokens, cls first, then row by row
+    tap       top | 0, 1, ...       after the final norm | the output of this block (of a Swin: of this stage, merging included)
+    toy       small batches
+"""
+
+from mim_jax.config import ConfigDict, arguments, choice
+
+
+def get_config(arg=""):
+    a = arguments(arg, format="npy", pool="mean", tap="top", toy=False)
+    c = ConfigDict()
+    c.job = "features"
+    c.init_from = ""
+    c.format = choice("format", a.format, ("npy", "parquet"))
+    c.pool = choice("pool", a.pool, ("mean", "cls", "none"))
+    c.tap = a.tap
+    c.batch_size = 32 if a.toy else 256
+    c.image_size = (0, 0)  # (0, 0): that of the run
+    c.compute_dtype = "auto"
+    c.remat = False
+    # An empty source takes the data of the run; split auto: its training images; resize_ratio 0: .875 below 256 px, else 1.
+    c.data = ConfigDict(dict(source="", path="", data_dir="", split="auto", normalise="dataset",
+                             mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resize_ratio=0.0))  # fmt: skip
+    return c

@@ -1,0 +1,147 @@
+"""RandAugment on uint8 images (arXiv 1909.13719), with the operations, ranges and draws of timm's `rand-m9-mstd0.5-inc1`.
+
+Levels run from 0 to 10 and a higher one always changes more, save for the three operations that have none. Rotate, shears,
+translations and the four enhancements go either way, with a random sign.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image, ImageEnhance, ImageOps
+
+from mim_jax.data.augment import DataError
+
+PROBABILITY = 0.5  # of each layer
+HIGHEST = 10  # level
+
+
+def _affine(image, fill, matrix):
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill)
+
+
+def _by_table(image, table):
+    return image.point(table * len(image.getbands()))
+
+
+def _rotate(image, share, sign, fill):
+    return image.rotate(sign * 30 * share, Image.Resampling.BICUBIC, fillcolor=fill)
+
+
+def _posterize(image, share, sign, fill):
+    # 4 bits stay at level 0 and 1 at level 9; at 10 none does and the image is black, which ImageOps.posterize now refuses
+    lost = 2 ** (4 + int(4 * share))
+    return _by_table(image, [value // lost * lost for value in range(256)])
+
+
+def _solarize(image, share, sign, fill):
+    return ImageOps.solarize(image, 256 - int(256 * share))
+
+
+def _solarize_add(image, share, sign, fill):
+    more = int(110 * share)  # timm's bound of 128 is never met
+    return _by_table(image, [min(255, value + more) if value < 128 else value for value in range(256)])
+
+
+def _enhance(kind):
+    def change(image, share, sign, fill):
+        return kind(image).enhance(max(0.1, 1 + 0.9 * sign * share))
+
+    return change
+
+
+# name -> function of (PIL image, level / 10, sign 1 or -1, fill colour)
+OPERATIONS = {
+    "AutoContrast": lambda image, share, sign, fill: ImageOps.autocontrast(image),
+    "Equalize": lambda image, share, sign, fill: ImageOps.equalize(image),
+    "Invert": lambda image, share, sign, fill: ImageOps.invert(image),
+    "Rotate": _rotate,
+    "Posterize": _posterize,
+    "Solarize": _solarize,
+    "SolarizeAdd": _solarize_add,
+    "Color": _enhance(ImageEnhance.Color),
+    "Contrast": _enhance(ImageEnhance.Contrast),
+    "Brightness": _enhance(ImageEnhance.Brightness),
+    "Sharpness": _enhance(ImageEnhance.Sharpness),
+    "ShearX": lambda image, share, sign, fill: _affine(image, fill, (1, 0.3 * sign * share, 0, 0, 1, 0)),
+    "ShearY": lambda image, share, sign, fill: _affine(image, fill, (1, 0, 0, 0.3 * sign * share, 1, 0)),
+    "TranslateX": lambda image, share, sign, fill: _affine(
+        image, fill, (1, 0, 0.45 * sign * share * image.width, 0, 1, 0)
+    ),
+    "TranslateY": lambda image, share, sign, fill: _affine(
+        image, fill, (1, 0, 0, 0, 1, 0.45 * sign * share * image.height)
+    ),
+}
+NAMES = tuple(OPERATIONS)
+
+
+def apply(pixels, operations, fill) -> np.ndarray:
+    """uint8 [h w c], [(name, level, sign)], fill colour of c numbers -> uint8 [h w c]: one operation after the other."""
+    if not operations:
+        return pixels
+    gray = pixels.shape[-1] == 1
+    image, fill = (Image.fromarray(pixels[..., 0]), fill[0]) if gray else (Image.fromarray(pixels), tuple(fill))
+    for name, level, sign in operations:
+        image = OPERATIONS[name](image, level / HIGHEST, sign, fill)
+    return np.asarray(image)[..., None] if gray else np.asarray(image)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandAugment:
+    """`layers` operations in a row, each drawn from all with replacement and used with probability 1/2.
+
+    Args:
+      layers: how many are drawn.
+      magnitude: mean level, 0 .. 10.
+      std: of the level, drawn anew for each operation and clipped to 0 .. 10.
+      fill: colour of what a geometric operation uncovers, one whole number in 0 .. 255 per channel.
+
+    Raises:
+      DataError: a setting outside its range; at once.
+    """
+
+    layers: int
+    magnitude: float
+    std: float
+    fill: tuple[int, ...]
+
+    def __post_init__(self):
+        if self.layers < 1 or self.layers != int(self.layers):
+            raise DataError(f"data.randaugment.layers={self.layers}: expected a whole number from 1 up (published: 2).")
+        if not 0 <= self.magnitude <= HIGHEST:  # NaN included
+            raise DataError(f"data.randaugment.magnitude={self.magnitude}: expected a level in 0 .. {HIGHEST}.")
+        if not 0 <= self.std < math.inf:
+            raise DataError(f"data.randaugment.std={self.std}: expected a number from 0 up (published: .5).")
+        if len(self.fill) not in (1, 3) or any(not 0 <= v <= 255 or v != int(v) for v in self.fill):
+            raise DataError(
+                f"data.randaugment fills with {self.fill}: expected 1 or 3 whole numbers in 0 .. 255, the "
+                "data set's mean colour."
+            )
+
+    def draw(self, seed) -> list[tuple[str, float, int]]:
+        """Seed or Generator of numpy -> [(name, level, sign)]: the operations that will be used, perhaps none."""
+        rng = np.random.default_rng(seed)
+        which = rng.integers(len(NAMES), size=self.layers)
+        used = rng.random(self.layers) < PROBABILITY
+        levels = np.clip(rng.normal(self.magnitude, self.std, self.layers), 0, HIGHEST)
+        signs = rng.integers(2, size=self.layers) * 2 - 1
+        return [(NAMES[which[i]], float(levels[i]), int(signs[i])) for i in range(self.layers) if used[i]]
+
+    def __call__(self, pixels, seed) -> np.ndarray:
+        """uint8 [h w c], seed or Generator of numpy -> uint8 [h w c], a function of the two.
+
+        Raises:
+          DataError: c is not the number of channels of `fill`.
+        """
+        if pixels.shape[-1] != len(self.fill):
+            raise DataError(f"data.randaugment fills with {self.fill}, but images have {pixels.shape[-1]} channels.")
+        return apply(pixels, self.draw(seed), self.fill)
+
+    def in_graph(self, pixels, seed):
+        """Tensor uint8 [h w c], int64 [2] -> tensor uint8 [h w c]: the same inside tf.data, of static shape if it was."""
+
+        def run(pixels, seed):
+            return self(pixels, seed.view(np.uint32))  # numpy takes no negative numbers
+
+        return tf.ensure_shape(tf.numpy_function(run, [pixels, seed], tf.uint8, stateful=False), pixels.shape)

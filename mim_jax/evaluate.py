@@ -1,0 +1,62 @@
+"""Evaluation alone: a finished classifier on every split that its config names."""
+
+import dataclasses
+import time
+
+import jax
+from etils import epath
+
+from mim_jax import build, evaluation, supervised, tree
+from mim_jax.logs import Logger
+from mim_jax.train import pretrained
+from mim_jax.train.loop import report as report_scalars
+from mim_jax.train.workdir import RESULT, claim, git_hash, write_json
+from mim_jax.transfer import pretrained_params
+
+PARTS = {"trained": pretrained.TRAINED, "average": pretrained.AVERAGE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Weights of a checkpoint, as evaluators ask a state for them."""
+
+    kinds: dict  # "trained", "average" -> variables
+
+    def variables(self, average: bool = False) -> dict:
+        return self.kinds["average" if average else "trained"]
+
+
+def evaluate(config, plain: dict, workdir: epath.Path, mesh) -> dict:
+    """Top-1 and top-5 of the classifier at `init_from` -> the numbers, also in result.json.
+
+    `config` is completed by the classifier's own (transfer.inherit). Raises CheckpointError when the weights do not fit.
+    """
+    began = time.perf_counter()
+    make = build.probe_objective if config.trained_by == "linprobe" else supervised.classifier
+    made = make(config, config.classes)
+    evaluators = evaluation.evaluators(
+        config, made, build.normaliser(config), mesh, build.sources(config), total=0, examples_per_epoch=1
+    )
+    example = build.example(config, made)
+    folder = pretrained.find(config.init_from)
+    fresh = jax.eval_shape(lambda: made.init(jax.random.key(0), *example))
+    stats = tree.nest(pretrained.load_params(folder, mesh, part=pretrained.STATS)) if "batch_stats" in fresh else {}
+    kinds, reports = {}, []
+    for kind in sorted({config.evals[name].weights for name in config.evals.keys()}):
+        params, report = pretrained_params(config, made, example, mesh, PARTS[kind])
+        kinds[kind] = {"params": tree.nest(params), **stats}
+        reports.append(f"{kind}: {report}")
+    config.require_all_read()
+
+    claim(workdir, plain)
+    logger = Logger(workdir, write=jax.process_index() == 0, tensorboard=False)
+    logger.say(f"workdir      {workdir}\nweights      {'; '.join(reports)}")
+    results = {}
+    for evaluator in evaluators:
+        scalars, images = evaluator.run(Loaded(kinds))
+        report_scalars(logger, 0, evaluator.name, scalars, images)
+        results.update(scalars)
+    results.update(seconds=time.perf_counter() - began, git=git_hash())
+    write_json(workdir / RESULT, results)
+    logger.close()
+    return results

@@ -1,0 +1,93 @@
+"""Few-shot classification of frozen features: ridge regression on n labelled examples of each class, in closed form.
+
+The protocol of ViT (arXiv 2010.11929, section 4.1): regularised least squares from a feature to its class (there -1 and 1,
+which with a free intercept is the same choice). No step size, no epochs: it can be followed during pretraining.
+"""
+
+import dataclasses
+
+import numpy as np
+from absl import logging
+
+from mim_jax.evaluators.base import SplitRunner
+
+
+def draw_shots(labels, classes: int, shots: int, seed: int, draw: int):
+    """[n] -> the ids of `shots` examples of each class, or of all that a class has; a function of (seed, shots, draw)."""
+    rng = np.random.default_rng((seed, shots, draw))
+    picked = [rng.permutation(np.flatnonzero(labels == c))[:shots] for c in range(classes)]
+    return np.sort(np.concatenate(picked))
+
+
+def ridge_fit(x, y, l2: float):
+    """[s d], [s c] -> weights [d c], intercept [c]: minimises |x w + a - y|^2 + l2 |w|^2; the intercept is free.
+
+    Solved where the system is smaller: w = (x'x + l2)^-1 x'y = x' (xx' + l2)^-1 y, of centred x and y.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, y = x - x_mean, y - y_mean
+    s, d = x.shape
+    if s < d:
+        weights = x.T @ np.linalg.solve(x @ x.T + l2 * np.eye(s), y)
+    else:
+        weights = np.linalg.solve(x.T @ x + l2 * np.eye(d), x.T @ y)
+    return weights, y_mean - x_mean @ weights
+
+
+def fewshot(bank, queries, classes: int, shots: int, *, draws: int, l2: float, seed: int = 0):
+    """{"features": [n d], "label": [n]} twice -> accuracies [draws] on `queries`, each from other examples of the bank.
+
+    Features are standardised by the mean and deviation of the whole bank, whose labels beyond the drawn ones are not used.
+    """
+    features = np.asarray(bank["features"], np.float64)
+    mean, deviation = features.mean(0), np.maximum(features.std(0), 1e-6)
+    standard = lambda x: (np.asarray(x, np.float64) - mean) / deviation
+    features, asked, one_hot = standard(features), standard(queries["features"]), np.eye(classes)
+    found = []
+    for draw in range(draws):
+        ids = draw_shots(bank["label"], classes, shots, seed, draw)
+        weights, intercept = ridge_fit(features[ids], one_hot[bank["label"][ids]], l2)
+        found.append((np.argmax(asked @ weights + intercept, -1) == queries["label"]).mean())
+    return np.array(found)
+
+
+def summary(accuracies) -> tuple[float, float]:
+    """[draws] -> the mean, and the standard deviation between draws (0 of a single one)."""
+    return float(accuracies.mean()), float(accuracies.std(ddof=1)) if len(accuracies) > 1 else 0.0
+
+
+def too_few(labels, classes: int, shots: int) -> str:
+    """Says which classes have fewer than `shots` examples, or "": those enter with all they have, in every draw the same."""
+    counts = np.bincount(labels, minlength=classes)
+    short = np.flatnonzero(counts < shots)
+    if not len(short):
+        return ""
+    shown = ", ".join(f"class {c}: {counts[c]}" for c in short[:5]) + (" ..." if len(short) > 5 else "")
+    return (
+        f"{shots}-shot: {len(short)} of {classes} classes have fewer than {shots} labelled examples and enter with what "
+        f"they have ({shown})"
+    )
+
+
+@dataclasses.dataclass
+class FewshotEvaluator:
+    """Ridge regression on few examples of a labelled bank, judged on a test set; features come from the state being judged."""
+
+    bank: SplitRunner
+    queries: SplitRunner
+    classes: int
+    shots: tuple[int, ...] = (1, 5, 10)
+    draws: int = 5
+    l2: float = 30.0
+    seed: int = 0
+
+    def run(self, state):
+        variables = state.variables()
+        bank, queries, found = self.bank(variables), self.queries(variables), {}
+        for shots in self.shots:
+            if words := too_few(bank["label"], self.classes, shots):
+                logging.warning(words)
+            accuracies = fewshot(bank, queries, self.classes, shots, draws=self.draws, l2=self.l2, seed=self.seed)
+            found[f"fewshot/{shots}"], found[f"fewshot/{shots}_spread"] = summary(accuracies)
+        return found, {}
