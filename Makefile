@@ -11,7 +11,7 @@ STAMP = $(VENV)/.requirements-installed
 TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_CPP_MIN_LOG_LEVEL
 
-.PHONY: env test quickstart compare costs clean
+.PHONY: env test test-torch torch-tests quickstart compare costs clean
 
 env: $(STAMP)
 
@@ -28,6 +28,17 @@ test: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.cache/jax
 test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 test: env
 	$(PY) -m pytest tests -n $(WORKERS)
+
+# What timm and transformers compute from exported files, in an environment of its own: PyTorch is a gigabyte.
+test-torch:
+	$(MAKE) torch-tests VENV=.venv-torch
+
+torch-tests: export JAX_PLATFORMS = cpu
+torch-tests: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.cache/jax
+torch-tests: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
+torch-tests: env
+	$(PY) -m pip install --disable-pip-version-check -r requirements-torch.txt
+	$(PY) -m pytest tests/with_torch -m torch
 
 # Pretrain on the embedded sample, look at it, probe it, print the table.
 quickstart: env
@@ -69,5 +80,5 @@ costs-%: env
 
 # The default environment and caches only: never runs/, never an environment named by VENV=.
 clean:
-	rm -rf .venv .venv-ci .cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-ci .venv-torch .cache .pytest_cache .ruff_cache
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

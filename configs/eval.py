@@ -3,12 +3,13 @@
     python -m mim_jax.main --config=configs/eval.py --config.init_from=runs/finetune
     python -m mim_jax.main --config=configs/eval.py:size=384 --config.init_from=runs/finetune
 
-Every split is counted exactly once. Data unless data.source is set, normalisation, pooling and classes are those of the run.
+Every split is counted exactly once. Data (unless data.source is set), normalisation (unless data.normalise, mean or std are),
+pooling and classes are those of the run.
 ImageNet-V2 (arXiv 1902.10811) and the re-assessed labels ReaL (arXiv 2006.07159) are TFDS data of their own, prepared as
 `imagenet_v2` and `imagenet2012_real` in the same data_dir; what is not there is left out and named.
 
 Arguments
-    size      0 = that of the run | another; positions and relative biases are resized
+    size      0 = that of the run | another; positions and relative biases are resized (a Swin's windows must tile it)
     splits    validation-v2-real | any of them, joined by -
     weights   trained | average, if the run kept one
     toy       a few examples
@@ -35,8 +36,8 @@ def get_config(arg=""):
     c.image_size = (a.size, a.size)
     c.compute_dtype = "auto"
     c.remat = False
-    c.data = ConfigDict(dict(source="", path="", data_dir="", normalise="dataset", mean=(0.485, 0.456, 0.406),
-                             std=(0.229, 0.224, 0.225), resize_ratio=0.0))  # fmt: skip
+    c.data = ConfigDict(dict(source="", path="", data_dir="", normalise="run", mean=(),
+                             std=(), resize_ratio=0.0))  # fmt: skip
     c.evals = ConfigDict()
     for name in a.splits.split("-"):
         split = SPLITS[choice("splits", name, SPLITS)]

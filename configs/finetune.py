@@ -11,9 +11,10 @@ Arguments (default first)
     preset    lomar_b | mae_b, mae_l, mae_h, localmim_b_100, localmim_b, localmim_l, localmim_swin_b, localmim_swin_l, sample
     size      0 = that of the pretraining | 224, 384, 448, any multiple of the patch (of Swins: see window)
     window    0 = that of the pretraining | of a Swin: 12 at 384 px; tables are resized
-    pool      mean | cls      mean of patch tokens, norm, head; or the final norm's cls token, head
+    pool      mean | cls | normed     mean of patch tokens, norm, head | final norm, cls token, head | final norm, mean, head
     scratch   false | true    the same encoder from random weights, to compare with
-    average   0 | 0.9999      keep a moving average of the weights too, judged beside them (validation_average)
+    average   0 | 0.9999      keep a moving average of the weights too, judged beside them (validation_average), and by
+                              configs/eval.py:weights=average; what starts from this run takes the weights themselves
     toy       two steps
 
 Sources of the numbers
@@ -65,14 +66,14 @@ def get_config(arg=""):
     c.accumulation = 1
     c.image_size = (a.size, a.size)  # (0, 0): that of the pretraining run
     c.window = a.window
-    c.pool = choice("pool", a.pool, ("mean", "cls"))
+    c.pool = choice("pool", a.pool, ("mean", "cls", "normed"))
     c.drop_path = p["drop_path"]
     c.compute_dtype = "auto"
     c.remat = False
     c.fsdp = False
     # An empty source takes the data of the pretraining run; resize_ratio 0: .875 below 256 px, else 1.
     c.data = ConfigDict(dict(
-        source="", path="", data_dir="", normalise="dataset", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+        source="", path="", data_dir="", normalise="run", mean=(), std=(),
         train_split="auto", crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, resize_ratio=0.0,
         randaugment=dict(layers=2, magnitude=9.0, std=0.5),
     ))  # fmt: skip
@@ -85,7 +86,7 @@ def get_config(arg=""):
         warmup=duration("warmup", epochs=p["warmup"]),
     )  # fmt: skip
     c.optim.update(dict(layer_decay=p["layer_decay"], average=a.average))
-    c.checkpoint = ConfigDict(dict(keep=1, keep_every_steps=0, **duration("every", epochs=1)))
+    c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", epochs=1)))
     c.log = ConfigDict(dict(every_steps=50, tensorboard=True))
     judged = dict(type="classify", source="", split="validation", examples=0, batch_size=512, optional=False)
     c.evals = ConfigDict()

@@ -15,7 +15,8 @@ Arguments
     taps      blocks of a ViT or stages of a Swin to probe, from 0, such as 3-7-11; the last is always among them
     head      linear | attentive | both. Attentive is NOT MAE's protocol: learned queries attend to the frozen patch tokens
               (arXiv 2506.10178), so its numbers compare with each other only. LARS trains it too, at rates of its own when
-              cached; streamed, no rate is published for LARS, so try several (optim.more_base_lrs).
+              cached; streamed, no rate is published for LARS, so try several (optim.more_base_lrs), and take a smaller batch:
+              16384 images of ViT-B's tokens are 10 GB per tap, some three times that while they are normalised.
     toy       a few epochs
 
 Sources of the numbers: batch 16384, 90 epochs (50 for ViT-L and H), 10 of warm-up, base lr .1, LARS with momentum .9 and no
@@ -44,8 +45,8 @@ def get_config(arg=""):
     c.compute_dtype = "auto"
     c.remat = False
     # An empty source takes the data of the pretraining run; resize_ratio 0: .875 below 256 px, else 1.
-    c.data = ConfigDict(dict(source="", path="", data_dir="", resize_ratio=0.0, normalise="dataset",
-                             mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), train_split="auto"))  # fmt: skip
+    c.data = ConfigDict(dict(source="", path="", data_dir="", resize_ratio=0.0, normalise="run",
+                             mean=(), std=(), train_split="auto"))  # fmt: skip
     if c.features == "cached":
         c.data.update(dict(validation_split="auto", test_split="auto"))
         c.probe = ConfigDict(dict(epochs=90, warmup_epochs=10, batch_size=128, base_lrs=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0),

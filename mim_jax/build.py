@@ -49,10 +49,13 @@ def encoder(config):
 
 def swin(config) -> Swin:
     e = config.encoder
+    final_norm = e.final_norm if "final_norm" in e else True
+    norm2_eps = e.norm2_eps if "norm2_eps" in e else e.norm_eps  # released fine-tuned models have another
     return Swin(
         grid=grid_size(config.image_size, e.patch), patch=e.patch, channels=config.channels, width=e.width,
         depths=tuple(e.depths), heads=tuple(e.heads), window=e.window, mlp_ratio=e.mlp_ratio, drop_path=e.drop_path,
-        eps=e.norm_eps, norm2_eps=e.norm_eps, sparse=e.sparse, remat=config.remat, dtype=compute_dtype(config),
+        eps=e.norm_eps, norm2_eps=norm2_eps, final_norm=final_norm, sparse=e.sparse, remat=config.remat,
+        dtype=compute_dtype(config),
     )  # fmt: skip
 
 
@@ -61,7 +64,8 @@ def vit(config) -> ViT:
     return ViT(
         grid=grid_size(config.image_size, e.patch), patch=e.patch, channels=config.channels, width=e.width, depth=e.depth,
         heads=e.heads, mlp_ratio=e.mlp_ratio, position=e.position, qkv_bias=e.qkv_bias, layer_scale=e.layer_scale,
-        drop_path=e.drop_path, remat=config.remat, dtype=compute_dtype(config),
+        drop_path=e.drop_path, final_norm=e.final_norm if "final_norm" in e else True, remat=config.remat,
+        dtype=compute_dtype(config),
     )  # fmt: skip
 
 

@@ -167,6 +167,8 @@ def imagenet_pretraining(c, *, method: str, epochs: float, batch_size: int, size
     c.evals = ConfigDict()
     c.evals.knn = dict(type="knn", on=True, train_split="train", test_split="validation", train_examples=64000, pool="mean",
                        k=20, temperature=0.07, batch_size=512, **duration("every", epochs=20))  # fmt: skip
+    c.evals.fewshot = dict(type="fewshot", on=False, train_split="train[:5%]", test_split="validation", shots=(1, 5, 10),
+                           draws=5, l2=30.0, pool="mean", batch_size=512, **duration("every", epochs=20))  # fmt: skip
     c.evals.reconstruct = dict(type="reconstruct", on=True, split="validation", examples=1024, pictures=6, batch_size=64,
                                **duration("every", epochs=5))  # fmt: skip
     c.evals.nmi = dict(type="nmi", on=True, split="validation", examples=256, batch_size=64,
@@ -193,7 +195,8 @@ def on_the_sample(c):
         source="sample", picture_split="test", crop_scale=(0.0225, 0.16), crop_ratio=(1.0, 1.0),  # .6 to 1.6 x 32 px of 128
         resize_ratio=1.0, normalise="image", mean=(0.5,), std=(0.25,),
     ))  # fmt: skip
-    c.evals.knn.update(dict(train_split="train_tiles", test_split="validation"))
+    for judged in (c.evals.knn, c.evals.fewshot):
+        judged.update(dict(train_split="train_tiles", test_split="validation"))
 
 
 def smoke_test(c):

@@ -97,9 +97,12 @@ def classify_evaluator(e, config, made, normalise, mesh, open_split):
     d, split, examples, batch_size = config.data, e.split, e.examples, e.batch_size
     average = choice("weights", e.weights, ("trained", "average")) == "average"
     if average and not ("average" in config.optim and config.optim.average):
-        raise ConfigError("weights=average: this run keeps no moving average of its weights; optim.average=0.9999 does")
+        raise ConfigError(
+            "weights=average: this run keeps no moving average of its weights; fine-tuning with optim.average=0.9999 does"
+        )
     named, optional = e.source, e.optional
-    path = "" if named not in ("", d.source) else d.path
+    own_path = d.path
+    path = own_path if named in ("", d.source) else ""
     try:
         source = open_source(
             named or d.source, split, path=path, data_dir=d.data_dir, channels=config.channels, label_sets=True

@@ -16,7 +16,7 @@ from mim_jax.evaluators.base import SplitRunner
 from mim_jax.logs import Logger
 from mim_jax.objectives.base import Objective
 from mim_jax.train import pretrained
-from mim_jax.train.workdir import RESULT, claim, git_hash, read_json, write_json
+from mim_jax.train.workdir import RESULT, claim, finished, git_hash, write_json
 
 # The last one gets its name last.
 FILES = {"npy": ("labels.npy", "names.txt", "features.npy"), "parquet": ("features.parquet",)}
@@ -46,15 +46,9 @@ class Extractor(Objective):
         return rearrange(tokens, "b (y x i j) d -> b (y i x j) d", y=rows, x=columns, i=side, j=side)
 
 
-def extractor(config, trained: dict) -> Extractor:
-    """The encoder of the config; `trained` is that of the run with the weights. A classifier that pools by mean was
-    fine-tuned without the final norm, so its top has none.
-
-    Raises ConfigError for a pool or a tap that the encoder has not.
-    """
+def extractor(config) -> Extractor:
+    """The encoder of the config. Raises ConfigError for a pool or a tap that it has not."""
     made, pool, tap = build.encoder(config), config.pool, str(config.tap)
-    if trained["job"] == "finetune" and trained["pool"] == "mean":
-        made = made.clone(final_norm=False)
     if pool != "none":
         pool = build.pooling("pool", pool, made)
     if tap == "top":
@@ -130,7 +124,7 @@ def write_features(config, plain: dict, workdir: epath.Path, mesh) -> dict:
     """
     format, batch_size = choice("format", config.format, FILES), config.batch_size
     folder, d = pretrained.find(config.init_from), config.data
-    made, normalise = extractor(config, pretrained.read_meta(folder)["config"]), build.normaliser(config)
+    made, normalise = extractor(config), build.normaliser(config)
     source = build.sources(config)(d.split)
     if format == "parquet" and made.pool == "none":
         raise ConfigError("format=parquet holds one feature per image; write all tokens (pool=none) with format=npy")
@@ -156,16 +150,16 @@ def write_features(config, plain: dict, workdir: epath.Path, mesh) -> dict:
     )  # fmt: skip
     check_room(workdir, format, shape)
     claim(workdir, plain)
-    finished = read_finished(workdir, origin)
+    already = finished(workdir, origin)
     logger = Logger(workdir, write=jax.process_index() == 0, tensorboard=False)
     logger.say(f"workdir      {workdir}\nweights      {report}")
     logger.say(
         f"data         {source.name} '{source.split}': {source.num_examples} images, {source.num_classes} classes"
     )
-    if finished:
+    if already:
         logger.say(f"these features are finished: {workdir / RESULT}")
         logger.close()
-        return finished
+        return already
 
     def fn(variables, batch):
         features = made.apply(variables, normalise(batch["image"]))
@@ -208,21 +202,8 @@ def check_room(workdir: epath.Path, format: str, shape: tuple[int, ...]):
     if "://" in str(workdir) or found:
         return
     there = next(place for place in (workdir.absolute(), *workdir.absolute().parents) if place.exists())
-    need, free = 4 * math.prod(shape), shutil.disk_usage(there).free
+    begun = [part for name in FILES[format] if (part := workdir / f"{name}.part").exists()]  # by a killed run
+    need, free = 4 * math.prod(shape), shutil.disk_usage(there).free + sum(part.stat().length for part in begun)
     if need > free:  # a write through a memory map would end the process without a word
         raise ConfigError(f"the features take {need / 1e9:.1f} GB, and '{there}' has {free / 1e9:.1f} GB; "
                           "choose another --workdir, or pool")  # fmt: skip
-
-
-def read_finished(workdir: epath.Path, origin: dict) -> dict | None:
-    """result.json, if there. Raises ConfigError when it is of another checkpoint or of other images."""
-    if not (workdir / RESULT).exists():
-        return None
-    there = read_json(workdir / RESULT)
-    changed = [f"{key}: {there.get(key)} -> {value}" for key, value in origin.items() if there.get(key) != value]
-    if changed:
-        raise ConfigError(
-            f"'{workdir}' is finished and holds other features; nothing was changed there. Choose another --workdir. "
-            "Differences (there -> now):\n  " + "\n  ".join(changed)
-        )
-    return there

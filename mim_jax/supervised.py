@@ -10,10 +10,15 @@ from mim_jax.train.optimizer import lr_scale
 
 
 def classifier(config, classes: int) -> Classify:
-    """The encoder of the config with a head: its final norm stays with pool=cls, and makes room for `fc_norm` with mean."""
-    made = build.encoder(config)
-    pool = build.pooling("pool", config.pool, made)
-    return Classify(encoder=made.clone(final_norm=pool == "cls"), classes=classes, pool=pool)
+    """The encoder of the config with a head. Its final norm makes room for `fc_norm` with pool=mean, and stays otherwise."""
+    made, pool = build.encoder(config), config.pool
+    if not hasattr(made, "final_norm"):
+        raise ConfigError(
+            f"job={config.job}: a {type(made).__name__} has no blocks to fine-tune; start from a ViT or a Swin"
+        )
+    if pool != "normed":
+        pool = build.pooling("pool", pool, made)
+    return Classify(encoder=made.clone(final_norm=pool != "mean"), classes=classes, pool=pool)
 
 
 def finetuning_input(config, normalise, classes: int):

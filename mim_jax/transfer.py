@@ -17,9 +17,9 @@ from mim_jax.train.checkpoint import CheckpointError
 TAKEN = {"linprobe": "^encoder/", "finetune": "^(encoder|fc_norm|head)/", "features": "^encoder/"}
 FRESH = {"linprobe": (r"^head",), "finetune": (r"^(head|fc_norm)/",)}
 LEFT = {"finetune": (r"^encoder/norm/", r"^fc_norm/")}
-DATA = ("source", "path", "data_dir", "normalise", "mean", "std")
+PLACE = ("source", "path", "data_dir")
 # Settings of an encoder that two runs may have otherwise and still share weights.
-FREE = ("drop_path", "sparse", "window", "position", "layer_scale")
+FREE = ("drop_path", "sparse", "window", "position", "layer_scale", "final_norm")
 
 
 def inherit(config: TrackedConfig, workdir: epath.Path) -> TrackedConfig:
@@ -54,6 +54,8 @@ def inherit(config: TrackedConfig, workdir: epath.Path) -> TrackedConfig:
     given = tuple(config.image_size) if any(config.image_size) else tuple(source.image_size)
     merged.image_size = given
     take_data(merged, source)
+    if source.job == "finetune" and source.pool == "mean":
+        merged.encoder.final_norm = False  # it was fine-tuned without one
     adapt_encoder(merged, job, resized=given != tuple(source.image_size))
     done = TrackedConfig(merged)
     done.mark_read("job", "init_from", "drop_path", "window", *(key for key in flatten(merged) if key not in own))
@@ -63,12 +65,11 @@ def inherit(config: TrackedConfig, workdir: epath.Path) -> TrackedConfig:
 def take_data(merged: ConfigDict, source: ConfigDict):
     """Fills in the data of the earlier run where none is named, and what "auto" and 0 stand for."""
     data = merged.data
-    if not data.source:
-        if data.path or data.data_dir:
-            raise ConfigError(
-                "data.path and data.data_dir belong to a data.source; give it too, for instance data.source=folder"
-            )
-        for key in DATA:
+    if not data.source:  # a path alone: the same data, moved
+        for key in PLACE:
+            data[key] = data[key] or source.data[key]
+    for key in ("normalise", "mean", "std"):  # the model has seen images so, whichever images these are
+        if data[key] == "run" or not data[key]:
             data[key] = source.data[key]
     if not data.resize_ratio:  # MAE's and timm's rule: 224 / 256 for small images, the whole image for large ones
         data.resize_ratio = 0.875 if min(merged.image_size) < 256 else 1.0
@@ -102,6 +103,10 @@ def pretrained_params(config, made, example, mesh, part: str = pretrained.TRAINE
     """
     job, folder = config.job, pretrained.find(config.init_from)
     source = ConfigDict(pretrained.read_meta(folder)["config"])
+    if job == "finetune" and source.job == "finetune" and source.pool == "mean" != config.pool:
+        raise ConfigError(
+            f"{folder} was fine-tuned with pool=mean and has no final norm, which pool={config.pool} needs"
+        )
     loaded = pretrained.load_params(folder, mesh, TAKEN.get(job, ""), part)
     wanted = tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), *example))["params"])
     skipped = []

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import jit
 from PIL import Image
-from quick import jit
 
 from mim_jax import tree
 from mim_jax.config import ConfigError

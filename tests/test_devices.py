@@ -19,9 +19,13 @@ FLAGS = ["--config=configs/lomar_vitb.py:toy", "--config.total_steps=4", "--conf
          "--config.evals.knn.on=False", "--config.evals.reconstruct.pictures=0"]  # fmt: skip
 
 
+def xla_flags(devices: int) -> str:
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+
+
 def launch(workdir, devices=1, env=None, flags=()):
     """Starts the command line on this many fake devices."""
-    env = {**os.environ, **(env or {}), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = {**os.environ, **(env or {}), "XLA_FLAGS": xla_flags(devices)}
     return subprocess.Popen([sys.executable, "-m", "mim_jax.main", *FLAGS, *flags, f"--workdir={workdir}"], cwd=REPO, env=env,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
@@ -96,37 +100,43 @@ def test_one_missing_variable_is_an_error(tmp_path):
 
 
 def test_fsdp_and_checkpoints_across_device_counts(tmp_path):
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = {**os.environ, "XLA_FLAGS": xla_flags(8)}
     done = subprocess.run([sys.executable, __file__, str(tmp_path)], cwd=REPO, env={**env, "PYTHONPATH": str(REPO)},
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]
 
 
 def test_other_methods_on_one_and_eight_devices_and_in_micro_batches():
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(REPO)}
+    env = {**os.environ, "XLA_FLAGS": xla_flags(8), "PYTHONPATH": str(REPO)}
     done = subprocess.run([sys.executable, __file__, "methods"], cwd=REPO, env=env, capture_output=True, text=True,
                           timeout=900)  # fmt: skip
-    assert done.returncode == 0 and done.stdout.count("passed") == 3, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.returncode == 0 and done.stdout.count("passed") == 4, done.stdout[-2000:] + done.stderr[-3000:]
 
 
 def methods_scenario():
     """Two steps of each toy on 1 device and on several, with micro-batches too: the same losses, gradients, parameters."""
     import jax
 
-    from mim_jax import build, sharding, tree
+    from mim_jax import build, sharding, supervised, tree
     from mim_jax.config import TrackedConfig, load
     from mim_jax.train.schedule import warmup_cosine
     from mim_jax.train.state import create, plan
     from mim_jax.train.step import make_step
 
+    def parts(config):
+        normalise = build.normaliser(config)
+        if config.job == "finetune":
+            return supervised.classifier(config, 10), supervised.finetuning_input(config, normalise, 10)
+        made = build.objective(config)
+        return made, build.pretraining_input(config, made, normalise)
+
     def two_steps(config, devices, accumulation):
-        made, normalise = build.objective(config), build.normaliser(config)
+        made, prepare = parts(config)
         tx = build.optimizer(config, warmup_cosine(1e-3, 10, 1))
         mesh = sharding.make_mesh(jax.devices()[:devices])
         example = build.example(config, made)
         fresh, _, where = plan(made, tx, example, seed=0, mesh=mesh, frozen_patterns=made.frozen)
         state = create(fresh, where)
-        prepare = build.pretraining_input(config, made, normalise)
         step = make_step(made, tx, mesh, where, prepare=prepare, seed=0, accumulation=accumulation)
         history = []
         for i in range(2):
@@ -134,12 +144,27 @@ def methods_scenario():
             history.append({key: float(x) for key, x in metrics.items()})
         return state, history
 
-    # devices, accumulation; drop path draws for every micro-batch anew, so BEiT's are not split
-    others = {"localmim_vitb": ((8, 1), (2, 4)), "localmim_swinb": ((4, 2),), "beit_vitb": ((8, 1),)}
+    def toy(name):
+        config = load(f"configs/{name}.py:toy")
+        if name == "finetune":  # erased, mixed in groups that span devices, drop path; what it takes from a run
+            run = load("configs/lomar_vitb.py:toy")
+            config.update(dict(encoder=run.encoder, image_size=run.image_size, channels=1, erasing=1.0, batch_size=8))
+            config.data.update(dict(mean=(0.5,), std=(0.25,)))
+            config.mixing.group = 4
+            config.encoder.drop_path = 0.5
+        return TrackedConfig(config)
+
+    # devices, accumulation; drop path draws for every micro-batch anew, so BEiT's and fine-tuning's are not split
+    others = {
+        "localmim_vitb": ((8, 1), (2, 4)),
+        "localmim_swinb": ((4, 2),),
+        "beit_vitb": ((8, 1),),
+        "finetune": ((8, 1),),
+    }
     for name in others:
-        config = TrackedConfig(load(f"configs/{name}.py:toy"))
+        config = toy(name)
         state, history = two_steps(config, 1, 1)
-        if name != "beit_vitb":
+        if name.startswith("localmim"):
             assert {"loss", "grad_norm", "loss_tap0", "loss_tap3"} <= history[0].keys()
             assert abs(history[0]["loss"] - sum(history[0][f"loss_tap{j}"] for j in range(4))) < 1e-5
         for devices, accumulation in others[name]:

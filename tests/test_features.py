@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from etils import epath
+from jax import jit
 from PIL import Image
-from quick import jit
 from saved import REPO, save_run
 
 from mim_jax import build, features, sharding
@@ -47,7 +47,7 @@ def images(tmp_path_factory):
 def settings(init_from, images, arguments="toy", **changes):
     config = load(f"{REPO}/configs/features.py:{arguments}")
     config.update(dict(init_from=init_from, batch_size=4) | changes)
-    config.data.update(dict(source="folder", path=str(images), normalise="image", mean=(0.5,), std=(0.25,)))
+    config.data.update(dict(source="folder", path=str(images)))  # normalised as the run's images are
     return config
 
 
@@ -114,11 +114,11 @@ def test_images_without_labels(format, lomar, tmp_path):
         assert (table["label"].to_pylist(), table["name"].to_pylist()) == ([None, None], ["a.png", "b.png"])
 
 
-def extractor(name, pool="mean", tap="top", job="pretrain"):
+def extractor(name, pool="mean", tap="top"):
     """Of the method's own config: what `inherit` would make of a run."""
     config = load(f"{REPO}/configs/{SPECS[name]}")
     config.update(dict(pool=pool, tap=tap))
-    return features.extractor(TrackedConfig(config), {"job": job, "pool": pool})
+    return features.extractor(TrackedConfig(config))
 
 
 def test_pools_and_taps_of_a_vit():
@@ -151,13 +151,6 @@ def test_tokens_of_a_swin_come_row_by_row():
     for r, c in np.ndindex(rows * side, columns * side):
         want = units[:, r // side * columns + c // side, r % side, c % side]
         np.testing.assert_array_equal(tokens[:, r * columns * side + c], want)
-
-
-@pytest.mark.parametrize(
-    "job,pool,normed", [("pretrain", "mean", True), ("finetune", "mean", False), ("finetune", "cls", True)]
-)
-def test_a_classifier_that_pools_by_mean_has_no_final_norm(job, pool, normed):
-    assert extractor("vit", pool, job=job).encoder.final_norm == normed
 
 
 @pytest.mark.parametrize(
@@ -202,7 +195,7 @@ def test_finished_features_are_left_alone(plain, lomar, images, tmp_path, monkey
         assert run(settings(lomar, images), workdir) == results
         assert "finished" in capsys.readouterr().out
         draw(tmp_path / "others", NAMES[:2])
-        with pytest.raises(ConfigError, match="(?s)holds other features.*path: .*others"):
+        with pytest.raises(ConfigError, match="(?s)holds something else.*path: .*others"):
             run(settings(lomar, tmp_path / "others"), workdir)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "features.npy").write_text("dear")

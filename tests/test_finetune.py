@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from quick import jit
+from jax import jit
 from saved import REPO, save_run
 
 from mim_jax import build, sharding, supervised, tree
@@ -19,7 +19,7 @@ from mim_jax.models.relative_bias import CLS_ENTRIES, offsets, resize_offsets
 from mim_jax.run import run
 from mim_jax.train.checkpoint import CheckpointError, Checkpoints
 from mim_jax.train.optimizer import adamw, moving_average
-from mim_jax.train.pretrained import find, load_params
+from mim_jax.train.pretrained import AVERAGE, TRAINED, find, load_params
 from mim_jax.transfer import inherit, pretrained_params
 
 RUNS = {
@@ -196,6 +196,15 @@ def test_a_run_continues_without_the_run_it_came_from(tuned):
     assert pathlib.Path(workdir, "augmented.png").stat().st_size > 1000
 
 
+def test_the_average_starts_from_what_was_loaded(tuned):
+    """Random weights would have a share of decay^steps in it."""
+    with open(f"{tuned[0]}/metrics.jsonl") as f:
+        first = next(row for row in map(json.loads, f) if "validation_average/top1" in row)
+    mesh, key = sharding.make_mesh(), "encoder/block_00/mlp/fc1/kernel"
+    shares = {part: load_params(find(tuned[0]), mesh, key, part)[key] for part in (TRAINED, AVERAGE)}
+    assert first["step"] == 0 and float(jnp.abs(shares[TRAINED] - shares[AVERAGE]).max()) < 5e-3
+
+
 @pytest.mark.parametrize("weights, key", [("trained", "validation"), ("average", "validation_average")])
 def test_evaluation_alone_repeats_the_numbers(tuned, weights, key, tmp_path):
     workdir, results = tuned
@@ -212,6 +221,52 @@ def test_a_fine_tuned_run_can_be_tuned_on_and_other_classes_leave_its_head(tuned
     assert "skipped" not in taken_over(tuned[0])[3]
     report = taken_over(tuned[0], classes=5)[3]
     assert "2 skipped as of other classes (head/bias, head/kernel)" in report
+
+
+def test_a_run_without_a_final_norm_is_probed_without_one(tuned, tmp_path):
+    config = load(f"{REPO}/configs/linprobe.py:toy,features=streamed")
+    config.init_from, config.log.tensorboard = tuned[0], False
+    assert 0 <= run(config, str(tmp_path / "probe"))["validation/top1"] <= 1
+    again = load(f"{REPO}/configs/eval.py:toy,splits=validation")
+    again.init_from = str(tmp_path / "probe")
+    assert 0 <= run(again, str(tmp_path / "eval"))["validation/top1"] <= 1
+    with pytest.raises(ConfigError, match="no final norm, which pool=cls needs"):
+        taken_over(tuned[0], pool="cls")
+
+
+def test_images_are_normalised_as_the_run_had_them_wherever_they_come_from(saved, tmp_path):
+    own = inherit(TrackedConfig(tuning(saved("lomar"))), tmp_path).data
+    other = inherit(
+        TrackedConfig(tuning(saved("lomar"), data__source="folder", data__path="/my/images")), tmp_path
+    ).data
+    moved = inherit(TrackedConfig(tuning(saved("lomar"), data__data_dir="/new")), tmp_path).data
+    said = inherit(TrackedConfig(tuning(saved("lomar"), data__mean=(0.1,))), tmp_path).data
+    for data in (own, other, moved):
+        assert (data.normalise, tuple(data.mean), tuple(data.std)) == ("image", (0.5,), (0.25,))
+    assert (own.source, other.source, other.path) == ("sample", "folder", "/my/images")
+    assert (moved.source, moved.data_dir) == ("sample", "/new") and tuple(said.mean) == (0.1,)
+
+
+def test_a_finished_evaluation_is_read_and_another_one_refused(tuned, tmp_path):
+    def judged(**changes):
+        config = load(f"{REPO}/configs/eval.py:toy,splits=validation")
+        config.init_from = tuned[0]
+        config.evals.validation.update(dict(batch_size=32) | changes)
+        return run(config, str(tmp_path / "eval"))
+
+    assert judged() == judged()
+    with pytest.raises(ConfigError, match="finished and holds something else"):
+        judged(examples=16)
+    config = load(f"{REPO}/configs/eval.py:splits=v2-real")
+    config.init_from, config.data.data_dir = tuned[0], str(tmp_path)
+    with pytest.raises(ConfigError, match="none of the splits real, v2 is there"):
+        run(config, str(tmp_path / "w"))
+
+
+def test_an_image_tokenizer_cannot_be_fine_tuned(tmp_path):
+    folder = save_run("tokenizer.py:toy", tmp_path / "run")
+    with pytest.raises(ConfigError, match="has no blocks to fine-tune"):
+        run(tuning(folder), str(tmp_path / "w"))
 
 
 def test_the_average_is_a_moving_average_of_the_weights():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
-from quick import jit
+from jax import jit
 
 from mim_jax import build
 from mim_jax.config import TrackedConfig, load

@@ -19,7 +19,7 @@ LAYERS = {
 }
 LAYER = {part: number for number, parts in LAYERS.items() for part in parts.split()}
 SAME_LAYER = {("run", "probe"), ("run", "features"), ("run", "evaluate"), ("evaluation", "build"), ("supervised", "build"),
-              ("transfer", "build")}  # besides layer 0, whose files may import each other
+              ("transfer", "build")}  # fmt: skip  # besides layer 0, whose files may import each other
 HEAVY = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections")
 FILES = sorted((REPO / "mim_jax").rglob("*.py"))
 CODE = [f for f in FILES if f.name != "__init__.py"]

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 
 from mim_jax.config import ConfigError
 from mim_jax.masking.random import TokenMask, kept_count
@@ -72,12 +71,12 @@ class Case:
 
     def apply(self, *inputs, method=None):
         """Compiled for these inputs."""
-        run = quick.jit(lambda p, *inputs: self.made.apply({"params": p}, *inputs, method=method))
+        run = jax.jit(lambda p, *inputs: self.made.apply({"params": p}, *inputs, method=method))
         return jax.tree.map(np.asarray, run(self.params, *inputs))
 
     @functools.cached_property
     def predict(self):
-        run = quick.jit(lambda x, m: self.made.apply({"params": self.params}, x, m, method="predict"))
+        run = jax.jit(lambda x, m: self.made.apply({"params": self.params}, x, m, method="predict"))
         return lambda x, m: [np.asarray(p) for p in run(x, m)]
 
     @functools.cached_property
@@ -89,7 +88,7 @@ class Case:
             losses = jnp.stack([*(metrics[f"loss_tap{j}"] for j in range(len(self.made.taps))), total])
             return losses, losses
 
-        found, losses = quick.jit(jax.jacrev(all_losses, has_aux=True))(self.params)
+        found, losses = jax.jit(jax.jacrev(all_losses, has_aux=True))(self.params)
         return np.asarray(losses), {path: np.asarray(x) for path, x in flatten(found).items()}
 
     @property
@@ -133,7 +132,7 @@ def test_hidden_pixels_get_no_gradient_and_visible_ones_do(case):
     square = lambda x, m: sum(
         jnp.square(p).sum() for p in case.made.apply({"params": case.params}, x, m, method="predict")
     )
-    gradient = quick.jit(jax.grad(square))(case.images, case.masks)
+    gradient = jax.jit(jax.grad(square))(case.images, case.masks)
     size = np.abs(np.asarray(patchify(gradient, case.made.encoder.unit))).sum(-1).reshape(BATCH, -1)
     hidden = np.asarray(case.masks.hidden)
     assert (size[hidden] == 0).all() and (size[~hidden] > 0).all()
@@ -171,7 +170,7 @@ def test_targets_are_cells_of_the_image(case):
     found = case.apply(case.images, method="targets")
     for cell, target in zip(made.cells, found, strict=True):
         if made.target == "hog":
-            (want,) = quick.jit(hog, static_argnums=(1, 2))(case.images, (cell,), 5)
+            (want,) = jax.jit(hog, static_argnums=(1, 2))(case.images, (cell,), 5)
             want = np.asarray(want).reshape(BATCH, -1, 15)
         else:
             vectors = cell_vectors(images, cell).reshape(BATCH, -1, cell * cell * 3)
@@ -203,7 +202,7 @@ def test_the_loss_is_the_sum_over_taps_of_weighted_means(case):
 
 def test_features_are_deterministic_and_hide_nothing(case):
     made = case.made
-    features = quick.jit(lambda x: made.apply({"params": case.params}, x, method="features"))
+    features = jax.jit(lambda x: made.apply({"params": case.params}, x, method="features"))
     want = np.asarray(features(case.images))
     assert want.shape == (BATCH, 16 if made.encoder.has_cls else 32) and want.dtype == np.float32
     np.testing.assert_array_equal(features(case.images), want)
@@ -270,7 +269,7 @@ def test_a_top_tap_is_the_encoders_output_and_trains_its_norm(coupled_and_not):
     for case in coupled_and_not:
         made = case.made
         assert not [path for path in flatten(case.params) if path.startswith("norm_2/")]
-        look = quick.jit(lambda p, made=made, case=case: made.apply({"params": p}, case.images, case.masks,
+        look = jax.jit(lambda p, made=made, case=case: made.apply({"params": p}, case.images, case.masks,
                                                                     method="predict", mutable="intermediates")[1])  # fmt: skip
         latent = np.asarray(look(case.params)["intermediates"]["latent_2"][0])
         scale, bias = (np.asarray(case.params["encoder"]["norm"][key]) for key in ("scale", "bias"))
@@ -321,7 +320,7 @@ def test_the_published_counts():
 
 def test_biases_on_the_gradients_are_drawn_per_tap_and_never_trained():
     case = Case("vit", hog_bias=True)
-    fresh = flatten(quick.jit(case.made.init)(jax.random.key(3), case.images, case.masks)["params"])
+    fresh = flatten(jax.jit(case.made.init)(jax.random.key(3), case.images, case.masks)["params"])
     biases = np.stack([fresh[f"hog_bias_{j}"] for j in range(3)])
     assert biases.shape == (3, 2) and (np.abs(biases) <= 1 / 3).all() and len(np.unique(biases)) == 6
     assert {path for path in fresh if any(re.search(p, path) for p in case.made.frozen)} == {
@@ -329,7 +328,7 @@ def test_biases_on_the_gradients_are_drawn_per_tap_and_never_trained():
     }
     targets = case.apply(case.images, method="targets")
     given = [case.params[f"hog_bias_{j}"] for j in range(3)]
-    wanted = quick.jit(hog, static_argnums=(1, 2))(case.images, case.made.cells, 5, given)
+    wanted = jax.jit(hog, static_argnums=(1, 2))(case.images, case.made.cells, 5, given)
     for found, want in zip(targets, wanted, strict=True):
         np.testing.assert_array_equal(found, want.reshape(found.shape))
     for j in range(3):
@@ -398,7 +397,7 @@ def test_counted_flops_are_nearly_all_of_the_compiled_ones(kind):
     """Norms, GELU and softmax, which are not counted, are the rest: a tenth at these widths."""
     made = wide(kind)
     images, masks, params = traced(made, batch=2)
-    compiled = quick.jit(lambda p, x, m: made.apply(p, x, m, method="predict")).lower(params, images, masks).compile()
+    compiled = jax.jit(lambda p, x, m: made.apply(p, x, m, method="predict")).lower(params, images, masks).compile()
     assert 0.88 < made.flops() / (compiled.cost_analysis()["flops"] / 2) < 1
 
 

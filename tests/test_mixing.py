@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from quick import jit
+from jax import jit
 
 from mim_jax.config import ConfigError
 from mim_jax.data import mixing

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mim_jax import tree
-from mim_jax.convert import names
+from mim_jax.convert import layouts, names
 
 RNG = np.random.default_rng(0)
 VIT = names.localmim_vit_rules((4, 2, 1, 0.5))
@@ -111,6 +111,37 @@ def test_released_parameters_have_our_names_and_shapes(case, rules, golden):
 def test_a_name_that_nobody_knows_is_refused(case, rules, name, golden):
     with pytest.raises(KeyError, match=name):
         names.from_released(released(golden, case) | {name: np.zeros(3)}, rules)
+
+
+EXAMPLES = {r"(\d+)": "3", r"(\d)": "1", r"(norm\d)": "norm2", r"(gamma_\d)": "gamma_1", "([qv]_bias)": "v_bias",
+            r"(attn|mlp)": "mlp", r"(\w+)": "fc1", "(embed|pred)": "pred"}  # fmt: skip
+RULES = {key: value for key, value in vars(names).items() if key.endswith("_RULES")} | {"LOCALMIM_VIT_RULES": VIT}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_leads_back(name):
+    assert len(RULES) >= 13
+    for pattern, _, layout in RULES[name]:
+        released = pattern.strip("^$").replace(r"\.", ".")
+        for group, example in EXAMPLES.items():
+            released = released.replace(group.replace(r"\.", "."), example)
+        path, found = names.our_name(released, RULES[name])
+        assert found == layout and names.released_name(path, RULES[name]) == (released, layout)
+
+
+def test_the_inverse_of_all_rules_refuses_what_it_does_not_know():
+    ours = {"encoder/block_11/attn/qkv/kernel": np.ones((4, 12), np.float32)}
+    ((name, array),) = names.to_released_state(ours, names.VIT_RULES).items()
+    assert (name, array.shape) == ("blocks.11.attn.qkv.weight", (12, 4))
+    with pytest.raises(KeyError, match="encoder/strange"):
+        names.to_released_state({"encoder/strange": np.zeros(3)}, names.VIT_RULES)
+
+
+def test_shapes_follow_without_arrays():
+    for layout, shape in (("patch", (5, 3, 4, 4)), ("merge_linear", (6, 12)), ("shuffle_linear", (12, 5, 1, 1))):
+        ours = layouts.our_shape(shape, layout)
+        assert ours == names.to_ours(np.zeros(shape), layout).shape
+        assert layouts.released_shape(ours, layout, 4) == shape
 
 
 def test_the_last_tap_may_lie_below_the_top():

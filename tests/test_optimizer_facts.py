@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 
 from mim_jax import tree
+from mim_jax.config import load
 from mim_jax.convert import names
 from mim_jax.train.optimizer import adamw, decays, layer_id, lr_scale, scale_by_adam
 from mim_jax.train.schedule import warmup_cosine
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+REPO = pathlib.Path(__file__).resolve().parent.parent
+GOLDEN = REPO / "tests" / "golden"
 FACTS = {model: json.loads((GOLDEN / f"opt_facts_{model}.json").read_text()) for model in ("mimvit", "mimswin")}
 WEIGHT_DECAY = 0.05
-TOKENS_AND_POSITIONS = (r"cls_token$", r"pos_embed$")  # the ViT's released fine-tuning exempts them by name
+# The released fine-tuning exempts them by name.
+TOKENS_AND_POSITIONS = load(f"{REPO}/configs/finetune.py").optim.no_decay
 TOKENS_AND_TABLES = (r"mask_token$", r"relative_bias$")  # LocalMIM-Swin's pretraining
 # model: recorded case with the same names, rules, exempt patterns
 PRETRAINING = {

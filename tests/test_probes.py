@@ -1,6 +1,7 @@
 """Probes: several heads in one pass, their BatchNorm, the attentive head, few-shot, and what may choose what."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ print(json.dumps([jax.device_count(), metrics, {k: np.asarray(x).tolist() for k,
 
 
 def test_eight_devices_make_the_same_heads(together, run_python):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     done = run_python("import sys; sys.path.insert(0, 'tests')\n" + DEVICES, env=flags)
     assert done.returncode == 0, done.stderr[-2000:]
     devices, metrics, found = json.loads(done.stdout.splitlines()[-1])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 
 import jax
@@ -475,7 +476,7 @@ where = [NamedSharding(mesh, spec) for spec in (P(), P("data"), P(None, "data"))
 found = [fingerprints({"x": jax.device_put(x, w)}) for w in where]
 print(found + [fingerprints({"x": x})])
 """
-    done = run_python(code, env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    done = run_python(code, env={"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"})
     assert done.returncode == 0, done.stderr
     here = fingerprints({"x": np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)})
     assert eval(done.stdout) == [here] * 4

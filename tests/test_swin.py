@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 
 from mim_jax.config import ConfigError
 from mim_jax.models.swin import Merge, Swin
@@ -139,7 +138,7 @@ def look(run):
         outputs = run(params, images, hidden)
         return sum((x * cotangent(x, k)).sum() for k, x in enumerate(outputs)), outputs
 
-    @quick.jit
+    @jax.jit
     def looked(params, images, hidden):
         (_, outputs), (p, x) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, images, hidden)
         found = {f"output {k}": x for k, x in enumerate(outputs)}
@@ -276,7 +275,7 @@ def test_bfloat16_is_close(main_case):
 def test_training_mode_drops_branches(main_case):
     c = main_case
     swin = c.swin.clone(drop_path=0.5)
-    run = quick.jit(lambda key, train: swin.apply({"params": c.params}, c.images, train, rngs={"dropout": key}),
+    run = jax.jit(lambda key, train: swin.apply({"params": c.params}, c.images, train, rngs={"dropout": key}),
                     static_argnums=1)  # fmt: skip
     first, again, other = (np.asarray(run(jax.random.key(k), True)) for k in (0, 0, 1))
     np.testing.assert_array_equal(first, again)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import quick
 
 from mim_jax.config import ConfigError
 from mim_jax.models import codebook
@@ -28,7 +27,7 @@ def pictures(grid=(7, 9), batch=2, seed=0):
 
 
 def started(made, *args):
-    return quick.jit(lambda: made.init(jax.random.key(0), *args))()
+    return jax.jit(lambda: made.init(jax.random.key(0), *args))()
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def trained():
     masks, tx = made.masks(jax.random.key(0), 4), optax.adam(3e-3)
     variables = started(made, images, masks)
 
-    @quick.jit
+    @jax.jit
     def step(variables, opt_state):
         compute = lambda v: made.apply(v, images, masks, True)
         (loss, metrics), grads = jax.value_and_grad(compute, has_aux=True)(variables)
@@ -109,7 +108,7 @@ def test_codes_depend_on_a_neighbourhood(trained):
     made, variables, _ = trained
     images = pictures(batch=1)
     changed = images.at[:, 3 * PATCH : 4 * PATCH, 2 * PATCH : 3 * PATCH].add(1.0)  # row 3, column 2
-    latent = quick.jit(lambda x: made.encoder.apply({"params": variables["params"]["encoder"]}, x, method="latent"))
+    latent = jax.jit(lambda x: made.encoder.apply({"params": variables["params"]["encoder"]}, x, method="latent"))
     reached = np.asarray((latent(images) != latent(changed)).any(-1))[0]
     rows, columns = np.indices(reached.shape)
     np.testing.assert_array_equal(reached, (abs(rows - 3) <= DEPTH) & (abs(columns - 2) <= DEPTH))
@@ -137,7 +136,7 @@ def test_counted_flops_are_the_compiled_ones():
 def test_rematerialisation_changes_no_gradient(trained):
     made, variables, _ = trained
     images = pictures(seed=2)
-    gradients = lambda made: quick.jit(jax.grad(lambda v: made.apply(v, images, made.masks(None, 2))[0]))(variables)
+    gradients = lambda made: jax.jit(jax.grad(lambda v: made.apply(v, images, made.masks(None, 2))[0]))(variables)
     plain = gradients(made)
     assert all(bool(jnp.any(g != 0)) for g in jax.tree.leaves(plain)), "every parameter has one"
     again = gradients(made.clone(encoder=made.encoder.clone(remat=True)))
@@ -157,7 +156,7 @@ def test_the_loss_falls_and_codes_differ(trained):
 def test_usage_is_the_exponential_of_the_entropy():
     codes = np.array([[0, 0, 3, 3], [5, 5, 5, 5]])
     share = np.array([1 / 4, 1 / 4, 1 / 2])
-    found = quick.jit(lambda c: code_usage(c, 8))(codes)
+    found = jax.jit(lambda c: code_usage(c, 8))(codes)
     assert found["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-6)
     assert found["codes_used"] == pytest.approx(3 / 8)
 

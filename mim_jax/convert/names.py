@@ -1,16 +1,21 @@
 """Released PyTorch parameter names and layouts <-> this project's, as data: one ordered list of rules per model.
 
 A rule is (pattern, our path, layout); the pattern's groups fill the path's fields in their order. Layouts are linear,
-so gradients convert by the same rules as parameters.
+so gradients convert by the same rules as parameters. Rules serve both directions: outside its groups a pattern is plain text.
+
+Names of LoMaR, LocalMIM, MAE and SimMIM are those of recorded files. Those of GreenMIM, BEiT and timm follow their published
+state dicts as they are commonly described; no file of theirs was seen.
 """
 
+import functools
 import re
 
 import numpy as np
 
 from mim_jax import tree
+from mim_jax.convert.layouts import LAYOUTS, to_ours, to_released
 
-RGB = 3  # channels of every released model
+__all__ = ["LAYOUTS", "to_ours", "to_released"]  # also looked for here
 # Names the released checkpoints carry for nothing: fixed tables and filters, which are constants here.
 FIXED_TABLES = (r"^pos_embed$", r"^decoder_pos_embed$", r"^decoder\.\d+\.pos_embed$", r"^hog_enc\.\d+\.conv\.weight$",
                 r"\.relative_position_index$", r"\.attn_mask$")  # fmt: skip
@@ -54,13 +59,23 @@ VIT_BODY = vit_body("^")
 HEAD = linear(r"^head", "head")
 VIT_RULES = VIT_BODY + norm(r"^norm", "encoder/norm")
 LOMAR_RULES = VIT_RULES + ((r"^mask_token$", "mask_token", "same"), *linear(r"^encoder_pred", "head"))
-MAE_RULES = VIT_RULES + (
+MAE_DECODER = (
     (r"^mask_token$", "decoder/mask_token", "same"),
     *linear(r"^decoder_(embed|pred)", "decoder/{}"),
     *block(r"^decoder_blocks\.(\d+)\.", "decoder/block_{:02d}/"),
     *norm(r"^decoder_norm", "decoder/norm"),
 )
+MAE_RULES = VIT_RULES + MAE_DECODER
 CLASSIFIER_RULES = VIT_RULES + ((r"^pos_embed$", "encoder/pos_embed", "same"),) + norm(r"^fc_norm", "fc_norm") + HEAD
+TIMM_VIT_RULES = (  # layer scales have a name of their own there
+    *(rule for rule in CLASSIFIER_RULES if "gamma" not in rule[0]),
+    (r"^blocks\.(\d+)\.ls(\d)\.gamma$", "encoder/block_{:02d}/gamma_{}", "same"),
+)
+BEIT_BODY = (*VIT_BODY, (r"^rel_pos_bias\.relative_position_bias_table$", "encoder/relative_bias", "same"))
+BEIT_RULES = BEIT_BODY + norm(r"^norm", "encoder/norm") + (
+    (r"^mask_token$", "mask_token", "same"), *linear(r"^lm_head", "head"),
+)  # fmt: skip
+BEIT_CLASSIFIER_RULES = BEIT_BODY + norm(r"^fc_norm", "fc_norm") + HEAD  # without the final norm: mean pooling
 
 # -- LocalMIM ---------------------------------------------------------------------------------------------------------
 
@@ -138,7 +153,15 @@ LOCALMIM_SWIN_RULES = (
     + LOCAL_DECODERS
     + linear(r"^decoder\.(\d+)\.pred", "decoder_{}/pred")
 )
+GREENMIM_RULES = swin_body(r"^encoder\.", "linear", "same") + norm(r"^encoder\.norm", "encoder/norm") + MAE_DECODER
 SWIN_CLASSIFIER_RULES = swin_body("^", "linear", "same") + norm(r"^norm", "fc_norm") + HEAD
+SWIN_RULES = swin_body("^", "linear", "same") + norm(r"^norm", "encoder/norm")  # the norm comes before the mean
+# timm since 0.9 counts a merging to the stage after it.
+TIMM_SWIN_RULES = sum((
+    ((rf"^layers\.{i}\.downsample\.reduction\.weight$", f"encoder/stage_{i - 1}/merge/reduction/kernel", "linear"),
+     *norm(rf"^layers\.{i}\.downsample\.norm", f"encoder/stage_{i - 1}/merge/norm")) for i in range(1, 4)
+), ()) + tuple(rule for rule in SWIN_RULES if "merge" not in rule[1])  # fmt: skip
+TIMM_SWIN_HEAD = linear(r"^head\.fc", "head")
 
 
 # -- using the rules --------------------------------------------------------------------------------------------------
@@ -153,74 +176,6 @@ def our_name(released: str, rules) -> tuple[str, str] | None:
     return None
 
 
-def to_ours(array, layout: str):
-    """A released array in this project's layout."""
-    return LAYOUTS[layout][0](array)
-
-
-def to_released(array, layout: str, patch: int = 0):
-    """The inverse of `to_ours`; "patch" needs the patch size."""
-    back = LAYOUTS[layout][1]
-    return back(array, patch) if layout == "patch" else back(array)
-
-
-def transposed(array):
-    """linear [out in] <-> [in out]."""
-    return np.ascontiguousarray(array.T)
-
-
-def patch_to_ours(array):
-    """conv [d c p q] -> [(p q c) d]."""
-    return np.ascontiguousarray(array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0]))
-
-
-def patch_to_released(array, patch: int):
-    return np.ascontiguousarray(array.reshape(patch, patch, -1, array.shape[-1]).transpose(3, 2, 0, 1))
-
-
-def deconv_to_ours(array):
-    """2x2 transposed convolution of stride 2, [in out 2 2] -> [in (2 2 out)]."""
-    return np.ascontiguousarray(array.transpose(0, 2, 3, 1).reshape(array.shape[0], -1))
-
-
-def deconv_to_released(array):
-    return np.ascontiguousarray(array.reshape(array.shape[0], 2, 2, -1).transpose(0, 3, 1, 2))
-
-
-def swap_neighbours(array):
-    """[(4 d) ...] with 2x2 neighbours (0,0),(0,1),(1,0),(1,1) <-> (0,0),(1,0),(0,1),(1,1), each (row, column)."""
-    return array.reshape(4, -1, *array.shape[1:])[np.array([0, 2, 1, 3])].reshape(array.shape)
-
-
-def shuffle_to_ours(array):
-    """[(c u u) ...], a pixel shuffle's order, -> [(u u c) ...], the order of patches; RGB."""
-    pixels = array.reshape(RGB, -1, *array.shape[1:])
-    return np.ascontiguousarray(pixels.swapaxes(0, 1)).reshape(array.shape)
-
-
-def shuffle_to_released(array):
-    pixels = array.reshape(-1, RGB, *array.shape[1:])
-    return np.ascontiguousarray(pixels.swapaxes(0, 1)).reshape(array.shape)
-
-
-# layout: (released -> ours, ours -> released)
-LAYOUTS = {
-    "same": (lambda x: x, lambda x: x),
-    "squeeze": (lambda x: x[0], lambda x: x[None]),
-    "linear": (transposed, transposed),
-    "conv1": (lambda x: transposed(x[:, :, 0, 0]), lambda x: transposed(x)[:, :, None, None]),
-    "patch": (patch_to_ours, patch_to_released),
-    "deconv": (deconv_to_ours, deconv_to_released),
-    "shuffle": (shuffle_to_ours, shuffle_to_released),
-    "shuffle_linear": (
-        lambda x: transposed(shuffle_to_ours(x[:, :, 0, 0])),
-        lambda x: shuffle_to_released(transposed(x))[:, :, None, None],
-    ),
-    "merge": (swap_neighbours, swap_neighbours),
-    "merge_linear": (lambda x: swap_neighbours(transposed(x)), lambda x: transposed(swap_neighbours(x))),
-}
-
-
 def from_released(state: dict, rules, ignore=FIXED_TABLES) -> dict:
     """{released name: array} -> our nested tree. Raises KeyError for a name that no rule and no ignore pattern explains."""
     flat = {}
@@ -231,3 +186,42 @@ def from_released(state: dict, rules, ignore=FIXED_TABLES) -> dict:
         elif not tree.matches(ignore, name):
             raise KeyError(f"released parameter '{name}' {np.shape(array)} has no counterpart here")
     return tree.nest(flat)
+
+
+GROUP = re.compile(r"\([^()]*\)")
+
+
+@functools.cache
+def inverse(rule) -> tuple[re.Pattern, str]:
+    """-> (pattern of our path, the released name with a field for each of its groups)."""
+    pattern, path, _ = rule
+    groups = iter(GROUP.findall(pattern))
+    ours = "".join(next(groups) if part.startswith("{") else re.escape(part) for part in re.split(r"(\{[^}]*\})", path))
+    return re.compile(ours), re.sub(r"\\(.)", r"\1", GROUP.sub("{}", pattern.strip("^$")))
+
+
+def released_name(path: str, rules) -> tuple[str, str] | None:
+    """-> (released name, layout) of our path, or None when no rule leads to it."""
+    for rule in rules:
+        ours, template = inverse(rule)
+        found = ours.fullmatch(path)
+        if found:
+            name = template.format(*(int(g) if g.isdigit() else g for g in found.groups()))
+            if our_name(name, rules) == (path, rule[2]):
+                return name, rule[2]
+    return None
+
+
+def to_released_state(params: dict, rules, patch: int = 0) -> dict[str, np.ndarray]:
+    """{our path: array} -> {released name: array in the released layout}: the inverse of `from_released`, bit by bit.
+
+    `patch` is that of the encoder. Fixed tables, which are no parameters here, are not made. Raises KeyError for a path that
+    no rule explains.
+    """
+    state = {}
+    for path, array in params.items():
+        named = released_name(path, rules)
+        if named is None:
+            raise KeyError(f"our parameter '{path}' {np.shape(array)} has no released counterpart")
+        state[named[0]] = to_released(np.asarray(array), named[1], patch)
+    return state

@@ -40,14 +40,14 @@ def fewshot(bank, queries, classes: int, shots: int, *, draws: int, l2: float, s
 
     Features are standardised by the mean and deviation of the whole bank, whose labels beyond the drawn ones are not used.
     """
-    features = np.asarray(bank["features"], np.float64)
-    mean, deviation = features.mean(0), np.maximum(features.std(0), 1e-6)
+    features = np.asarray(bank["features"])
+    mean, deviation = features.mean(0, np.float64), np.maximum(features.std(0, np.float64), 1e-6)
     standard = lambda x: (np.asarray(x, np.float64) - mean) / deviation
-    features, asked, one_hot = standard(features), standard(queries["features"]), np.eye(classes)
+    asked, one_hot = standard(queries["features"]), np.eye(classes)
     found = []
     for draw in range(draws):
         ids = draw_shots(bank["label"], classes, shots, seed, draw)
-        weights, intercept = ridge_fit(features[ids], one_hot[bank["label"][ids]], l2)
+        weights, intercept = ridge_fit(standard(features[ids]), one_hot[bank["label"][ids]], l2)
         found.append((np.argmax(asked @ weights + intercept, -1) == queries["label"]).mean())
     return np.array(found)
 

@@ -59,10 +59,8 @@ def _train(features, labels, settings: ProbeSettings):
     def fit(lr):
         tx = lars(warmup_cosine(lr, total, settings.warmup_epochs * per_epoch))
 
-        def step(carry, i):
+        def step(carry, ids):
             params, stats, opt_state = carry
-            order = jax.random.permutation(jax.random.fold_in(key, i // per_epoch), n)
-            ids = jax.lax.dynamic_slice(order, (i % per_epoch * batch,), (batch,))
 
             def loss_fn(p):
                 logits, new = head.apply(
@@ -74,8 +72,12 @@ def _train(features, labels, settings: ProbeSettings):
             updates, opt_state = tx.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), stats, opt_state), None
 
+        def epoch(carry, i):
+            order = jax.random.permutation(jax.random.fold_in(key, i), n)
+            return jax.lax.scan(step, carry, order[: per_epoch * batch].reshape(per_epoch, batch))
+
         start = (variables["params"], variables["batch_stats"], tx.init(variables["params"]))
-        (params, stats, _), _ = jax.lax.scan(step, start, jnp.arange(total))
+        (params, stats, _), _ = jax.lax.scan(epoch, start, jnp.arange(settings.epochs))
         return {"params": params, "batch_stats": stats}
 
     return jax.vmap(fit)(jnp.asarray([scaled_lr(lr, batch) for lr in settings.base_lrs], jnp.float32))

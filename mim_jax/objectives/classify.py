@@ -28,7 +28,8 @@ def one_hot_targets(targets, classes: int, smoothing: float = 0.0):
 class Classify(Objective):
     """Encoder, pooling, norm, linear head. Here `masks` are the targets: [b] labels or [b classes].
 
-    pool "mean": mean of patch tokens, then `fc_norm`; the encoder has no final norm. pool "cls": the cls token after it.
+    pool "mean": mean of patch tokens, then `fc_norm`; the encoder has no final norm. pool "cls": the cls token after it; pool
+    "normed": the mean of patch tokens after it (timm's Swin).
     """
 
     classes: int = 1000
@@ -45,7 +46,7 @@ class Classify(Objective):
         """[b h w c] -> [b d]: what the head sees; `pool` other than the model's own is refused."""
         if pool not in ("", self.pool):
             raise ValueError(f"this classifier pools by '{self.pool}', not '{pool}'")
-        pooled = self.encoder.pool(self.encoder(images, train), self.pool)
+        pooled = self.encoder.pool(self.encoder(images, train), "cls" if self.pool == "cls" else "mean")
         return self.fc_norm(pooled) if self.pool == "mean" else pooled
 
     def logits(self, images, train: bool = False):

@@ -76,4 +76,8 @@ def create(fresh, shardings, replace=None) -> TrainState:
             return tree.map_named(lambda path, leaf: pick(path, leaf, where[path]), part)
 
         state = state.replace(params=put(state.params, shardings.params), frozen=put(state.frozen, shardings.frozen))
+        if optax.tree.get(state.opt_state, "average") is not None:
+            # It starts from what was loaded, in buffers of its own.
+            copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings.params)(state.params)
+            state = state.replace(opt_state=optax.tree.set(state.opt_state, average=copy))
     return state

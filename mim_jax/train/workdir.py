@@ -69,6 +69,21 @@ def read_json(path: epath.Path) -> dict:
         raise ConfigError(f"'{path}' cannot be read ({error}); restore it, or choose another --workdir") from error
 
 
+def finished(workdir: epath.Path, origin: dict) -> dict | None:
+    """result.json of a job that is done, or None. Raises ConfigError when it is of another `origin`: what was asked of what."""
+    if not (workdir / RESULT).exists():
+        return None
+    there = read_json(workdir / RESULT)
+    origin = json.loads(json.dumps(origin))
+    changed = [f"{key}: {there.get(key)} -> {value}" for key, value in origin.items() if there.get(key) != value]
+    if changed:
+        raise ConfigError(
+            f"'{workdir}' is finished and holds something else; nothing was changed there. Choose another --workdir. "
+            "Differences (there -> now):\n  " + "\n  ".join(changed)
+        )
+    return there
+
+
 def write_json(path: epath.Path, values: dict):
     """Written whole or not at all, by process 0."""
     if jax.process_index() == 0:

@@ -1,0 +1,139 @@
+"""The sizes of a released model, read off the shapes of its tensors."""
+
+import math
+import re
+
+from mim_jax.config import SWIN_SIZES, VIT_SIZES, ConfigError
+
+HEADS = {width: heads for width, _, heads in VIT_SIZES.values()}  # where no tensor tells
+CLS_ENTRIES = 3
+OWN_BIAS, SHARED_BIAS = "blocks.0.attn.relative_position_bias_table", "rel_pos_bias.relative_position_bias_table"
+
+
+class Misfit(ConfigError):
+    """Tensors that are not those of the model they were taken for."""
+
+
+def need(shapes: dict, name: str) -> tuple:
+    """The shape of a tensor that must be there."""
+    if name not in shapes:
+        raise Misfit(f"it has no '{name}'")
+    return shapes[name]
+
+
+def count(shapes: dict, pattern: str) -> int:
+    """One more than the largest number that the pattern's group finds; 0 for none."""
+    return 1 + max((int(m.group(1)) for m in (re.match(pattern, name) for name in shapes) if m), default=-1)
+
+
+def square_side(n: int, name: str) -> int:
+    side = math.isqrt(n)
+    if side * side != n:
+        raise Misfit(f"'{name}' is of {n} places, which are no square; give the image's size: --size=HEIGHTxWIDTH")
+    return side
+
+
+def span(entries: int, name: str) -> int:
+    """Of a table of relative positions: (2w - 1)^2 entries -> w."""
+    return (square_side(entries, name) + 1) // 2
+
+
+def letter_of(width: int, table) -> str:
+    """The published variant of this width; B for none."""
+    return next((letter for letter, sizes in table.items() if sizes[0] == width), "B")
+
+
+def vit(shapes: dict, prefix: str, heads: int, size) -> tuple[dict, dict]:
+    """-> (the keys of an encoder's section that the tensors tell, {letter, channels, size}).
+
+    `heads` and `size` (height, width), or 0 and None, are what the user says; they must not contradict the tensors.
+    """
+    at = lambda name: need(shapes, prefix + name)
+    if len(embedding := at("patch_embed.proj.weight")) != 4:
+        raise Misfit(f"'{prefix}patch_embed.proj.weight' {embedding} is no convolution of 4 axes")
+    width, channels, patch, _ = embedding
+    told, where = heads_of(shapes, prefix, width)
+    known = told or heads or HEADS.get(width)
+    if not known:
+        raise ConfigError(f"the tensors do not tell the number of heads of a ViT {width} wide; give it: --heads=...")
+    if told and heads not in (0, told):
+        raise ConfigError(f"--heads={heads}, but '{where}' says {told}")
+    if f"{prefix}blocks.0.attn.q_bias" not in shapes:
+        at("blocks.0.attn.qkv.bias")  # a ViT without biases has no counterpart here
+    encoder = dict(
+        patch=patch, width=width, depth=count(shapes, rf"{re.escape(prefix)}blocks\.(\d+)\."), heads=known,
+        mlp_ratio=at("blocks.0.mlp.fc1.weight")[0] / width,
+        qkv_bias="qv" if f"{prefix}blocks.0.attn.q_bias" in shapes else "all",
+    )  # fmt: skip
+    if not any(f"{prefix}blocks.0.{name}" in shapes for name in ("gamma_1", "ls1.gamma")):
+        encoder["layer_scale"] = 0.0
+    return encoder, dict(letter=letter_of(width, VIT_SIZES), channels=channels,
+                         size=vit_size(shapes, prefix, patch, size))  # fmt: skip
+
+
+def heads_of(shapes: dict, prefix: str, width: int) -> tuple[int, str]:
+    """-> (heads, by which tensor); 0 where none tells."""
+    for name, heads in (
+        ("blocks.0.attn.rpe_k.lookup_table_weight", lambda shape: width // shape[1]),  # [1 head_dim buckets]
+        (SHARED_BIAS, lambda shape: shape[1]),
+        (OWN_BIAS, lambda shape: shape[1]),
+    ):
+        if prefix + name in shapes:
+            return heads(shapes[prefix + name]), prefix + name
+    return 0, ""
+
+
+def vit_size(shapes: dict, prefix: str, patch: int, size) -> tuple[int, int]:
+    """Height and width of the images, by the table of positions; what the user says, or 224, where none is."""
+    for name in ("pos_embed", SHARED_BIAS, OWN_BIAS):
+        if (shape := shapes.get(prefix + name)) is None:
+            continue
+        absolute = name == "pos_embed"
+        n = shape[1] - 1 if absolute else shape[0] - CLS_ENTRIES
+        if size is not None:
+            rows, columns = (side // patch for side in size)
+            fitting = rows * columns if absolute else (2 * rows - 1) * (2 * columns - 1)
+            if n != fitting or any(side % patch for side in size):
+                raise ConfigError(
+                    f"--size={size[0]}x{size[1]}: '{prefix}{name}' {shape} is of another size; leave --size out here and "
+                    "give the size to the run that starts from this one"
+                )
+            return size
+        return ((square_side(n, prefix + name) if absolute else span(n, prefix + name)) * patch,) * 2
+    return size or (224, 224)
+
+
+def swin(shapes: dict, prefix: str, size) -> tuple[dict, dict]:
+    """As `vit`, of a Swin."""
+    at = lambda name: need(shapes, prefix + name)
+    if len(embedding := at("patch_embed.proj.weight")) != 4:
+        raise Misfit(f"'{prefix}patch_embed.proj.weight' {embedding} is no convolution of 4 axes")
+    width, channels, patch, _ = embedding
+    stage = re.escape(prefix) + r"layers\."
+    stages = count(shapes, stage + r"(\d+)\.")
+    depths = tuple(count(shapes, rf"{stage}{i}\.blocks\.(\d+)\.") for i in range(stages))
+    table = "layers.{}.blocks.0.attn.relative_position_bias_table"
+    tables = [at(table.format(i)) for i in range(stages)]
+    window = max(span(entries, prefix + table.format(i)) for i, (entries, _) in enumerate(tables))
+    encoder = dict(patch=patch, width=width, depths=depths, heads=tuple(heads for _, heads in tables), window=window,
+                   mlp_ratio=at("layers.0.blocks.0.mlp.fc1.weight")[0] / width)  # fmt: skip
+    unit = patch * 2 ** (stages - 1)
+    told = swin_size(shapes, prefix, unit, patch)
+    if told and size not in (None, told):
+        there = f"{told[0]}x{told[1]}"
+        raise ConfigError(f"--size={size[0]}x{size[1]}, but the tensors are of {there} px; leave --size out")
+    grids = [224 // (patch << i) for i in range(stages)]
+    fits = 224 % unit == 0 and all(g <= window or g % window == 0 for g in grids)
+    side = 224 if fits else unit * window  # windows of 6: 192 px, of 12: 384 px
+    return encoder, dict(letter=letter_of(width, SWIN_SIZES), channels=channels, size=told or size or (side, side))
+
+
+def swin_size(shapes: dict, prefix: str, unit: int, patch: int) -> tuple[int, int] | None:
+    """Height and width by masks of windows or a decoder's table; None where there is neither."""
+    mask = shapes.get(f"{prefix}layers.0.blocks.1.attn_mask")
+    if mask is not None:
+        return (square_side(mask[0] * mask[1], "attn_mask") * patch,) * 2
+    for name, stride in (("decoder.0.pos_embed", 2 * patch), ("decoder_pos_embed", unit)):
+        if name in shapes:
+            return (square_side(shapes[name][1], name) * stride,) * 2
+    return None

@@ -1,0 +1,264 @@
+"""Exports hold what the run holds, under the names of others; what timm and transformers make of them: with_torch/."""
+
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import jit
+from saved import save_run
+
+from mim_jax import build, sharding, tree
+from mim_jax.config import ConfigDict, ConfigError, load
+from mim_jax.convert import export as export_lib
+from mim_jax.convert import formats, names, safetensors_file, torch_file
+from mim_jax.convert.export import export
+from mim_jax.models.posembed import sincos_table
+from mim_jax.train import pretrained
+from mim_jax.train.checkpoint import CheckpointError
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+
+
+def python_of(file: pathlib.Path) -> str:
+    """The Python blocks of a markdown file."""
+    return "\n".join(re.findall(r"```python\n(.*?)```", file.read_text(), re.S))
+
+
+def card_of(file: pathlib.Path) -> pathlib.Path:
+    return file.with_name(file.name + ".md")
+
+
+def metadata(file) -> dict:
+    with open(file, "rb") as f:
+        return json.loads(f.read(int.from_bytes(f.read(8), "little")))["__metadata__"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A LoMaR run with random weights."""
+    return save_run("lomar_vitb.py:toy", tmp_path_factory.mktemp("runs") / "lomar")
+
+
+def drawn(spec: str, **encoder):
+    """-> the config of a pretraining run, its objective, random {our path: array}; nothing is compiled."""
+    config = load(f"{REPO}/configs/{spec}")
+    config.encoder.update(encoder)
+    made, rng = build.objective(config), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), *build.example(config, made)))["params"]
+    params = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in tree.flatten(shapes).items()}
+    return ConfigDict(config.to_dict()), made, params
+
+
+def test_the_documented_program_computes_what_the_run_computes(run, tmp_path):
+    out = tmp_path / "lomar.safetensors"
+    assert export(run, "safetensors", str(out)) == [out, card_of(out)]
+    program = {}
+    exec(python_of(REPO / "docs" / "irpe_vit.md"), program)
+    state, said = program["read"](out)
+    images = np.random.default_rng(0).normal(size=(2, 24, 40, 1)).astype(np.float32)  # another size than the run's
+    config = load(f"{REPO}/configs/lomar_vitb.py:toy")
+    config.image_size = (24, 40)
+    params = tree.nest(pretrained.load_params(pretrained.find(run), sharding.make_mesh(), "^encoder/"))["encoder"]
+    want = jit(build.encoder(config).apply)({"params": params}, jnp.asarray(images))
+    found = program["forward"](state, images.transpose(0, 3, 1, 2))
+    np.testing.assert_allclose(found, want, atol=2e-5)
+    assert said["method"] == "lomar" and json.loads(said["image_size"]) == [32, 32] and said["step"] == "1"
+    assert json.loads(said["config"])["encoder"]["position"] == "rpe"
+
+
+def test_a_file_says_what_it_is_and_so_does_its_card(run, tmp_path):
+    out = tmp_path / "lomar.npz"
+    export(run, "npz", str(out))
+    program = {}
+    exec(python_of(card_of(out)).replace('"lomar.npz"', f'"{out}"'), program)
+    want = pretrained.load_params(pretrained.find(run), sharding.make_mesh())
+    assert program["params"].keys() == want.keys() and "head/kernel" in want
+    for path, x in program["params"].items():
+        np.testing.assert_array_equal(x, want[path])
+    said = program["metadata"]
+    assert said["licence"] == "weights trained by the user" and said["normalise"] == "image"
+    card = card_of(out).read_text()
+    assert all(words in card for words in ("pretrained by lomar; step 1", "weights trained by the user", "32 x 32 px",
+                                           "standardised by its own mean", '"mask_ratio"'))  # fmt: skip
+
+
+def test_no_folders_are_published():
+    config = {"init_from": "/home/me/runs/a", "data": {"path": "/data/secret/images", "std": [1.0]}, "n": 3}
+    want = {"init_from": "a", "data": {"path": "images", "std": [1.0]}, "n": 3}
+    assert export_lib.without_places(config) == want
+
+
+def test_the_encoder_alone(run, tmp_path):
+    whole, alone = (tmp_path / f"{name}.safetensors" for name in ("whole", "alone"))
+    export(run, "safetensors", str(whole))
+    export(run, "safetensors", str(alone), encoder_only=True)
+    whole, part = torch_file.read(whole), torch_file.read(alone)
+    assert whole.keys() - part.keys() == {"mask_token", "encoder_pred.weight", "encoder_pred.bias"}
+    assert metadata(alone)["encoder_only"] == "true" and "Not in the file: `head/*`, `mask_token`." in (
+        card_of(alone).read_text())  # fmt: skip
+
+
+def test_nothing_is_overwritten_or_half_written(run, tmp_path, monkeypatch):
+    out = tmp_path / "a" / "lomar.npz"
+    monkeypatch.setattr(export_lib.card, "write", lambda *a: "ü\ud800")  # cannot be encoded
+    with pytest.raises(UnicodeEncodeError):
+        export(run, "npz", str(out))
+    monkeypatch.undo()
+    monkeypatch.setattr(export_lib, "save_npz", lambda file, *a: file.write_bytes(b"some") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(run, "npz", str(out))
+    assert not list(out.parent.iterdir())
+    monkeypatch.undo()
+    export(run, "npz", str(out))
+    before = out.read_bytes()
+    for there in (out, card_of(out)):
+        with pytest.raises(ConfigError, match=f"{there.name} is there already"):
+            export(run, "npz", str(out))
+        there.unlink()
+    export(run, "npz", str(out))
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("to, out, words", [
+    ("timm", "x.safetensors", "iRPE.*--to=safetensors.*irpe_vit.md.*--to=npz"), ("hf", "x", "MAE, and this is lomar"),
+    ("onnx", "x", "--to.*onnx"), ("npz", "x.npy", "let its name end in .npz"),
+])  # fmt: skip
+def test_what_cannot_be_written_is_refused(run, tmp_path, to, out, words):
+    with pytest.raises(ConfigError, match=words):
+        export(run, to, str(tmp_path / out))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(job="linprobe"), "job=linprobe"), (dict(job="finetune", pool="mean"), "hf.*job=finetune"),
+    (dict(image_size=(32, 40)), r"image_size=\(32, 40\)"), (dict(windows=4), "mae.windows=4"),
+])  # fmt: skip
+def test_settings_that_a_library_lacks_are_named(change, words):
+    config, _, params = drawn("mae_vitb.py:toy")
+    config.mae.windows = change.pop("windows", 0)
+    config.update(change)
+    with pytest.raises(ConfigError, match=words):
+        (formats.timm if config.job == "linprobe" else formats.hf)(config, params)
+
+
+def test_runs_are_followed_to_the_first(monkeypatch):
+    metas = {name: {"config": {"init_from": source}} for name, source in ("ab", "bc", "cx", "dd")}
+
+    def find(source):
+        if source not in metas:
+            raise CheckpointError(source)
+        return source
+
+    monkeypatch.setattr(export_lib.pretrained, "find", find)
+    monkeypatch.setattr(export_lib.pretrained, "read_meta", metas.get)
+    assert export_lib.lineage("a") == [metas[name] for name in "abc"]  # "x" is gone
+    assert export_lib.lineage("d") == [metas["d"]]  # and this was written over
+    metas["b"]["origin"] = {"licence": "MIT"}
+    assert export_lib.lineage("a") == [metas["a"], metas["b"]]
+
+
+def test_the_licence_follows_the_weights():
+    """From released weights to a fine-tuned run: the first run's folder says it, while it is there."""
+    origin = {"file": "mae.pth", "from": "mae", "licence": "CC BY-NC 4.0", "sha256": "ab"}
+    run = lambda **more: {"config": {"init_from": "", **more}}
+    assert export_lib.origin_of([run(init_from="x"), run() | {"origin": origin}]) == ("CC BY-NC 4.0", origin)
+    assert export_lib.origin_of([run(init_from="x"), run()]) == (export_lib.OWN_LICENCE, {})
+    assert export_lib.origin_of([run(init_from="x", scratch=True)]) == (export_lib.OWN_LICENCE, {})
+    assert "unknown: it started from 'x'" in export_lib.origin_of([run(init_from="x")])[0]
+
+
+METHODS = [("mae_vitb.py:toy", {}), ("lomar_vitb.py:toy", {}), ("localmim_vitb.py:toy", {}), ("localmim_swinb.py:toy", {}),
+           ("greenmim_swinb.py:toy", {}), ("beit_vitb.py:toy", {})]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec, encoder", METHODS, ids=lambda x: str(x).partition("_")[0])
+def test_released_names_lead_back(spec, encoder):
+    config, _, params = drawn(spec, **encoder)
+    written = formats.safetensors(config, params)
+    back = tree.flatten(names.from_released(written.tensors, formats.RELEASED_RULES[config.method](config)))
+    assert back.keys() == {path for path in params if not path.startswith("tokenizer/")}
+    for path, x in back.items():
+        np.testing.assert_array_equal(x, params[path])
+    encoder = formats.safetensors(config, params, encoder_only=True).tensors
+    assert encoder.keys() < written.tensors.keys() and len(encoder) == sum(p.startswith("encoder/") for p in params)
+
+
+def test_hugging_face_names_and_tables():
+    config, _, params = drawn("mae_vitb.py:toy", depth=1)
+    found = {name: x.shape for name, x in formats.hf(config, params).tensors.items()}
+    d, e, n = 48, 32, 65
+    want = {"vit.embeddings.cls_token": (1, 1, d), "vit.embeddings.position_embeddings": (1, n, d),
+            "vit.embeddings.patch_embeddings.projection.weight": (d, 1, 4, 4),
+            "vit.embeddings.patch_embeddings.projection.bias": (d,), "decoder.mask_token": (1, 1, e),
+            "decoder.decoder_pos_embed": (1, n, e), "decoder.decoder_embed.weight": (e, d), "decoder.decoder_embed.bias": (e,),
+            "decoder.decoder_pred.weight": (16, e), "decoder.decoder_pred.bias": (16,)}  # fmt: skip
+    for prefix, w in (("vit.encoder.layer.0.", d), ("decoder.decoder_layers.0.", e)):
+        linear = {**{f"attention.attention.{x}": (w, w) for x in ("query", "key", "value")}, "attention.output.dense": (w, w),
+                  "intermediate.dense": (4 * w, w), "output.dense": (w, 4 * w)}  # fmt: skip
+        for layer, shape in linear.items():
+            want |= {f"{prefix}{layer}.weight": shape, f"{prefix}{layer}.bias": shape[:1]}
+        for layer in ("layernorm_before", "layernorm_after"):
+            want |= {f"{prefix}{layer}.{leaf}": (w,) for leaf in ("weight", "bias")}
+    for layer, w in (("vit.layernorm", d), ("decoder.decoder_norm", e)):
+        want |= {f"{layer}.{leaf}": (w,) for leaf in ("weight", "bias")}
+    assert found == want
+    tensors = formats.hf(config, params).tensors
+    q, k, v = (tensors[f"vit.encoder.layer.0.attention.attention.{x}.weight"] for x in ("query", "key", "value"))
+    np.testing.assert_array_equal(np.concatenate([q, k, v]).T, params["encoder/block_00/attn/qkv/kernel"])
+    np.testing.assert_array_equal(tensors["decoder.decoder_pos_embed"][0], sincos_table(e, (8, 8), cls=True))
+
+
+def test_a_hugging_face_folder_says_how_to_prepare_images(tmp_path):
+    config, _, params = drawn("mae_vitb.py:toy")
+    config.channels = 3
+    config.data.update(dict(normalise="dataset", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
+    write = lambda out, **options: export_lib.write(
+        export_lib.places("hf", str(out)), "hf", params, [{"config": config.to_dict(), "step": 1}], **options
+    )
+    assert [file.name for file in write(tmp_path / "a")] == list(export_lib.card.HF_FILES)
+    read = lambda out, name: json.loads((tmp_path / out / name).read_text())
+    found = read("a", "preprocessor_config.json")
+    assert (
+        found["image_mean"] == [0.1, 0.2, 0.3]
+        and found["image_std"] == [0.4, 0.5, 0.6]
+        and found["size"]["height"] == 32
+    )
+    said = read("a", "config.json")
+    want = dict(hidden_size=48, intermediate_size=192, decoder_intermediate_size=128, mask_ratio=0.75, norm_pix_loss=True,
+                layer_norm_eps=1e-6, architectures=["ViTMAEForPreTraining"])  # fmt: skip
+    assert want.items() <= said.items()
+    config.data.normalise = "image"  # nothing there does this
+    assert "preprocessor_config.json" not in [file.name for file in write(tmp_path / "b", encoder_only=True)]
+    assert read("b", "config.json")["architectures"] == ["ViTMAEModel"]
+    for path in [path for path in params if path.startswith("decoder/")]:
+        params.pop(path)
+    with pytest.raises(ConfigError, match="without a decoder; add --encoder_only"):
+        write(tmp_path / "c")
+
+
+@pytest.mark.parametrize("variant, name", [("B/16", "vit_base_patch16_224"), ("L/16", "vit_large_patch16_224"),
+                                           ("H/14", "vit_huge_patch14_224"), ("B/8", "vit_base_patch8_224")])  # fmt: skip
+def test_published_sizes_need_no_numbers_in_timm(variant, name):
+    config = load(f"{REPO}/configs/mae_vitb.py:variant={variant}")
+    options = dict(img_size=[224, 224], patch_size=config.encoder.patch, in_chans=3, embed_dim=config.encoder.width,
+                   depth=config.encoder.depth, num_heads=config.encoder.heads, mlp_ratio=4.0, num_classes=0)  # fmt: skip
+    assert formats.named(formats.TIMM_VIT, options) == {"name": name, "options": {"num_classes": 0}}
+    other = formats.named(formats.TIMM_VIT, options | dict(depth=5, img_size=[384, 384]))
+    assert other["name"] == "vit_base_patch16_224" and other["options"].keys() >= {"depth", "img_size"}
+
+
+def test_safetensors_are_read_back_and_are_the_same_bytes_every_time(tmp_path):
+    transposed = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    arrays = {"b": transposed, "a": np.array(3, np.int64), "e": np.zeros((0, 2), np.float16)}
+    said = {"z": "ü", "a": "1"}
+    safetensors_file.write(tmp_path / "x", arrays, said)
+    safetensors_file.write(tmp_path / "y", dict(reversed(arrays.items())), dict(reversed(said.items())))
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes() and metadata(tmp_path / "x") == said
+    back = torch_file.read(tmp_path / "x")
+    for name, x in arrays.items():
+        assert back[name].dtype == x.dtype
+        np.testing.assert_array_equal(back[name], x)
