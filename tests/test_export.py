@@ -14,7 +14,7 @@ from saved import save_run
 from mim_jax import build, sharding, tree
 from mim_jax.config import ConfigDict, ConfigError, load
 from mim_jax.convert import export as export_lib
-from mim_jax.convert import formats, names, safetensors_file, torch_file
+from mim_jax.convert import formats, names, torch_file
 from mim_jax.convert.export import export
 from mim_jax.models.posembed import sincos_table
 from mim_jax.train import pretrained
@@ -251,13 +251,14 @@ def test_published_sizes_need_no_numbers_in_timm(variant, name):
     assert other["name"] == "vit_base_patch16_224" and other["options"].keys() >= {"depth", "img_size"}
 
 
-def test_safetensors_are_read_back_and_are_the_same_bytes_every_time(tmp_path):
-    transposed = np.arange(6, dtype=np.float32).reshape(2, 3).T
-    arrays = {"b": transposed, "a": np.array(3, np.int64), "e": np.zeros((0, 2), np.float16)}
-    said = {"z": "ü", "a": "1"}
-    safetensors_file.write(tmp_path / "x", arrays, said)
-    safetensors_file.write(tmp_path / "y", dict(reversed(arrays.items())), dict(reversed(said.items())))
-    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes() and metadata(tmp_path / "x") == said
+def test_transposed_arrays_are_written_as_they_read(tmp_path):
+    arrays = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "a": np.array(3, np.int64),
+        "e": np.zeros((0, 2), np.float16),
+    }
+    export_lib.save_safetensors(tmp_path / "x", arrays, {"z": "ü"})
+    assert metadata(tmp_path / "x") == {"z": "ü"}
     back = torch_file.read(tmp_path / "x")
     for name, x in arrays.items():
         assert back[name].dtype == x.dtype

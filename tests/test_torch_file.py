@@ -270,10 +270,10 @@ def test_what_contains_itself_is_refused(path, key):
     (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "bare pickle.*torch.save"),
     (pickle.dumps({"w": np.ones(3)}), "bare pickle"),
     (b"PK\x03\x04" + bytes(200), "damaged or incomplete"),
-    ((10**6).to_bytes(8, "little") + b'{"w": ', "ends within its header"),
-    (b"\x05\0\0\0\0\0\0\0{oops", "damaged.*JSON"),
-    (safetensors({"w": np.ones(3, np.float32)})[:-1], "'w'.*incomplete"),
-    (safetensors({"w": np.ones(3, np.float32)}, lie=-4), "'w'"),
+    ((10**6).to_bytes(8, "little") + b'{"w": ', "damaged or incomplete.*header"),
+    (b"\x05\0\0\0\0\0\0\0{oops", "damaged or incomplete.*header"),
+    (safetensors({"w": np.ones(3, np.float32)})[:-1], "damaged or incomplete.*not fully covered"),
+    (safetensors({"w": np.ones(3, np.float32)}, lie=-4), "damaged or incomplete.*shape"),
 ])  # fmt: skip
 def test_other_files_are_refused(path, content, message):
     path.write_bytes(content)

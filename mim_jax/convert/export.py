@@ -4,10 +4,11 @@ import json
 import pathlib
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from mim_jax import sharding
 from mim_jax.config import ConfigDict, ConfigError, choice
-from mim_jax.convert import card, safetensors_file
+from mim_jax.convert import card
 from mim_jax.convert.formats import FORMATS, Written
 from mim_jax.train import pretrained
 from mim_jax.train.checkpoint import CheckpointError
@@ -59,7 +60,7 @@ def write(files, to: str, params: dict, runs: list[dict], encoder_only: bool = F
     """Writes {our path: array} of the first of `runs` (see `lineage`) to `files` (see `places`) -> those that were written."""
     written = FORMATS[to](ConfigDict(runs[0]["config"]), params, encoder_only)
     facts, (model, *others) = describe(runs, to, written, encoder_only), files
-    save = save_npz if to == "npz" else safetensors_file.write
+    save = save_npz if to == "npz" else save_safetensors
     contents = {model: lambda file: save(file, written.tensors, facts)}
     if to == "hf":
         for file, key in zip(others, ("config", "preprocessor")):
@@ -126,6 +127,12 @@ def without_places(config: dict) -> dict:
 
 def as_json(values: dict) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def save_safetensors(file, tensors, facts):
+    save_file(
+        {name: np.asarray(x, order="C") for name, x in tensors.items()}, file, facts
+    )  # it takes the memory as it lies
 
 
 def save_npz(file, tensors, facts):

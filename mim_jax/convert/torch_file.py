@@ -7,14 +7,13 @@ the tensors are then built from what the objects remember, once the program has 
 
 import collections
 import dataclasses
-import json
-import math
 import pickle
 import zipfile
 from typing import Any
 
 import ml_dtypes  # noqa: F401  teaches numpy the names bfloat16 and float8_*
 import numpy as np
+from safetensors.numpy import load_file
 
 from mim_jax.config import ConfigError
 
@@ -25,11 +24,6 @@ TORCH_STORAGES = {
     "BoolStorage": "bool", "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
 }  # fmt: skip
 TORCH_DTYPES = (*TORCH_STORAGES.values(), "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")
-SAFE_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
-    "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-}  # fmt: skip
 RESAVE = "torch.save(torch.load(path, map_location='cpu'), new_path)"
 
 
@@ -46,7 +40,7 @@ def read(path) -> dict[str, np.ndarray]:
             if head.startswith(b"PK"):
                 arrays = _read_zip(path)
             elif head[8:9] == b"{":
-                arrays = _read_safetensors(file, path)
+                arrays = load_file(path)
             elif head.startswith(b"\x80") and head[1:2] <= b"\x05":
                 raise ConfigError(
                     f"'{path}' is a bare pickle, as torch wrote before 1.6. If you trust it, load and save it again with a"
@@ -78,29 +72,6 @@ def _read_zip(path) -> dict[str, np.ndarray]:
         raise ConfigError(f"'{path}' is a zip archive, but neither of torch.save nor of numpy.savez: {names[:3]}")
     with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
-
-
-def _read_safetensors(file, path) -> dict[str, np.ndarray]:
-    """Eight bytes of the header's length, the header as JSON, then the raw tensors, little-endian and row by row."""
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
-    text = file.read(min(length, 2**27))
-    if len(text) < length:
-        raise ConfigError(f"'{path}' ends within its header of {length:,} bytes: it is incomplete")
-    header, raw = json.loads(text), file.read()
-    arrays = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in SAFE_DTYPES:
-            raise ConfigError(f"'{path}': tensor '{name}' is of type {entry['dtype']}, which is not read here")
-        dtype, shape, (first, last) = np.dtype(SAFE_DTYPES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
-        if not 0 <= first <= last <= len(raw) or last - first != math.prod(shape) * dtype.itemsize:
-            raise ConfigError(
-                f"'{path}': tensor '{name}' {tuple(shape)} needs bytes {first:,} to {last:,} of {len(raw):,}: incomplete"
-            )
-        arrays[name] = np.frombuffer(raw, dtype, math.prod(shape), first).reshape(shape)
-    return arrays
 
 
 # -- archives of torch.save -------------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Classification by a pretrained encoder: fine-tuning, and the classifier whose released tensors are recorded."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -35,7 +33,6 @@ class Classify(Objective):
     classes: int = 1000
     pool: str = "mean"
     smoothing: float = 0.0
-    dtype: Any = jnp.float32
 
     def setup(self):
         if self.pool == "mean":
