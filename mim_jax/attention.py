@@ -22,6 +22,9 @@ WORKDIR = flags.DEFINE_multi_string(
 )
 OUT = flags.DEFINE_string("out", "", "the PNG; default <first workdir>/figures/attention_nmi.png; the JSON lies beside")
 SPLIT = flags.DEFINE_string("split", "", "split to draw from; default each run's data.picture_split")
+SOURCE = flags.DEFINE_string("source", "", "other data than the runs': folder, imagenet2012, sample")
+PATH = flags.DEFINE_string("path", "", "folder of the images, with --source=folder, or where they moved to")
+DATA_DIR = flags.DEFINE_string("data_dir", "", "folder of TFDS, where it is another one than the runs'")
 EXAMPLES = flags.DEFINE_integer("examples", 256, "images, spread over the split; 0: all of it")
 BATCH = flags.DEFINE_integer("batch_size", 32, "images at a time")
 
@@ -49,12 +52,18 @@ class Run:
         return self.meta["step"]
 
 
-def read_run(workdir: str) -> Run:
-    """Raises ConfigError for a folder without a checkpoint, or of another kind of run."""
+def read_run(workdir: str, place=("", "", "")) -> Run:
+    """`place`: source, path and data_dir of other images than the run's, where not empty.
+
+    Raises ConfigError for a folder without a checkpoint, or of another kind of run.
+    """
+    from mim_jax import transfer
     from mim_jax.train import pretrained
 
     folder = pretrained.find(workdir)
-    run = Run(workdir, folder, pretrained.read_meta(folder))
+    meta = pretrained.read_meta(folder)
+    moved = transfer.with_other_data(ConfigDict(meta["config"]), *place) if any(place) else ConfigDict(meta["config"])
+    run = Run(workdir, folder, {**meta, "config": moved.to_dict()})
     if run.config.job != "pretrain":
         raise ConfigError(
             f"'{workdir}' holds a {run.config.job} run; attention is compared between pretraining runs, whose folders "
@@ -113,7 +122,7 @@ def measure(run: Run, name: str, split: str, examples: int, batch_size: int, see
     return curves
 
 
-def compare(workdirs, out: str = "", split: str = "", examples: int = 256, batch_size: int = 32):
+def compare(workdirs, out: str = "", split: str = "", examples: int = 256, batch_size: int = 32, place=("", "", "")):
     """Measures the runs, prints a table, writes the chart and its numbers -> their two paths.
 
     Raises ConfigError before any compute for a folder that holds no pretraining run.
@@ -125,7 +134,7 @@ def compare(workdirs, out: str = "", split: str = "", examples: int = 256, batch
         raise ConfigError(f"examples={examples} must be 0 (all) or more, batch_size={batch_size} 1 or more")
     if out and not out.endswith(".png"):
         raise ConfigError(f"--out='{out}' must end in .png; the numbers go into a .json beside it")
-    runs = [read_run(workdir) for workdir in workdirs]
+    runs = [read_run(workdir, place) for workdir in workdirs]
     curves, seen = [], set()
     for run, name in zip(runs, names_of(runs)):
         curves += measure(run, name, split, examples, batch_size, seen)
@@ -193,7 +202,8 @@ def main(_):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
-        compare(WORKDIR.value, OUT.value, SPLIT.value, EXAMPLES.value, BATCH.value)
+        place = SOURCE.value, PATH.value, DATA_DIR.value
+        compare(WORKDIR.value, OUT.value, SPLIT.value, EXAMPLES.value, BATCH.value, place)
     except ConfigError as error:
         fail(str(error))
 

@@ -77,7 +77,7 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
     keep, keep_every, init_from = config.checkpoint.keep, config.checkpoint.keep_every_steps, config.init_from
     if log_every < 1 or keep < 1:
         raise ConfigError(f"log.every_steps={log_every} and checkpoint.keep={keep} must be at least 1")
-    replace, loaded = {}, "from scratch"
+    replace, loaded, ancestor = {}, "from scratch", {}
     scratch = config.scratch if job == "finetune" else False
     example = build.example(config, made)
     targets = config.tokenizer if hasattr(made, "tokenizer") else None
@@ -85,6 +85,7 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
     if not pretrained.has_checkpoint(workdir):
         if init_from and not scratch:
             replace, loaded = pretrained_params(config, made, example, mesh)
+            ancestor = pretrained.ancestry(pretrained.read_meta(pretrained.find(init_from)))
         if kind != "untrained" and (weights or not any(path.startswith("tokenizer/") for path in replace)):
             found, words = tokenizer_params(config, made, example, mesh)
             replace, loaded = replace | found, f"{loaded}; {words}"
@@ -99,6 +100,7 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
     )
     state, meta = checkpoints.restore(shapes, shardings)
     if state is not None:
+        ancestor = meta.get("ancestor", {})
         first, clock, loaded = meta["step"], Clock(meta["clock"]), f"continued at step {meta['step']}"
     else:
         state, first, clock = create(fresh, shardings, replace), 0, Clock()
@@ -120,7 +122,7 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
         state, results, finished = loop.train(
             state, step_fn, batches, first=first, total=total, batch_size=config.batch_size, mesh=mesh,
             evaluators=evaluators, checkpoints=checkpoints, clock=clock, logger=logger, log_every=log_every,
-            meta={"config": {**config.to_dict(), "classes": classes}, "git": git_hash()},
+            meta={"config": {**config.to_dict(), "classes": classes}, "git": git_hash(), "ancestor": ancestor},
         )  # fmt: skip
     finally:
         checkpoints.close()

@@ -81,6 +81,14 @@ def take_data(merged: ConfigDict, source: ConfigDict):
             data[key] = value
 
 
+def with_other_data(config: ConfigDict, source: str, path: str, data_dir: str) -> ConfigDict:
+    """The config of a run with its images taken from elsewhere, where that is said; a path alone moves the same data."""
+    config = ConfigDict(config.to_dict())
+    for key, value in zip(PLACE, (source, path, data_dir)):
+        config.data[key] = value if source else value or config.data[key]
+    return config
+
+
 def adapt_encoder(merged: ConfigDict, job: str, resized: bool):
     """Gives the encoder its drop path and window, and trained or resized positions where fixed ones cannot follow."""
     e = merged.encoder

@@ -15,19 +15,25 @@ OUT = flags.DEFINE_string("out", "", "folder of the pictures; default <workdir>/
 RATIOS = flags.DEFINE_list("ratios", ["0.6", "0.7", "0.8", "0.9"], "shares of hidden patches")
 IMAGES = flags.DEFINE_integer("images", 6, "how many images; several ratios in one figure of LocalMIM show fewer")
 SPLIT = flags.DEFINE_string("split", "", "split to draw from; default the run's data.picture_split")
+SOURCE = flags.DEFINE_string("source", "", "other data than the run's: folder, imagenet2012, sample")
+PATH = flags.DEFINE_string("path", "", "folder of the images, with --source=folder, or where they moved to")
+DATA_DIR = flags.DEFINE_string("data_dir", "", "folder of TFDS, where it is another one than the run's")
 SEED = flags.DEFINE_integer("seed", 0, "chooses images and windows")
 
 
-def visualise(workdir: str, out: str, ratios, images: int, split: str, seed: int) -> list:
-    """Writes one figure with every ratio and one per ratio -> their paths. Raises ConfigError for a run without checkpoint."""
-    from mim_jax import build, evaluation, prng, sharding
+def visualise(workdir: str, out: str, ratios, images: int, split: str, seed: int, place=("", "", "")) -> list:
+    """Writes one figure with every ratio and one per ratio -> their paths. Raises ConfigError for a run without checkpoint.
+
+    `place`: source, path and data_dir of other images than the run's (data.*), where they are not empty.
+    """
+    from mim_jax import build, evaluation, prng, sharding, transfer
     from mim_jax.train import pretrained
     from mim_jax.train.checkpoint import absolute
     from mim_jax.tree import flatten, nest
 
     folder = pretrained.find(workdir)
     meta = pretrained.read_meta(folder)
-    config = TrackedConfig(ConfigDict(meta["config"]))
+    config = TrackedConfig(transfer.with_other_data(ConfigDict(meta["config"]), *place))
     if config.job != "pretrain":
         raise ConfigError(f"'{workdir}' holds a {config.job} run; pictures come from a pretraining run")
     made, normalise = build.objective(config), build.normaliser(config)
@@ -75,8 +81,8 @@ def main(_):
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         ratios = tuple(float(r) for r in RATIOS.value)
-        visualise(WORKDIR.value, OUT.value or f"{WORKDIR.value}/figures", ratios, IMAGES.value, SPLIT.value,
-                  SEED.value)  # fmt: skip
+        visualise(WORKDIR.value, OUT.value or f"{WORKDIR.value}/figures", ratios, IMAGES.value, SPLIT.value, SEED.value,
+                  (SOURCE.value, PATH.value, DATA_DIR.value))  # fmt: skip
     except ValueError as error:  # ConfigError, or a ratio that is no number
         fail(str(error))
 

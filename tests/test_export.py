@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import jit
+from safetensors import SafetensorError
 from saved import save_run
 
 from mim_jax import build, sharding, tree
 from mim_jax.config import ConfigDict, ConfigError, load
 from mim_jax.convert import export as export_lib
-from mim_jax.convert import formats, names, torch_file
+from mim_jax.convert import fixed, formats, names, torch_file
 from mim_jax.convert.export import export
 from mim_jax.models.posembed import sincos_table
 from mim_jax.train import pretrained
@@ -123,6 +124,27 @@ def test_nothing_is_overwritten_or_half_written(run, tmp_path, monkeypatch):
     assert out.read_bytes() == before
 
 
+def test_a_full_disk_is_said_in_one_line(run, tmp_path, monkeypatch):
+    def full(*args):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(export_lib, "save_file", full)
+    with pytest.raises(ConfigError, match="--out=.*cannot be written .No space left"):
+        export(run, "safetensors", str(tmp_path / "x.safetensors"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_moving_average_is_exported_when_it_was_kept(run, tmp_path):
+    with pytest.raises(CheckpointError, match="holds no moving average"):
+        export(run, "npz", str(tmp_path / "x.npz"), weights="average")
+    meta = {"config": drawn("mae_vitb.py:toy")[0].to_dict(), "step": 1}
+    params = drawn("mae_vitb.py:toy")[2]
+    files = export_lib.write(
+        export_lib.places("npz", str(tmp_path / "a.npz")), "npz", params, [meta], weights="average"
+    )
+    assert "the moving average" in files[-1].read_text()
+
+
 @pytest.mark.parametrize("to, out, words", [
     ("timm", "x.safetensors", "iRPE.*--to=safetensors.*irpe_vit.md.*--to=npz"), ("hf", "x", "MAE, and this is lomar"),
     ("onnx", "x", "--to.*onnx"), ("npz", "x.npy", "let its name end in .npz"),
@@ -131,6 +153,8 @@ def test_what_cannot_be_written_is_refused(run, tmp_path, to, out, words):
     with pytest.raises(ConfigError, match=words):
         export(run, to, str(tmp_path / out))
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="a folder of this machine"):
+        export(run, "npz", "gs://bucket/x.npz")
 
 
 @pytest.mark.parametrize("change, words", [
@@ -145,8 +169,10 @@ def test_settings_that_a_library_lacks_are_named(change, words):
         (formats.timm if config.job == "linprobe" else formats.hf)(config, params)
 
 
-def test_runs_are_followed_to_the_first(monkeypatch):
-    metas = {name: {"config": {"init_from": source}} for name, source in ("ab", "bc", "cx", "dd")}
+def test_runs_are_followed_while_their_folders_hold_the_same_weights(monkeypatch):
+    prints = {name: {"params": ord(name)} for name in "abc"}
+    metas = {name: {"config": {"init_from": source, "method": "mae"}, "fingerprints": prints[name]}
+             for name, source in ("ab", "bc", "cx")}  # fmt: skip
 
     def find(source):
         if source not in metas:
@@ -155,20 +181,51 @@ def test_runs_are_followed_to_the_first(monkeypatch):
 
     monkeypatch.setattr(export_lib.pretrained, "find", find)
     monkeypatch.setattr(export_lib.pretrained, "read_meta", metas.get)
-    assert export_lib.lineage("a") == [metas[name] for name in "abc"]  # "x" is gone
-    assert export_lib.lineage("d") == [metas["d"]]  # and this was written over
-    metas["b"]["origin"] = {"licence": "MIT"}
-    assert export_lib.lineage("a") == [metas["a"], metas["b"]]
+    metas["c"]["ancestor"] = {"weights": "of a folder that is gone"}
+    for name, source in ("bc", "ab"):
+        metas[name]["ancestor"] = pretrained.ancestry(metas[source])
+    assert export_lib.lineage("a") == [metas[name] for name in "abc"]
+    metas["b"]["fingerprints"] = {"params": 0}  # another run lies there now
+    assert export_lib.lineage("a") == [metas["a"]]
 
 
-def test_the_licence_follows_the_weights():
-    """From released weights to a fine-tuned run: the first run's folder says it, while it is there."""
+def test_the_licence_travels_with_the_weights():
+    """From released weights over further pretraining to a fine-tuned run, whatever becomes of the folders."""
     origin = {"file": "mae.pth", "from": "mae", "licence": "CC BY-NC 4.0", "sha256": "ab"}
-    run = lambda **more: {"config": {"init_from": "", **more}}
-    assert export_lib.origin_of([run(init_from="x"), run() | {"origin": origin}]) == ("CC BY-NC 4.0", origin)
-    assert export_lib.origin_of([run(init_from="x"), run()]) == (export_lib.OWN_LICENCE, {})
-    assert export_lib.origin_of([run(init_from="x", scratch=True)]) == (export_lib.OWN_LICENCE, {})
-    assert "unknown: it started from 'x'" in export_lib.origin_of([run(init_from="x")])[0]
+    released = {"config": {}, "origin": origin, "fingerprints": {}}
+    more = {
+        "config": {"init_from": "x", "method": "mae"},
+        "ancestor": pretrained.ancestry(released),
+        "fingerprints": {},
+    }
+    tuned = {"config": {"init_from": "y"}, "ancestor": pretrained.ancestry(more), "fingerprints": {}}
+    for meta in (released, more, tuned):
+        assert export_lib.origin_of(meta) == ("CC BY-NC 4.0", origin)
+    assert tuned["ancestor"]["method"] == "mae" and more["ancestor"]["method"] == "mae"
+    own = {"config": {"init_from": "x"}, "ancestor": pretrained.ancestry({"config": {}, "fingerprints": {}})}
+    for meta in (own, {"config": {}}, {"config": {"init_from": "x", "scratch": True}}):
+        assert export_lib.origin_of(meta) == (export_lib.OWN_LICENCE, {})
+    assert "unknown: it started from 'x'" in export_lib.origin_of({"config": {"init_from": "/y/x"}})[0]
+
+
+def test_nothing_is_made_up_about_released_weights(tmp_path):
+    """What the recipe of the method says is not what these weights were trained by."""
+    config, _, params = drawn("mae_vitb.py:toy")
+    origin = {
+        "file": "vit.pth",
+        "from": "timm",
+        "what": "a ViT without a head",
+        "licence": "apache-2.0",
+        "sha256": "ab",
+    }
+    meta = {"config": config.to_dict(), "step": 0, "examples": 0, "origin": origin}
+    files = export_lib.write(export_lib.places("npz", str(tmp_path / "a.npz")), "npz", params, [meta])
+    card = files[-1].read_text()
+    assert "| Training | released weights: a ViT without a head |" in card and "apache-2.0, that of the weights" in card
+    assert "base_lr" not in card and "epochs" not in card and "## The training" not in card and "## The model" in card
+    with np.load(files[0]) as file:
+        said = json.loads(str(file["metadata"]))
+    assert said["method"] == "timm" and said["step"] == "" and "optim" not in json.loads(said["config"])
 
 
 METHODS = [("mae_vitb.py:toy", {}), ("lomar_vitb.py:toy", {}), ("localmim_vitb.py:toy", {}), ("localmim_swinb.py:toy", {}),
@@ -179,12 +236,16 @@ METHODS = [("mae_vitb.py:toy", {}), ("lomar_vitb.py:toy", {}), ("localmim_vitb.p
 def test_released_names_lead_back(spec, encoder):
     config, _, params = drawn(spec, **encoder)
     written = formats.safetensors(config, params)
-    back = tree.flatten(names.from_released(written.tensors, formats.RELEASED_RULES[config.method](config)))
+    tables = fixed.tables(config, written.tensors)
+    learned = {name: x for name, x in written.tensors.items() if name not in tables}
+    back = tree.flatten(names.from_released(learned, formats.RELEASED_RULES[config.method](config)))
     assert back.keys() == {path for path in params if not path.startswith("tokenizer/")}
     for path, x in back.items():
         np.testing.assert_array_equal(x, params[path])
     encoder = formats.safetensors(config, params, encoder_only=True).tensors
-    assert encoder.keys() < written.tensors.keys() and len(encoder) == sum(p.startswith("encoder/") for p in params)
+    assert encoder.keys() < written.tensors.keys() and tables.keys() < written.tensors.keys()
+    assert len(encoder.keys() - tables.keys()) == sum(p.startswith("encoder/") for p in params)
+    assert not any(name.startswith(("decoder", "hog_enc", "mask")) for name in encoder)
 
 
 def test_hugging_face_names_and_tables():

@@ -20,7 +20,7 @@ from test_torch_file import Archive, Call, Global
 
 from mim_jax import build, sharding, supervised, tree
 from mim_jax.config import ConfigError, TrackedConfig, load
-from mim_jax.convert import fixed, importing, names, sizes, tokenizer, torch_file
+from mim_jax.convert import fixed, formats, importing, names, sizes, tokenizer, torch_file
 from mim_jax.convert.__main__ import import_weights, main
 from mim_jax.convert.importing import Options, release
 from mim_jax.convert.layouts import released_shape
@@ -29,11 +29,13 @@ from mim_jax.models.posembed import sincos_table
 from mim_jax.models.relative_bias import bias_matrix, region_bias, resize_offsets
 from mim_jax.models.window_attention import WindowLayout
 from mim_jax.objectives.beit import BEiT
+from mim_jax.train.checkpoint import Checkpoints
 from mim_jax.train.pretrained import find, load_params, read_meta
 from mim_jax.transfer import inherit, pretrained_params
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 RNG = np.random.default_rng(0)
+HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)  # of the images, where --from does not tell
 # case: --from, --heads, and the settings that tensors do not tell
 PRETRAINING = {
     "lomar_tiny": ("lomar", 0, dict(window=5, views=3, pairing="released")),
@@ -101,6 +103,10 @@ def test_a_fine_tuned_release_is_evaluated_as_it_is(case, tmp_path):
     made = supervised.classifier(config, config.classes)
     params, report = pretrained_params(config, made, build.example(config, made), sharding.make_mesh())
     assert "missing" not in report and "unexpected" not in report and config.data.source == "imagenet2012"
+    pixels = build.normaliser(config)(np.full((1, 1, 1, 3), 255, np.uint8))
+    np.testing.assert_allclose(
+        pixels[0, 0, 0], (1 - np.array(importing.IMAGENET_MEAN)) / importing.IMAGENET_STD, rtol=1e-6
+    )
     recorded = Case(GOLDEN / f"{case}.npz")
     logits = jit(lambda p, x: made.apply({"params": p}, x, method="logits"))(tree.nest(params), recorded.images())
     np.testing.assert_allclose(logits, recorded["out/logits"], rtol=0, atol=2e-6 * np.abs(recorded["out/logits"]).max())
@@ -114,16 +120,31 @@ def test_second_norms_of_a_fine_tuned_swin_keep_their_eps():
 
 @pytest.mark.parametrize("case", PRETRAINING | TUNED)
 def test_released_to_ours_to_released_is_bit_equal(case):
+    """By --from and --to=safetensors: every tensor of the file, the fixed tables too."""
     state = state_of(case)
     found = release(state, options_of(case))
-    rules = found.kind.rules({k: x.shape for k, x in state.items()}) if callable(found.kind.rules) else found.kind.rules
-    back = names.to_released_state(found.params(), rules, found.config.encoder.patch)
-    left = {row.released for row in found.rows if row.done == "ignored"}
-    assert state.keys() == back.keys() | left and not back.keys() & left
     assert len(found.rows) == len(state) and all(row.words for row in found.rows if row.done == "ignored")
+    back = formats.safetensors(found.config, found.params()).tensors
+    assert state.keys() == back.keys()
     for name, array in back.items():
         np.testing.assert_array_equal(array, state[name], err_msg=name)
         assert array.dtype == state[name].dtype
+
+
+@pytest.mark.parametrize("case, words", [
+    ("lomar_tiny", "LoMaR's encoder"), ("localmim_vit_tiny_hog9", "LocalMIM's encoder, a ViT"), ("mae_tiny", "MAE's encoder"),
+])  # fmt: skip
+def test_an_encoder_that_was_written_alone_is_read_again(case, words):
+    found = release(state_of(case), options_of(case))
+    params = found.params()
+    state = formats.safetensors(found.config, params, encoder_only=True).tensors
+    again = release(state, options_of(case))
+    assert again.kind.words == words and again.config.encoder.to_dict() == found.config.encoder.to_dict()
+    importing.require_fit(again, shapes_of(build.METHODS[again.config.method](again.config), again.config))
+    encoder = {path: x for path, x in params.items() if path.startswith("encoder/")}
+    assert again.params().keys() == encoder.keys()
+    for path, array in again.params().items():
+        np.testing.assert_array_equal(array, encoder[path])
 
 
 # -- real sizes, and formats of which nothing is recorded, by shapes alone
@@ -183,7 +204,7 @@ def test_the_sizes_of_real_models_are_read_off_their_tensors(name):
     assert len(state) == sum(not tree.matches((absent,), path) for path in wanted)
     if source in ("lomar", "mae") or "localmim " in name and "Swin" not in name:
         state["pos_embed"] = sincos_table(config.encoder.width, made.encoder.grid, cls=True)[None]
-    found = release_and_fit(state, Options(source, licence="mit"), resize=False)
+    found = release_and_fit(state, Options(source, licence="mit" if source == "timm" else "", **HALF), resize=False)
     importing.require_fit(found, wanted)
     here, there = found.config.encoder.to_dict(), config.encoder.to_dict()
     free = {"drop_path", "norm_eps"}
@@ -276,7 +297,7 @@ def test_an_encoder_alone_becomes_a_folder_that_fine_tuning_takes(tmp_path, caps
     main(["--from=mae", f"--src={source}", f"--workdir={workdir}", "--heads=3"])
     said = capsys.readouterr().out
     assert "ignored  pos_embed" in said and "the fixed sin-cos table, equal to ours" in said
-    assert "without decoder: `init_from` of fine-tuning" in said and "0 mapped" not in said
+    assert "without decoder: `init_from` of fine-tuning" in said and " 0 mapped" not in said
     meta = read_meta(find(workdir))
     assert meta["step"] == 0 and meta["origin"]["lacks"] == ["decoder"] and meta["origin"]["licence"] == "CC BY-NC 4.0"
     assert meta["origin"]["file"] == "mae_pretrain.pth" and len(meta["origin"]["sha256"]) == 64
@@ -333,7 +354,7 @@ def test_beit_takes_its_tokenizer_from_another_file(tmp_path, monkeypatch):
     ours = {path: x for path, x in ours.items() if not path.startswith("tokenizer/")}
     src = written(tmp_path, "", names.to_released_state(ours, names.BEIT_RULES, 16))
     np.savez(tmp_path / "encoder.npz", **codes)
-    import_weights(src, str(tmp_path / "run"), Options("beit"), str(tmp_path / "encoder.npz"))
+    import_weights(src, str(tmp_path / "run"), Options("beit", **HALF), str(tmp_path / "encoder.npz"))
     loaded = load_params(find(tmp_path / "run"), sharding.make_mesh())
     assert loaded.keys() == wanted.keys() and read_meta(find(tmp_path / "run"))["origin"]["lacks"] == []
     frozen = load_params(find(tmp_path / "run"), sharding.make_mesh(), part="^frozen/")
@@ -351,7 +372,7 @@ def lomar(**changes):
 
 
 REFUSED = {  # words of the message: --from, heads, tensors
-    "it has no 'encoder_pred.weight'; the tensors look like --from=mae (MAE's pretraining with its decoder)":
+    "it has no 'blocks.0.attn.rpe_k.lookup_table_weight'; the tensors look like --from=mae (MAE's pretraining":
         ("lomar", 0, lambda: state_of("mae_tiny")),
     "the tensors look like --from=lomar (LoMaR's pretraining)": ("mae", 3, lambda: state_of("lomar_tiny")),
     "look like --from=simmim (SimMIM's pretraining of a Swin)": ("localmim", 0, lambda: state_of("simmim_swin_tiny")),
@@ -363,11 +384,20 @@ REFUSED = {  # words of the message: --from, heads, tensors
     "the file lacks 'blocks.1.norm2.weight' for encoder/block_01/norm2/scale (48,): it is incomplete":
         ("lomar", 0, lambda: lomar(**{"blocks.1.norm2.weight": None})),
     "'blocks.0.norm1.bias' (48,) is of type int64": ("lomar", 0, lambda: lomar(**{"blocks.0.norm1.bias": np.zeros(48, int)})),
-    "encoder/cls_token has values that are no finite":
+    "'cls_token' has values that are no finite":
         ("lomar", 0, lambda: lomar(cls_token=np.full((1, 1, 48), np.nan, np.float32))),
     "the tensors do not tell the number of heads of a ViT 48 wide": ("mae", 0, lambda: state_of("mae_tiny")),
     "--heads=4, but 'blocks.0.attn.rpe_k.lookup_table_weight' says 3": ("lomar", 4, lambda: state_of("lomar_tiny")),
-    "say it: --licence=": ("timm", 3, lambda: state_of("vit_abs_classifier_tiny_gap")),
+    "give --mean and --std of 3 numbers each, for instance --mean=.5,.5,.5":
+        ("timm", 3, lambda: state_of("vit_abs_classifier_tiny_gap")),
+    "'pos_embed' has the shape (65, 48); it should have 3 axes":
+        ("mae", 3, lambda: {**state_of("mae_tiny"), "pos_embed": np.zeros((65, 48), np.float32)}),
+    "'blocks.0.attn.rpe_k.lookup_table_weight' has the shape (1, 0, 50)":
+        ("lomar", 0, lambda: lomar(**{"blocks.0.attn.rpe_k.lookup_table_weight": np.zeros((1, 0, 50), np.float32)})),
+    "it has no 'decoder.3.pred.bias'": ("localmim", 3, lambda: {
+        k: x for k, x in state_of("localmim_vit_tiny_hog9").items() if not k.startswith("decoder.3.pred")}),
+    "has no place for a cls token":
+        ("mae", 3, lambda: {**state_of("mae_tiny"), "pos_embed": np.zeros((1, 64, 48), np.float32)}),
 }  # fmt: skip
 
 
@@ -380,6 +410,57 @@ def test_what_does_not_fit_is_refused_in_one_line_and_nothing_is_written(words, 
     said = capsys.readouterr().err
     assert words in said and src in said and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_options_that_say_nothing_or_contradict_are_refused(tmp_path, capsys):
+    def said(*flags):
+        with pytest.raises(SystemExit):
+            main([*flags, f"--workdir={tmp_path / 'run'}"])
+        return capsys.readouterr().err
+
+    src = written(tmp_path, "lomar_tiny")
+    tuned = f"--src={written(tmp_path, '', state_of('vit_abs_classifier_tiny_gap'))}"
+    half = ("--mean=.5,.5,.5", "--std=.5,.5,.5")
+    assert "--out is for --to" in said("--from=lomar", f"--src={src}", "--out=x")
+    assert "--heads is for --from" in said("--to=npz", "--out=x.npz", "--heads=3")
+    assert "say it: --licence=" in said("--from=timm", tuned, "--heads=3", *half)
+    assert "--pool is for timm's" in said("--from=timm", tuned, "--heads=3", *half, "--pool=normed", "--licence=mit")
+    src = written(tmp_path, "lomar_tiny")
+    assert "under CC BY-NC 4.0; leave --licence=MIT out" in said("--from=lomar", f"--src={src}", "--licence=MIT")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_left_as_it_was(tmp_path, monkeypatch):
+    src, save = written(tmp_path, "lomar_tiny"), Checkpoints.save
+
+    def full(self, *args):
+        save(self, *args)
+        raise ValueError("RESOURCE_EXHAUSTED: no space\nand many more lines")
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with pytest.raises(ConfigError, match=r"--workdir=.*run cannot be written .RESOURCE_EXHAUSTED: no space.$"):
+        import_weights(src, str(tmp_path / "run"), Options("lomar"))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    said = import_weights(src, str(tmp_path / "run"), Options("lomar"))
+    assert "taken from the published recipe: " in said and "mask_ratio=0.8" in said and "window=" not in said
+
+
+def test_what_comes_before_every_name_is_taken_off():
+    state = {f"_orig_mod.module.{name}": array for name, array in state_of("lomar_tiny").items()}
+    assert (
+        release(state, Options("lomar")).params().keys()
+        == release(state_of("lomar_tiny"), Options("lomar")).params().keys()
+    )
+
+
+def test_a_tables_places_fit_an_image_that_is_no_square():
+    shapes = {"attn_mask": (), "layers.0.blocks.1.attn_mask": (48, 49, 49)}
+    assert sizes.swin_size(shapes, "", 32, 4, (168, 224)) == (168, 224)
+    with pytest.raises(ConfigError, match="'attn_mask' is of 2352 places of 4 px; leave --size out"):
+        sizes.swin_size(shapes, "", 32, 4, (224, 224))
+    with pytest.raises(ConfigError, match="no square; give the image's size: --size"):
+        sizes.swin_size(shapes, "", 32, 4, None)
 
 
 def test_a_truncated_file_is_refused(tmp_path):

@@ -9,6 +9,8 @@ executed. Sizes are read off the tensors; --heads, --size, --mean and --std say 
 """
 
 import argparse
+import contextlib
+import os
 import sys
 
 from mim_jax.config import ConfigError, TrackedConfig
@@ -24,17 +26,18 @@ def import_weights(src: str, workdir: str, options, tokenizer: str = "") -> str:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from etils import epath
 
     from mim_jax import build, supervised, tree
     from mim_jax.clock import Clock
-    from mim_jax.convert import importing, torch_file
+    from mim_jax.convert import importing, report, torch_file
     from mim_jax.convert.tokenizer import dalle_params
     from mim_jax.train.checkpoint import Checkpoints, absolute
     from mim_jax.train.pretrained import has_checkpoint
     from mim_jax.train.state import TrainState, split
     from mim_jax.train.workdir import claim, git_hash
 
+    if not workdir:
+        raise ConfigError("--workdir is empty; name a folder")
     place = absolute(workdir)
     if (place / "config.json").exists() or has_checkpoint(place):
         raise ConfigError(f"'{workdir}' holds a run already; choose another --workdir")
@@ -56,22 +59,39 @@ def import_weights(src: str, workdir: str, options, tokenizer: str = "") -> str:
         raise ConfigError(str(error) if src in str(error) else f"'{src}': {error}") from error
     params |= found.params()
     if broken := [path for path, x in params.items() if not np.isfinite(x).all()]:
-        raise ConfigError(f"'{src}': {broken[0]} has values that are no finite numbers")
+        name = found.arrays[broken[0]][0] if broken[0] in found.arrays else broken[0]
+        raise ConfigError(f"'{src}': '{name}' has values that are no finite numbers")
 
-    claim(epath.Path(workdir), plain.to_dict())
     trained, frozen = split(jax.tree.map(jnp.asarray, tree.nest(params)), made.frozen)
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, trained, frozen, {}, {}, zero, zero)
-    checkpoints = Checkpoints(workdir, every=1, keep=1, keep_every=0)
-    checkpoints.save(0, state, {"step": 0, "examples": 0, "clock": Clock().state(), "config": plain.to_dict(),
-                                "git": git_hash(), "origin": came_from})  # fmt: skip
-    checkpoints.close()
-    lines = [importing.table(found), f"{src}: {found.kind.words}, {importing.describe(plain)}; {came_from['licence']}"]
+    made_here = place if not place.exists() else place / "checkpoints"
+    try:
+        with contextlib.closing(Checkpoints(str(place), every=1, keep=1, keep_every=0)) as checkpoints:
+            checkpoints.save(0, state, {"step": 0, "examples": 0, "clock": Clock().state(), "config": plain.to_dict(),
+                                        "git": git_hash(), "origin": came_from})  # fmt: skip
+        claim(place, plain.to_dict())
+    except (
+        BaseException
+    ) as error:  # a full disk has many names in orbax; half a run would be in the way of the next try
+        made_here.rmtree(missing_ok=True)
+        if not isinstance(error, Exception):
+            raise
+        raise ConfigError(f"--workdir={workdir} cannot be written ({str(error).splitlines()[0][:200]})") from error
+    lines = [
+        report.table(found),
+        f"{src}: {found.kind.words}, {report.describe(plain)}; pixels less "
+        f"{tuple(plain.data.mean)} over {tuple(plain.data.std)}; {came_from['licence']}",
+    ]
     if came_from["lacks"]:
         lines.append(
             f"without {', '.join(came_from['lacks'])}: `init_from` of fine-tuning, probes and features takes the folder, "
             "further pretraining and visualise do not"
         )
+    if assumed := report.assumed(found):
+        lines.append(f"the tensors do not tell, so taken from the published recipe: {assumed}")
+    if found.kind.pool == "cls" and not options.pool and options.source == "timm":
+        lines.append("nor do they tell global_pool: taken as token; of avg say --pool=normed")
     return "\n".join([*lines, f"written to {workdir}"])
 
 
@@ -95,31 +115,47 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--src", default="", help="file of released weights")
     p.add_argument("--heads", type=int, default=0, help="attention heads of a ViT, where no tensor tells")
     p.add_argument("--size", type=image_size, help="image size, where no tensor tells: 224 or HEIGHTxWIDTH")
-    p.add_argument("--mean", type=numbers, default=(0.485, 0.456, 0.406), help="of its images; default ImageNet's")
-    p.add_argument("--std", type=numbers, default=(0.229, 0.224, 0.225))
+    p.add_argument(
+        "--mean", type=numbers, default=(), help="of its images in [0, 1]; default ImageNet's, but for beit and timm"
+    )
+    p.add_argument("--std", type=numbers, default=())
+    p.add_argument(
+        "--pool", default="", help="of timm's ViT classifiers without fc_norm: cls, or normed (global_pool='avg')"
+    )
     p.add_argument("--licence", default="", help="of the weights, where --from does not tell")
     p.add_argument("--tokenizer", default="", help="for BEiT's pretraining: the encoder of DALL-E's dVAE")
     p.add_argument("--out", default="", help="with --to: the file to write, or the folder of hf")
     p.add_argument("--encoder_only", action="store_true", help="with --to: leave heads and decoders out")
+    p.add_argument(
+        "--weights", default="", help="with --to: trained, or average for the moving average; default trained"
+    )
     return p
+
+
+ONLY_TO, ONLY_FROM = (
+    ("out", "encoder_only", "weights"),
+    ("src", "heads", "size", "mean", "std", "pool", "licence", "tokenizer"),
+)
 
 
 def main(argv):
     a = parser().parse_args(argv)
     try:
+        if strange := [name for name in (ONLY_FROM if a.to else ONLY_TO) if getattr(a, name)]:
+            raise ConfigError(f"--{strange[0]} is for {'--from' if a.to else '--to'}; leave it out")
         if a.to:
             from mim_jax.convert.export import export
 
             if not a.out:
                 raise ConfigError("--to needs the file to write: --out=...")
-            print(*export(a.workdir, a.to, a.out, a.encoder_only), sep="\n")
+            print(*export(a.workdir, a.to, a.out, a.encoder_only, a.weights or "trained"), sep="\n")
             return
         from mim_jax.convert.importing import Options
 
         if not a.src:
             raise ConfigError("--from needs the file of released weights: --src=...")
-        options = Options(a.source, a.heads, a.size, a.mean, a.std, a.licence)
-        print(import_weights(a.src, a.workdir, options, a.tokenizer))
+        options = Options(a.source, a.heads, a.size, a.mean, a.std, a.licence, a.pool)
+        print(import_weights(os.path.expanduser(a.src), a.workdir, options, a.tokenizer))
     except ConfigError as error:
         fail(str(error))
 

@@ -3,24 +3,15 @@
 import json
 import textwrap
 
-from mim_jax.convert.formats import Written
+from mim_jax.convert.written import Written
 
 HF_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", "README.md")
 LIBRARY = {"timm": "timm", "hf": "Hugging Face transformers", "safetensors": "the code released for this method",
            "npz": "any program that reads numpy's files"}  # fmt: skip
 
-SHOWN = (
-    "job",
-    "method",
-    "total_epochs",
-    "total_steps",
-    "total_examples",
-    "batch_size",
-    "image_size",
-    "encoder",
-    "optim",
-    "seed",
-)
+SHOWN = ("job", "method", "total_epochs", "total_steps", "total_examples", "batch_size", "image_size", "encoder", "optim",
+         "seed")  # fmt: skip
+LICENCE_IDS = ("mit", "apache-2.0", "cc-by-nc-4.0")  # as Hugging Face writes them
 
 
 def write(facts: dict[str, str], written: Written, file) -> str:
@@ -28,7 +19,7 @@ def write(facts: dict[str, str], written: Written, file) -> str:
     get = lambda key: json.loads(facts[key])
     to, (height, width), channels = facts["layout"], get("image_size"), get("channels")
     total = sum(x.size for x in written.tensors.values())
-    length = f"step {facts['step']}"
+    length = f"step {facts['step']}" if facts["step"] else ""
     length += f", {int(facts['examples']):,} images seen" if facts["examples"] else ""
     length += f"; planned: {facts['planned_epochs']} epochs" if facts["planned_epochs"] else ""
     trained = {
@@ -43,17 +34,37 @@ def write(facts: dict[str, str], written: Written, file) -> str:
         "Code": f"mim_jax, commit {facts['git']}" if facts["git"] else "mim_jax",
         "Licence": licence(facts),
     }
-    lines = [f"# {file.stem if to != 'hf' else file.parent.name}", "", "| | |", "| --- | --- |"]
+    imported = not length
+    if imported:
+        rows["Training"] = f"released weights: {get('origin')['what']}"
+    if facts["weights"] == "average":
+        rows["Weights"] += "; the moving average of those trained"
+    lines = front_matter(facts) if to == "hf" else []
+    lines += [f"# {file.stem if to != 'hf' else file.parent.name}", "", "| | |", "| --- | --- |"]
     lines += [f"| {key} | {value} |" for key, value in rows.items()]
     lines += ["", "## Loading", "", "```python", USAGE[to](written, file), "```", "", NOTES[to](facts, written)]
     if left := get("left_out"):
         lines += ["", f"Not in the file: {', '.join(f'`{path}`' for path in tops(left))}."]
-    for words, key in {"training": "config", "pretraining before it": "pretraining_config"}.items():
+    for words, key in {
+        "model" if imported else "training": "config",
+        "pretraining before it": "pretraining_config",
+    }.items():
         if config := get(key):
             said = [name for name in (*SHOWN, config.get("method", "")) if config.get(name)]
             rows = ",\n".join(f" {json.dumps(name)}: {json.dumps(config[name])}" for name in said)
             lines += ["", f"## The {words}", "", "```json", f"{{\n{rows}\n}}", "```"]
     return "\n".join([*lines, "", "The whole config is in the metadata of the file."]) + "\n"
+
+
+def front_matter(facts) -> list[str]:
+    """What Hugging Face's pages read."""
+    name = facts["licence"].lower().replace(" ", "-")
+    known = (
+        [f"license: {name}"]
+        if name in LICENCE_IDS
+        else ["license: other", f"license_name: {json.dumps(facts['licence'])}"]
+    )
+    return ["---", "library_name: transformers", *known, "tags:", "- masked-image-modelling", "---", ""]
 
 
 def tops(paths) -> list[str]:
@@ -72,9 +83,8 @@ def licence(facts) -> str:
     origin = json.loads(facts["origin"])
     if not origin:
         return facts["licence"]
-    whose = f"`{origin['file']}`" if origin.get("file") else "released weights"
-    return f"{facts['licence']}, that of the weights it started from: {whose}" + (
-        f" ({origin['from']}, sha256 {origin.get('sha256', '')[:12]})" if origin.get("from") else "")  # fmt: skip
+    return (f"{facts['licence']}, that of the weights it started from: `{origin['file']}` ({origin['from']}, "
+            f"sha256 {origin['sha256'][:12]})")  # fmt: skip
 
 
 # -- code that loads the file -----------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ import json
 import pathlib
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from mim_jax import sharding
 from mim_jax.config import ConfigDict, ConfigError, choice
 from mim_jax.convert import card
-from mim_jax.convert.formats import FORMATS, Written
+from mim_jax.convert.formats import FORMATS
+from mim_jax.convert.written import Written
 from mim_jax.train import pretrained
 from mim_jax.train.checkpoint import CheckpointError
 
@@ -21,45 +23,57 @@ POOLING = {
     "cls": "cls token after the final norm, then head",
     "normed": "mean of patch tokens after the final norm, then head",
 }
+WEIGHTS = {"trained": pretrained.TRAINED, "average": pretrained.AVERAGE}
 METADATA = "metadata"  # the name of a .npz file's array of JSON text
 
 
-def export(run: str, to: str, out: str, encoder_only: bool = False) -> list[pathlib.Path]:
+def export(run: str, to: str, out: str, encoder_only: bool = False, weights: str = "trained") -> list[pathlib.Path]:
     """Writes the newest checkpoint of a run (or the step folder it names) for `to`, one of FORMATS -> the files.
+
+    `weights`: trained, or average for their moving average, where the run kept one.
 
     timm, safetensors and npz: `out` is a file, and the card lies beside it as NAME.md. hf: `out` is a folder. `encoder_only`
     leaves heads and decoders out. Files get their names when all of them are complete. Raises ConfigError, before anything
     is written, for what the format has no model for, and for files that are there already.
     """
     choice("--to", to, FORMATS)
+    part = WEIGHTS[choice("--weights", weights, WEIGHTS)]
     folder = pretrained.find(run)
     runs = lineage(folder)
     config = ConfigDict(runs[0]["config"])
     if "encoder" not in config:
         raise ConfigError(f"'{run}': its checkpoint does not say of which encoder it is; give the pretraining run")
     files = places(to, out)
-    params = {path: np.asarray(x) for path, x in pretrained.load_params(folder, sharding.make_mesh()).items()}
+    params = {
+        path: np.asarray(x) for path, x in pretrained.load_params(folder, sharding.make_mesh(), part=part).items()
+    }
     try:
-        return write(files, to, params, runs, encoder_only)
-    except OSError as error:
-        raise ConfigError(f"--out={out} cannot be written ({error.strerror}); choose another") from error
+        return write(files, to, params, runs, encoder_only, weights)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--out={out} cannot be written ({reason}); choose another") from error
 
 
 def places(to: str, out: str) -> list[pathlib.Path]:
     """The files that an export writes. Raises ConfigError when one is there, and for a name of another format."""
-    place = pathlib.Path(out)
+    place = pathlib.Path(out).expanduser()
+    if "://" in out:
+        raise ConfigError(f"--out={out}: files are written to a folder of this machine; copy them from there")
     if to in SUFFIX and place.suffix != SUFFIX[to]:
         raise ConfigError(f"--out={out}: --to={to} writes a file; let its name end in {SUFFIX[to]}")
-    files = [place / name for name in card.HF_FILES] if to == "hf" else [place, place.with_name(place.name + ".md")]
+    card_file = place.with_name(place.name + ".md") if to != "hf" else None
+    files = [place.resolve() / name for name in card.HF_FILES] if to == "hf" else [place, card_file]
     if there := [str(file) for file in files if file.exists()]:
         raise ConfigError(f"{there[0]} is there already, and nothing is overwritten; choose another --out")
     return files
 
 
-def write(files, to: str, params: dict, runs: list[dict], encoder_only: bool = False) -> list[pathlib.Path]:
+def write(
+    files, to: str, params: dict, runs: list[dict], encoder_only: bool = False, weights: str = "trained"
+) -> list[pathlib.Path]:
     """Writes {our path: array} of the first of `runs` (see `lineage`) to `files` (see `places`) -> those that were written."""
     written = FORMATS[to](ConfigDict(runs[0]["config"]), params, encoder_only)
-    facts, (model, *others) = describe(runs, to, written, encoder_only), files
+    facts, (model, *others) = describe(runs, to, written, encoder_only, weights), files
     save = save_npz if to == "npz" else save_safetensors
     contents = {model: lambda file: save(file, written.tensors, facts)}
     if to == "hf":
@@ -71,52 +85,57 @@ def write(files, to: str, params: dict, runs: list[dict], encoder_only: bool = F
 
 
 def lineage(folder) -> list[dict]:
-    """The meta data of a checkpoint, of the run it started from, and so on, as far as their folders are still there."""
-    metas, seen = [pretrained.read_meta(folder)], {str(folder)}
-    while source := started_from(metas[-1]):
+    """The meta data of a checkpoint, of the one it started from, and so on, while their folders hold them still."""
+    metas = [pretrained.read_meta(folder)]
+    while ancestor := metas[-1].get("ancestor"):
         try:
-            folder = pretrained.find(source)
-            if str(folder) in seen:  # a folder was given to another run since
-                break
-            metas.append(pretrained.read_meta(folder))
+            earlier = pretrained.read_meta(pretrained.find(metas[-1]["config"]["init_from"]))
         except CheckpointError:
             break
-        seen.add(str(folder))
+        if pretrained.digest(earlier) != ancestor["weights"]:
+            break
+        metas.append(earlier)
     return metas
 
 
-def started_from(meta: dict) -> str:
-    config = meta["config"]
-    return "" if config.get("scratch") or meta.get("origin") else config.get("init_from", "")
-
-
-def origin_of(runs: list[dict]) -> tuple[str, dict]:
-    """-> (the licence of the weights this training started from, what is known of their file)."""
-    origin = next((meta["origin"] for meta in runs if meta.get("origin")), None)
-    if origin:
-        return origin.get("licence") or "unknown", origin
-    if gone := started_from(runs[-1]):
-        return f"unknown: it started from '{pathlib.PurePath(gone).name}', which is not there as it was", {}
+def origin_of(meta: dict) -> tuple[str, dict]:
+    """-> (the licence of the weights that this training started from, what is known of their file)."""
+    config, ancestor = meta["config"], meta.get("ancestor", {})
+    if origin := meta.get("origin") or ancestor.get("origin"):
+        return origin["licence"], origin
+    if config.get("init_from") and not config.get("scratch") and not ancestor:
+        return f"unknown: it started from '{pathlib.PurePath(config['init_from']).name}', before runs kept that", {}
     return OWN_LICENCE, {}
 
 
-def describe(runs: list[dict], to: str, written: Written, encoder_only: bool) -> dict[str, str]:
-    """What is said in the file and on the card, as text: safetensors holds nothing else."""
+def describe(runs: list[dict], to: str, written: Written, encoder_only: bool, weights: str) -> dict[str, str]:
+    """What is said in the file and on the card, as text: safetensors holds nothing else.
+
+    Of released weights that were only taken in, nothing is said that they did not bring along.
+    """
     meta, config = runs[0], ConfigDict(runs[0]["config"])
-    licence, origin = origin_of(runs)
-    method = next((m["config"]["method"] for m in runs if "method" in m["config"]), "unknown")
-    pooling = "none: after the final norm, by mean" + (" or cls" if "depths" not in config.encoder else "")
-    if config.job == "finetune":
-        pooling = POOLING[config.pool]
+    imported, (licence, origin) = bool(meta.get("origin")), origin_of(meta)
+    method = origin["from"] if imported else config.get("method") or meta.get("ancestor", {}).get("method", "unknown")
+    pooling = POOLING[config.pool] if config.job == "finetune" else (
+        "none: after the final norm, by mean" + (" or cls" if "depths" not in config.encoder else ""))  # fmt: skip
+    earlier = without_places(runs[1]["config"]) if len(runs) > 1 and not runs[1].get("origin") else {}
     facts = dict(
-        format="pt", written_by="mim_jax", layout=to, encoder_only=encoder_only, method=method, job=config.job,
-        step=meta["step"], examples=meta.get("examples", ""), planned_epochs=config.get("total_epochs") or "",
-        pooling=pooling, image_size=list(config.image_size), channels=config.channels, normalise=config.data.normalise,
+        format="pt", written_by="mim_jax", layout=to, encoder_only=encoder_only, weights=weights, method=method,
+        job=config.job, step="" if imported else meta["step"], examples="" if imported else meta.get("examples", ""),
+        planned_epochs="" if imported else config.get("total_epochs") or "", pooling=pooling,
+        image_size=list(config.image_size), channels=config.channels, normalise=config.data.normalise,
         mean=list(config.data.mean), std=list(config.data.std), licence=licence, origin=origin, git=meta.get("git", ""),
-        config=without_places(runs[0]["config"]), model=written.model, left_out=list(written.left),
-        pretraining_config=without_places(runs[-1]["config"]) if len(runs) > 1 else {},
+        config=model_of(meta["config"]) if imported else without_places(meta["config"]), model=written.model,
+        left_out=list(written.left), pretraining_config=earlier,
     )  # fmt: skip
     return {key: x if isinstance(x, str) else json.dumps(x) for key, x in facts.items()}
+
+
+def model_of(config: dict) -> dict:
+    """The part of an imported config that its tensors tell."""
+    return {
+        key: config[key] for key in ("job", "encoder", "image_size", "channels", "pool", "classes") if key in config
+    }
 
 
 def without_places(config: dict) -> dict:

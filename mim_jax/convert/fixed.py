@@ -1,4 +1,4 @@
-"""Tables that released files carry and this project computes: each is compared with ours before it is left out."""
+"""Tables that released files carry and this project computes: compared with ours when read, and written again."""
 
 import math
 import re
@@ -82,3 +82,31 @@ def explain(name: str, array, size) -> tuple[str, bool] | None:
         if re.search(pattern, name):
             return words, bool(test(np.asarray(array), size))
     return None
+
+
+# -- written again ----------------------------------------------------------------------------------------------------
+
+
+def tables(config, released) -> dict[str, np.ndarray]:
+    """What the released pretraining code keeps beside its parameters, of which `released` are the names -> {name: array}."""
+    e, method = config.encoder, config[config.method]
+    grid = tuple(side // e.patch for side in config.image_size)
+    table = lambda width, side, cls: sincos_table(width, side, cls)[None]
+    found = {}
+    if config.method == "lomar" or e.get("position") == "absolute":
+        found["pos_embed"] = table(e.width, grid, True)
+    if config.method == "mae":
+        side = grid if "depths" not in e else tuple(n >> (len(e.depths) - 1) for n in grid)
+        found["decoder_pos_embed"] = table(method.decoder_width, side, "depths" not in e)
+    if config.method == "localmim":
+        for j, (tap, width, target) in enumerate(zip(method.taps, method.decoder_width, method.target)):
+            fewer = min(tap + 1, len(e.depths) - 1) if "depths" in e else 0
+            found[f"decoder.{j}.pos_embed"] = table(width, tuple(n >> fewer for n in grid), "depths" not in e)
+            if target == "hog":
+                found[f"hog_enc.{j}.conv.weight"] = np.stack([SOBEL, SOBEL.T])[:, None]
+    for name in released:
+        if name.endswith("relative_position_bias_table"):
+            stage = re.search(r"layers\.(\d+)\.", name)
+            window = tuple(min(e.window, n >> int(stage[1])) for n in grid) if stage else grid
+            found[name.replace("bias_table", "index")] = offset_index(window, cls=not stage)
+    return found

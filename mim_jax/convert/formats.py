@@ -4,62 +4,16 @@ Every function takes the config of the run and {our path: array}, and returns a 
 other library has no model for.
 """
 
-import dataclasses
-from typing import Any
-
 import numpy as np
 
 from mim_jax import tree
 from mim_jax.config import ConfigError
-from mim_jax.convert import names
-from mim_jax.convert.names import linear, norm
+from mim_jax.convert import fixed, names
+from mim_jax.convert.hugging_face import hf
+from mim_jax.convert.names import norm
+from mim_jax.convert.written import ANY, ENCODER, Written, grid, is_swin, released
 from mim_jax.models.layers import LAYER_NORM_EPS
 from mim_jax.models.posembed import sincos_table
-
-ANY = "--to=npz writes it under this project's names"
-
-
-@dataclasses.dataclass(frozen=True)
-class Written:
-    """What goes into a file: tensors by name, which of our parameters are left out, and a description of the model.
-
-    `model`: what the other library builds it from; plain JSON.
-    """
-
-    tensors: dict[str, np.ndarray]
-    left: tuple[str, ...]
-    model: dict[str, Any]
-
-
-def is_swin(config) -> bool:
-    return "depths" in config.encoder
-
-
-def grid(config) -> tuple[int, int]:
-    """Patches in the rows and columns of an image."""
-    return tuple(side // config.encoder.patch for side in config.image_size)
-
-
-def released(params: dict, rules, patch: int, what: str) -> dict[str, np.ndarray]:
-    """`names.to_released_state`, whose KeyError becomes a ConfigError with the way out."""
-    try:
-        return names.to_released_state(params, rules, patch)
-    except KeyError as error:
-        raise ConfigError(f"{what}: {error.args[0]}; {ANY}") from error
-
-
-def split_columns(params: dict, old: str, new: tuple[str, ...]) -> dict:
-    """`.../old/kernel` and `.../old/bias` -> a layer for each of `new`, which share its outputs in this order."""
-    done = {}
-    for path, x in params.items():
-        parent, _, leaf = path.rpartition("/")
-        if parent.endswith(f"/{old}"):
-            parts = np.split(x, len(new), axis=-1)
-            done |= {f"{parent.removesuffix(old)}{name}/{leaf}": part for name, part in zip(new, parts, strict=True)}
-        else:
-            done[path] = x
-    return done
-
 
 # -- timm -------------------------------------------------------------------------------------------------------------
 
@@ -101,7 +55,7 @@ def timm(config, params: dict, encoder_only: bool = False) -> Written:
             "--to=timm: timm has no iRPE, the relative positions of LoMaR. --to=safetensors writes a layout with a reference "
             f"forward in docs/irpe_vit.md; {ANY}"
         )
-    wanted = "^(encoder|fc_norm|head)/" if tuned and not encoder_only else "^(encoder|fc_norm)/"
+    wanted = "^(encoder|fc_norm|head)/" if tuned and not encoder_only else ENCODER
     taken = {path: x for path, x in params.items() if tree.matches((wanted,), path)}
     left = tuple(sorted(params.keys() - taken.keys()))
     classes = taken["head/bias"].shape[0] if "head/bias" in taken else 0
@@ -174,76 +128,6 @@ def bias_with_keys(params: dict) -> dict:
     return done
 
 
-# -- Hugging Face -----------------------------------------------------------------------------------------------------
-
-
-def hf_block(released_prefix: str, ours: str) -> tuple:
-    """The rules of blocks in the names of Hugging Face's ViT: queries, keys and values apart."""
-    return (
-        *linear(released_prefix + r"attention\.attention\.(query|key|value)", ours + "attn/{}"),
-        *linear(released_prefix + r"attention\.output\.dense", ours + "attn/proj"),
-        *linear(released_prefix + r"intermediate\.dense", ours + "mlp/fc1"),
-        *linear(released_prefix + r"output\.dense", ours + "mlp/fc2"),
-        *norm(released_prefix + r"layernorm_before", ours + "norm1"),
-        *norm(released_prefix + r"layernorm_after", ours + "norm2"),
-    )
-
-
-HF_RULES = (
-    (r"^vit\.embeddings\.cls_token$", "encoder/cls_token", "same"),
-    (r"^vit\.embeddings\.position_embeddings$", "encoder/pos_embed", "same"),
-    *linear(r"^vit\.embeddings\.patch_embeddings\.projection", "encoder/patch_embed", "patch"),
-    *hf_block(r"^vit\.encoder\.layer\.(\d+)\.", "encoder/block_{:02d}/"),
-    *norm(r"^vit\.layernorm", "encoder/norm"),
-    (r"^decoder\.mask_token$", "decoder/mask_token", "same"),
-    (r"^decoder\.decoder_pos_embed$", "decoder/pos_embed", "same"),
-    *linear(r"^decoder\.decoder_(embed|pred)", "decoder/{}"),
-    *hf_block(r"^decoder\.decoder_layers\.(\d+)\.", "decoder/block_{:02d}/"),
-    *norm(r"^decoder\.decoder_norm", "decoder/norm"),
-)
-HF_BICUBIC = 3
-
-
-def hf(config, params: dict, encoder_only: bool = False) -> Written:
-    """ViTMAEForPreTraining, or with `encoder_only` ViTMAEModel; `model` holds config.json and preprocessor_config.json."""
-    e, m = config.encoder, config.get("mae")
-    if config.job != "pretrain" or config.method != "mae" or is_swin(config):
-        what = config.get("method", "") if config.job == "pretrain" else f"job={config.job}"
-        raise ConfigError(f"--to=hf is for a ViT pretrained by MAE, and this is {what}; use --to=timm, or npz")
-    height, width = config.image_size
-    wrong = [f"{key}={value}" for key, value, has in (
-        ("image_size", (height, width), (height, height)), ("encoder.position", e.position, "absolute"),
-        ("encoder.layer_scale", e.layer_scale, 0.0), ("encoder.qkv_bias", e.qkv_bias, "all"), ("mae.windows", m.windows, 0),
-    ) if value != has]  # fmt: skip
-    if wrong:
-        raise ConfigError(f"--to=hf: Hugging Face's ViTMAE has no {', '.join(wrong)}; {ANY}")
-    if not encoder_only and "decoder/mask_token" not in params:
-        raise ConfigError("--to=hf: these weights came without a decoder; add --encoder_only")
-    taken = {path: x for path, x in params.items() if path.startswith("encoder/") or not encoder_only}
-    left = tuple(sorted(params.keys() - taken.keys()))
-    taken = split_columns(taken, "qkv", ("query", "key", "value"))
-    taken["encoder/pos_embed"] = sincos_table(e.width, grid(config), cls=True)[None]
-    if not encoder_only:
-        taken["decoder/pos_embed"] = sincos_table(m.decoder_width, grid(config), cls=True)[None]
-    settings = dict(
-        architectures=["ViTMAEModel" if encoder_only else "ViTMAEForPreTraining"], model_type="vit_mae", dtype="float32",
-        hidden_size=e.width, num_hidden_layers=e.depth, num_attention_heads=e.heads, qkv_bias=True,
-        intermediate_size=int(e.width * e.mlp_ratio), hidden_act="gelu", layer_norm_eps=LAYER_NORM_EPS, image_size=height,
-        patch_size=e.patch, num_channels=config.channels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        initializer_range=0.02, decoder_hidden_size=m.decoder_width,
-        decoder_num_hidden_layers=m.decoder_depth, decoder_num_attention_heads=m.decoder_heads,
-        decoder_intermediate_size=4 * m.decoder_width, mask_ratio=m.mask_ratio, norm_pix_loss=m.norm_pix,
-    )  # fmt: skip
-    d, ready = config.data, {}
-    if d.normalise == "dataset" and config.channels == 3:  # images standardised one by one have no preprocessor there
-        ready = dict(
-            image_processor_type="ViTImageProcessor", do_resize=True, size=dict(height=height, width=width),
-            resample=HF_BICUBIC, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=list(d.mean),
-            image_std=list(d.std),
-        )  # fmt: skip
-    return Written(released(taken, HF_RULES, e.patch, "--to=hf"), left, {"config": settings, "preprocessor": ready})
-
-
 # -- the names of the released code, and our own ----------------------------------------------------------------------
 
 
@@ -263,29 +147,50 @@ RELEASED_RULES = {
 }
 
 
+def tuned_rules(config) -> tuple:
+    """Of fine-tuned models, whose released forms pool by the mean or, of ViTs, by the cls token."""
+    e = config.encoder
+    if config.pool == "normed" or e.get("position") in ("none", "absolute"):
+        raise ConfigError(
+            f"--to=safetensors knows no released names of a classifier with pool={config.pool}; use --to=timm"
+        )
+    beit = e.get("position") in ("shared_bias", "layer_bias")
+    return (
+        names.SWIN_CLASSIFIER_RULES
+        if is_swin(config)
+        else names.BEIT_CLASSIFIER_RULES
+        if beit
+        else names.CLASSIFIER_RULES
+    )
+
+
 def safetensors(config, params: dict, encoder_only: bool = False) -> Written:
     """The names and layouts of the method's released code (of iRPE: docs/irpe_vit.md), which trains on from them.
 
-    Fixed position tables are no parameters here and are not written. BEiT's tokenizer is a model of its own.
+    Its fixed tables are written with a pretraining. BEiT's tokenizer is a model of its own.
     """
-    if config.job == "finetune" and config.encoder.get("position") == "rpe":
-        rules, wanted = names.CLASSIFIER_RULES, "^(encoder|fc_norm|head)/"
+    if config.job == "finetune":
+        rules, wanted = tuned_rules(config), "^(encoder|fc_norm|head)/"
     elif config.job == "pretrain" and config.method in RELEASED_RULES:
         rules, wanted = RELEASED_RULES[config.method](config), "^(?!tokenizer/)"
     else:
-        what = config.method if config.job == "pretrain" else f"job={config.job} without iRPE"
+        what = config.method if config.job == "pretrain" else f"job={config.job}"
         raise ConfigError(f"--to=safetensors knows no released names of {what}; use --to=timm, or npz")
-    wanted = "^encoder/" if encoder_only else wanted
+    wanted = ENCODER if encoder_only else wanted
     if not encoder_only and config.get("method") == "simmim" and config.channels != 3:
         raise ConfigError(f"--to=safetensors: SimMIM's released head is for 3 channels, not {config.channels}; {ANY}")
     taken = {path: x for path, x in params.items() if tree.matches((wanted,), path)}
     left = tuple(sorted(params.keys() - taken.keys()))
-    return Written(released(taken, rules, config.encoder.patch, "--to=safetensors"), left, {})
+    state = released(taken, rules, config.encoder.patch, "--to=safetensors")
+    if config.job == "pretrain":
+        tables = fixed.tables(config, state)
+        state |= {name: x for name, x in tables.items() if not (encoder_only and name.startswith(("decoder", "hog")))}
+    return Written(state, left, {})
 
 
 def npz(config, params: dict, encoder_only: bool = False) -> Written:
     """This project's own names and layouts; BEiT's tokenizer is a model of its own and is left out."""
-    wanted = "^encoder/" if encoder_only else "^(?!tokenizer/)"
+    wanted = ENCODER if encoder_only else "^(?!tokenizer/)"
     taken = {path: x for path, x in params.items() if tree.matches((wanted,), path)}
     return Written(taken, tuple(sorted(params.keys() - taken.keys())), {})
 

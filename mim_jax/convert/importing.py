@@ -2,20 +2,26 @@
 
 import dataclasses
 import hashlib
-import math
 import pathlib
 
 import numpy as np
 
 from mim_jax import tree
-from mim_jax.config import SWIN_SIZES, VIT_SIZES, ConfigDict, ConfigError, load, swin_encoder, vit_encoder
-from mim_jax.convert import fixed, names, sizes
+from mim_jax.config import ConfigDict, ConfigError, choice, load, swin_encoder, vit_encoder
+from mim_jax.convert import fixed, names, report, sizes
 from mim_jax.convert.layouts import WORDS, our_shape, to_ours
 from mim_jax.convert.released import KINDS, LICENCES, Kind
 from mim_jax.convert.sizes import Misfit
 from mim_jax.models.relative_bias import offsets, resize_offsets
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_PIXELS = ("lomar", "localmim", "mae", "greenmim", "simmim")  # standardised so by their released code
+WRAPPERS = ("module.", "model.", "_orig_mod.")  # what training codes put before every name
+RANKS = (
+    (r"pos_embed$", 3), (r"patch_embed\.proj\.weight$", 4), (r"relative_position_bias_table$", 2),
+    (r"rpe_k\.lookup_table_weight$", 3), (r"(qkv|fc1|fc2|head|head\.fc|embed|encoder_pred)\.weight$", 2), (r"bias$", 1),
+)  # fmt: skip
 LETTERS = {"lomar": "b", "mae": "blh", "beit": "blh", "timm": "blh", "localmim": "bl"}  # of the presets of fine-tuning
 
 
@@ -26,9 +32,10 @@ class Options:
     source: str  # --from
     heads: int = 0
     size: tuple[int, int] | None = None
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = ()  # of the pixels; empty: ImageNet's, for those whose released code says so
+    std: tuple[float, ...] = ()
     licence: str = ""
+    pool: str = ""  # cls, or normed: the mean after the final norm
 
 
 @dataclasses.dataclass
@@ -62,15 +69,28 @@ class Release:
 
 def release(state: dict, options: Options) -> Release:
     """{released name: array} -> Release. Raises ConfigError that names the first tensor that does not fit."""
-    if state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): array for name, array in state.items()}
+    while prefix := next((p for p in WRAPPERS if state and all(name.startswith(p) for name in state)), ""):
+        state = {name.removeprefix(prefix): array for name, array in state.items()}
     shapes = {name: tuple(array.shape) for name, array in state.items()}
+    check_ranks(shapes)
     kind = kind_of(shapes, options.source)
+    if options.pool:
+        if kind.pool != "cls" or options.source != "timm":
+            raise ConfigError(f"--pool is for timm's ViT classifiers without fc_norm, and this is {kind.words}")
+        kind = dataclasses.replace(kind, pool=choice("--pool", options.pool, ("cls", "normed")))
     try:
         config = config_of(kind, shapes, options)
         return assign(state, kind, config, shapes)
     except Misfit as error:
         raise ConfigError(f"this is not {kind.words}: {error}{looks_like(shapes, kind.source)}") from error
+
+
+def check_ranks(shapes: dict):
+    """Raises ConfigError for a tensor without numbers, or with other axes than its name says."""
+    for name, shape in shapes.items():
+        rank = next((rank for pattern, rank in RANKS if tree.matches((pattern,), name)), len(shape))
+        if 0 in shape or len(shape) != rank:
+            raise ConfigError(f"'{name}' has the shape {shape}; it should have {rank} axes, and none of length 0")
 
 
 def kind_of(shapes: dict, source: str) -> Kind:
@@ -83,17 +103,16 @@ def kind_of(shapes: dict, source: str) -> Kind:
     lacking = [name for name in nearest.signs if name not in shapes]
     foreign = [name for name in shapes if tree.matches(nearest.foreign, name)]
     what = f"has no '{lacking[0]}'" if lacking else f"has '{foreign[0]}' {shapes[foreign[0]]}"
-    raise ConfigError(f"the file is not of --from={source}: for {nearest.words} it {what}{looks_like(shapes, source)}")
+    first = next(iter(shapes))
+    like = looks_like(shapes, source) or f"; its first tensor is '{first}' {shapes[first]}"
+    raise ConfigError(f"the file is not of --from={source}: for {nearest.words} it {what}{like}")
 
 
 def looks_like(shapes: dict, source: str) -> str:
-    """What else the tensors could be, in words."""
+    """What else the tensors could be, in words; empty for nothing."""
     others = [kind for kind in KINDS if kind.source != source and kind.fits(shapes)]
     fitting = dict.fromkeys(f"--from={kind.source} ({kind.words})" for kind in others)
-    if fitting:
-        return f"; the tensors look like {' or '.join(fitting)}"
-    first = next(iter(shapes))
-    return f"; its first tensor is '{first}' {shapes[first]}"
+    return f"; the tensors look like {' or '.join(fitting)}" if fitting else ""
 
 
 def config_of(kind: Kind, shapes: dict, options: Options) -> ConfigDict:
@@ -103,9 +122,13 @@ def config_of(kind: Kind, shapes: dict, options: Options) -> ConfigDict:
     else:
         encoder, found = sizes.swin(shapes, kind.prefix, options.size)
     channels, size = found["channels"], found["size"]
-    if len(options.mean) != channels or len(options.std) != channels:
+    mean, std = options.mean, options.std
+    if not (mean or std) and channels == 3 and options.source in IMAGENET_PIXELS:
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise ConfigError(
-            f"the model takes {channels} channels; say how its images were normalised: --mean and --std of {channels} numbers"
+            f"the model takes {channels} channels, and how its images were normalised no tensor tells: give --mean and --std "
+            f"of {channels} numbers each, for instance --mean={','.join(['.5'] * channels)} --std={','.join(['.5'] * channels)}"
         )
     if kind.pool:
         letter = found["letter"].lower()
@@ -113,15 +136,15 @@ def config_of(kind: Kind, shapes: dict, options: Options) -> ConfigDict:
         blank = vit_encoder("B/16", "rpe") if kind.body == "vit" else swin_encoder("B", 0)
         config.encoder = blank
         config.encoder.drop_path = config.drop_path
-        config.update(dict(trained_by="pretrain", pool=kind.pool, classes=shapes[kind.signs[0]][0]))
-        splits = dict(source="imagenet2012", train_split="train")
+        config.update(dict(pool=kind.pool, classes=shapes[kind.signs[0]][0]))
+        splits = dict(source="imagenet2012", train_split="train", normalise="dataset")
         config.data.update(splits | dict(resize_ratio=0.875 if min(size) < 256 else 1.0))
         for judged in config.evals.values():
             judged.split = judged.split or "validation"
     else:
         config = load(f"{CONFIGS}/{kind.config.format(found['letter'], size[0])}")
     config.image_size, config.channels = size, channels
-    config.data.update(dict(mean=options.mean, std=options.std))
+    config.data.update(dict(mean=mean, std=std))
     config.encoder.update(dict(kind.encoder) | encoder)
     if not kind.pool:
         config[config.method].update(kind.section(config, shapes))
@@ -212,7 +235,7 @@ def fit_windows(found: Release, tables: dict, resize: bool):
 def require_fit(found: Release, wanted: dict):
     """Compares with the model's {path: shape} and notes what is missing. Raises ConfigError naming the first that differs."""
     ours, kind = found.shapes(), found.kind
-    told = f"; as {kind.words} the tensors tell {describe(found.config)}"
+    told = f"; as {kind.words} the tensors tell {report.describe(found.config)}"
     for row in found.rows:
         path = row.ours
         if path and path not in wanted:
@@ -236,20 +259,13 @@ def require_fit(found: Release, wanted: dict):
         found.rows.append(Row("", path, ((), tuple(leaf.shape)), "missing", why))
 
 
-def describe(config) -> str:
-    """`a ViT of width 768, depth 12, 12 heads, patch 16 for 224x224 px (ViT-B)`."""
-    e, (h, w) = config.encoder, config.image_size
-    kind, depth = ("Swin", f"depths {tuple(e.depths)}, {tuple(e.heads)} heads, window {e.window}") if "depths" in e else (
-        "ViT", f"depth {e.depth}, {e.heads} heads")  # fmt: skip
-    table = {name: row[:2] for name, row in (SWIN_SIZES if kind == "Swin" else VIT_SIZES).items()}
-    depths = tuple(e.depths) if kind == "Swin" else e.depth
-    name = next((f" ({kind}-{letter})" for letter, row in table.items() if row == (e.width, depths)), "")
-    return f"a {kind} of width {e.width}, {depth}, patch {e.patch} for {h}x{w} px{name}"
-
-
 def origin(path, found: Release, options: Options) -> dict:
     """What the checkpoint says of where its weights came from. Raises ConfigError where no licence is known."""
-    licence = options.licence or LICENCES[options.source]
+    licence = LICENCES[options.source] or options.licence
+    if options.licence not in ("", licence):
+        raise ConfigError(
+            f"weights of --from={options.source} are under {licence}; leave --licence={options.licence} out"
+        )
     if not licence:
         raise ConfigError(
             f"the licence of weights of --from={options.source} differs from model to model; say it: --licence='apache-2.0'"
@@ -259,18 +275,3 @@ def origin(path, found: Release, options: Options) -> dict:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"file": pathlib.Path(path).name, "sha256": digest, "from": options.source, "what": found.kind.words,
             "licence": licence, "lacks": missing}  # fmt: skip
-
-
-def table(found: Release) -> str:
-    """Every tensor in a line: what became of it, its names and shapes; and how many of each."""
-    kinds = ("mapped", "permuted", "ignored", "missing")
-    rows = sorted(found.rows, key=lambda row: kinds.index(row.done))
-    a, b = (max(len(getattr(row, key)) for row in rows) for key in ("released", "ours"))
-    lines = []
-    for row in rows:
-        there, here = ("x".join(map(str, shape)) for shape in row.shapes)
-        line = f"  {row.done:<9}{row.released:<{a}}  {there:<14} {row.ours:<{b}}  {here:<14}{row.words}"
-        lines.append(line.rstrip())
-    counts = [f"{sum(row.done == kind for row in rows)} {kind}" for kind in kinds]
-    scalars = sum(math.prod(shape) for shape in found.shapes().values())
-    return "\n".join([*lines, f"  {', '.join(counts)}; {scalars:,} numbers"])

@@ -14,7 +14,7 @@ from mim_jax.convert.sizes import OWN_BIAS, SHARED_BIAS, Misfit
 
 LICENCES = {"lomar": "CC BY-NC 4.0", "localmim": "CC BY-NC 4.0", "mae": "CC BY-NC 4.0", "greenmim": "CC BY-NC 4.0",
             "simmim": "MIT", "beit": "MIT", "timm": ""}  # "": differs from model to model  # fmt: skip
-NO_DECODER = (("^(decoder|head|mask_token)", "the file has the encoder alone"),)
+NO_DECODER = (("^(decoder|head|mask_token|norm_|hog_bias)", "the file has the encoder alone"),)
 NO_TOKENIZER = (("^tokenizer/", "BEiT's tokenizer is a file of its own: --tokenizer=encoder.pkl"),)
 NORM_UNUSED = ((r"^norm\.(weight|bias)$", "unused with mean pooling"),)
 POSITIONS_UNUSED = ((r"^pos_embed$", "carried, but never added by LoMaR"),)
@@ -51,6 +51,11 @@ def mae_decoder(config, shapes) -> dict:
                 decoder_depth=sizes.count(shapes, r"decoder_blocks\.(\d+)\."))  # fmt: skip
 
 
+def lomar(config, shapes) -> dict:
+    """The released windows, or what a smaller image has room for."""
+    return dict(window=min(config.lomar.window, *(side // config.encoder.patch for side in config.image_size)))
+
+
 def tap_scales(shapes) -> tuple[float, ...]:
     """The scale of every decoder of LocalMIM on a ViT, by its last layers."""
     scales = []
@@ -64,6 +69,11 @@ def localmim_vit_rules(shapes) -> tuple:
     return names.localmim_vit_rules(tap_scales(shapes))
 
 
+def vit_taps(config) -> tuple[int, ...]:
+    """The blocks of the released ViTs, by their depth."""
+    return (1, 3, config.encoder.depth - 3, config.encoder.depth - 1)
+
+
 def localmim(config, shapes) -> dict:
     """Taps, scales, decoders and targets. Raises Misfit for another number of taps than 4: they are not in the tensors."""
     e, taps = config.encoder, sizes.count(shapes, r"decoder\.(\d+)\.")
@@ -73,10 +83,10 @@ def localmim(config, shapes) -> dict:
         blocks, scales = tuple(range(4)), (1.0,) * 4
         strides = [e.patch * 2 ** min(tap + 1, 3) for tap in blocks]
     else:
-        blocks, scales = (1, 3, e.depth - 3, e.depth - 1), tap_scales(shapes)
+        blocks, scales = vit_taps(config), tap_scales(shapes)
         strides = [e.patch] * 4
-    last = lambda j: max(name for name in shapes if re.match(rf"decoder\.{j}\.pred\.(\d+\.)?bias$", name))
-    outputs = [shapes[last(j)][0] for j in range(4)]
+    last = lambda j: max((name for name in shapes if re.match(rf"decoder\.{j}\.pred\.(\d+\.)?bias$", name)), default="")
+    outputs = [sizes.need(shapes, last(j) or f"decoder.{j}.pred.bias")[0] for j in range(4)]
     pixels = all(out == config.channels * (stride / s) ** 2 for out, stride, s in zip(outputs, strides, scales))
     hog = {} if pixels else dict(bins=outputs[0] // config.channels, hog_bias="hog_enc.0.conv.bias" in shapes)
     return dict(
@@ -103,9 +113,14 @@ def tuned(source: str, preset: str, **fields) -> Kind:
 
 KINDS = (
     Kind("lomar", "LoMaR's pretraining", "vit", "lomar_vitb.py:variant={}/16,size={}", ("encoder_pred.weight", RPE),
-         names.LOMAR_RULES, unused=POSITIONS_UNUSED),
+         names.LOMAR_RULES, unused=POSITIONS_UNUSED, section=lomar),
+    Kind("lomar", "LoMaR's encoder", "vit", "lomar_vitb.py:variant={}/16,size={}", ("norm.weight", RPE), names.LOMAR_RULES,
+         ("^head", "^fc_norm", "^encoder_pred"), unused=POSITIONS_UNUSED, section=lomar, lacking=NO_DECODER),
     tuned("lomar", "lomar_b", words="a fine-tuned LoMaR", signs=("head.weight", "fc_norm.weight", RPE),
           rules=names.CLASSIFIER_RULES, unused=POSITIONS_UNUSED + NORM_UNUSED, encoder=(("position", "rpe"),)),
+    tuned("lomar", "lomar_b", words="a fine-tuned LoMaR on the cls token", signs=("head.weight", "norm.weight", RPE),
+          foreign=("^fc_norm",), rules=names.CLASSIFIER_RULES, unused=POSITIONS_UNUSED, encoder=(("position", "rpe"),),
+          pool="cls"),
     Kind("mae", "MAE's pretraining with its decoder", "vit", "mae_vitb.py:variant={}/16,size={}", ("decoder_embed.weight", VIT),
          names.MAE_RULES, RELATIVE, section=mae_decoder),
     Kind("mae", "MAE's encoder", "vit", "mae_vitb.py:variant={}/16,size={}", ("norm.weight", "pos_embed", VIT), names.MAE_RULES,
@@ -113,6 +128,9 @@ KINDS = (
     tuned("mae", "mae_{}", signs=MEAN, foreign=RELATIVE, rules=names.CLASSIFIER_RULES, unused=NORM_UNUSED, encoder=LEARNED),
     Kind("localmim", "LocalMIM's pretraining of a ViT", "vit", "localmim_vitb.py:variant={}/16,size={}",
          ("decoder.0.embed.weight", VIT), localmim_vit_rules, section=localmim),
+    Kind("localmim", "LocalMIM's encoder, a ViT", "vit", "localmim_vitb.py:variant={}/16,size={}",
+         ("norm.3.weight", "pos_embed", VIT), names.localmim_vit_rules((4, 2, 1, 0.5)), (*RELATIVE, "^decoder", "^head"),
+         section=lambda config, shapes: dict(taps=vit_taps(config)), lacking=NO_DECODER),
     tuned("localmim", "localmim_{}", signs=MEAN, foreign=RELATIVE, rules=names.CLASSIFIER_RULES, unused=NORM_UNUSED,
           encoder=LEARNED),
     Kind("localmim", "LocalMIM's pretraining of a Swin", "swin", "localmim_swinb.py:variant={},size={}",

@@ -4,9 +4,9 @@ import math
 import re
 
 from mim_jax.config import SWIN_SIZES, VIT_SIZES, ConfigError
+from mim_jax.models.relative_bias import CLS_ENTRIES
 
 HEADS = {width: heads for width, _, heads in VIT_SIZES.values()}  # where no tensor tells
-CLS_ENTRIES = 3
 OWN_BIAS, SHARED_BIAS = "blocks.0.attn.relative_position_bias_table", "rel_pos_bias.relative_position_bias_table"
 
 
@@ -90,6 +90,13 @@ def vit_size(shapes: dict, prefix: str, patch: int, size) -> tuple[int, int]:
             continue
         absolute = name == "pos_embed"
         n = shape[1] - 1 if absolute else shape[0] - CLS_ENTRIES
+        if absolute and n + 1 == (math.isqrt(n + 1) ** 2 if size is None else size[0] // patch * (size[1] // patch)):
+            raise Misfit(
+                f"'{prefix}{name}' {shape} has no place for a cls token, which every ViT here has; of an image that is no "
+                "square give --size=HEIGHTxWIDTH"
+            )
+        if n < 1:
+            raise Misfit(f"'{prefix}{name}' {shape} is too short")
         if size is not None:
             rows, columns = (side // patch for side in size)
             fitting = rows * columns if absolute else (2 * rows - 1) * (2 * columns - 1)
@@ -118,22 +125,29 @@ def swin(shapes: dict, prefix: str, size) -> tuple[dict, dict]:
     encoder = dict(patch=patch, width=width, depths=depths, heads=tuple(heads for _, heads in tables), window=window,
                    mlp_ratio=at("layers.0.blocks.0.mlp.fc1.weight")[0] / width)  # fmt: skip
     unit = patch * 2 ** (stages - 1)
-    told = swin_size(shapes, prefix, unit, patch)
-    if told and size not in (None, told):
-        there = f"{told[0]}x{told[1]}"
-        raise ConfigError(f"--size={size[0]}x{size[1]}, but the tensors are of {there} px; leave --size out")
+    told = swin_size(shapes, prefix, unit, patch, size)
     grids = [224 // (patch << i) for i in range(stages)]
     fits = 224 % unit == 0 and all(g <= window or g % window == 0 for g in grids)
     side = 224 if fits else unit * window  # windows of 6: 192 px, of 12: 384 px
     return encoder, dict(letter=letter_of(width, SWIN_SIZES), channels=channels, size=told or size or (side, side))
 
 
-def swin_size(shapes: dict, prefix: str, unit: int, patch: int) -> tuple[int, int] | None:
-    """Height and width by masks of windows or a decoder's table; None where there is neither."""
+def swin_size(shapes: dict, prefix: str, unit: int, patch: int, size) -> tuple[int, int] | None:
+    """Height and width by masks of windows or a decoder's table; None where there is neither.
+
+    Such a tensor tells the number of places only: `size` is what the user says of an image that is no square. Raises
+    ConfigError where it contradicts the tensor.
+    """
     mask = shapes.get(f"{prefix}layers.0.blocks.1.attn_mask")
-    if mask is not None:
-        return (square_side(mask[0] * mask[1], "attn_mask") * patch,) * 2
+    places = {"attn_mask": (mask[0] * mask[1], patch)} if mask else {}
     for name, stride in (("decoder.0.pos_embed", 2 * patch), ("decoder_pos_embed", unit)):
         if name in shapes:
-            return (square_side(shapes[name][1], name) * stride,) * 2
+            places[name] = shapes[name][1], stride
+    for name, (n, stride) in places.items():
+        if size is None:
+            return (square_side(n, name) * stride,) * 2
+        if n != (size[0] // stride) * (size[1] // stride) or any(side % stride for side in size):
+            raise ConfigError(f"--size={size[0]}x{size[1]}: '{name}' is of {n} places of {stride} px; leave --size out here "
+                              "and give the size to the run that starts from this one")  # fmt: skip
+        return size
     return None

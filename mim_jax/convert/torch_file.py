@@ -71,7 +71,13 @@ def _read_zip(path) -> dict[str, np.ndarray]:
     if not any(name.endswith(".npy") for name in names):
         raise ConfigError(f"'{path}' is a zip archive, but neither of torch.save nor of numpy.savez: {names[:3]}")
     with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
+        try:
+            return dict(arrays)
+        except ValueError as error:
+            if "allow_pickle" not in str(error):
+                raise
+            raise ConfigError(f"'{path}' holds Python objects, which could run code when read (allow_pickle): save arrays "
+                              "of numbers alone") from error  # fmt: skip
 
 
 # -- archives of torch.save -------------------------------------------------------------------------------------------

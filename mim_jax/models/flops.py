@@ -7,7 +7,7 @@ def dense(tokens: int, width_in: int, width_out: int) -> int:
 
 def block(tokens: int, width: int, mlp_ratio: float = 4.0, relative: bool = False) -> int:
     """Forward FLOPs of one transformer block on one sequence; `relative` adds iRPE's product with every pair's key."""
-    linear = dense(tokens, width, int(width * (4 + 2 * mlp_ratio)))  # qkv 3, proj 1, mlp 2 x ratio
+    linear = dense(tokens, width, round(width * (4 + 2 * mlp_ratio)))  # qkv 3, proj 1, mlp 2 x ratio
     attention = 2 * (2 * tokens * tokens * width)
     return linear + attention + (2 * tokens * tokens * width if relative else 0)
 
@@ -27,7 +27,7 @@ def swin(encoder, kept: int | None = None) -> int:
         side, width = encoder.side >> i, encoder.width * 2**i
         window = [min(encoder.window, u * side) for u in encoder.units]
         attention = 4 * units * side * side * window[0] * window[1] * width
-        total += depth * (dense(kept * side * side, width, int(width * (4 + 2 * encoder.mlp_ratio))) + attention)
+        total += depth * (dense(kept * side * side, width, round(width * (4 + 2 * encoder.mlp_ratio))) + attention)
         if side > 1:
             total += dense(kept * side * side // 4, 4 * width, 2 * width)
     return total

@@ -37,7 +37,7 @@ class SwinBlock(nn.Module):
         h = LayerNorm(self.dtype, self.eps, name="norm1")(x)
         x = x + drop(WindowAttention(self.heads, self.layout, self.dtype, name="attn")(h, visible), train)
         h = LayerNorm(self.dtype, self.norm2_eps, name="norm2")(x)
-        return x + drop(Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(h), train)
+        return x + drop(Mlp(round(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(h), train)
 
 
 class Merge(nn.Module):

@@ -41,7 +41,7 @@ class Block(nn.Module):
         attention = Attention(self.heads, self.relative, self.own_bias, self.qkv_bias, self.dtype, name="attn")
         x = x + drop(self.scaled(attention(h, buckets, bias), "gamma_1"), train)
         h = LayerNorm(self.dtype, name="norm2")(x)
-        h = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(h)
+        h = Mlp(round(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(h)
         return x + drop(self.scaled(h, "gamma_2"), train)
 
     def scaled(self, branch, name: str):

@@ -1,6 +1,8 @@
 """Weights of a finished or running run: where they are, what they are, and whether they fit another model."""
 
 import contextlib
+import hashlib
+import json
 import re
 
 import jax
@@ -68,6 +70,21 @@ def _named(step_folder: epath.Path):
         raise CheckpointError(
             f"the checkpoint {step_folder} cannot be read, it is damaged or incomplete ({reason})"
         ) from error
+
+
+def ancestry(meta: dict) -> dict:
+    """What a run that starts from a checkpoint keeps in its own meta data, `meta` being that of the checkpoint.
+
+    method: that of the pretraining; origin: of the released file behind it, {} for weights trained here; weights: a digest.
+    """
+    earlier, origin = meta.get("ancestor", {}), meta.get("origin", {})
+    method = meta["config"].get("method") or earlier.get("method") or origin.get("from", "unknown")
+    return {"method": method, "origin": origin or earlier.get("origin", {}), "weights": digest(meta)}
+
+
+def digest(meta: dict) -> str:
+    """One text for all bits of a checkpoint."""
+    return hashlib.sha256(json.dumps(meta["fingerprints"], sort_keys=True).encode()).hexdigest()
 
 
 TRAINED, AVERAGE, STATS = r"^(params|frozen)/", r"^(opt_state/.*/average|frozen)/", "^stats/"

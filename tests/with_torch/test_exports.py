@@ -12,7 +12,7 @@ from jax import jit
 from mim_jax import build, supervised, tree
 from mim_jax.config import load
 from mim_jax.convert import export as export_lib
-from mim_jax.convert import torch_file
+from mim_jax.convert import importing, torch_file
 
 torch = pytest.importorskip("torch", reason="make test-torch has PyTorch's libraries")
 pytestmark = pytest.mark.torch
@@ -160,3 +160,40 @@ def test_other_readers_of_safetensors_see_the_same(tmp_path, monkeypatch):
         assert file.metadata()["method"] == "mae" and file.metadata()["format"] == "pt"
         for name, x in torch_file.read("exported.safetensors").items():
             np.testing.assert_array_equal(file.get_tensor(name), x)
+
+
+SMALL_VIT = dict(model_name="vit_tiny_patch16_224", img_size=(48, 80), depth=2)
+SMALL_SWIN = dict(model_name="swin_tiny_patch4_window7_224", depths=(1, 1, 2, 1), embed_dim=24)
+TIMM = {
+    "cls": SMALL_VIT | dict(num_classes=5),
+    "mean": SMALL_VIT | dict(num_classes=5, global_pool="avg", init_values=0.1),
+    "mean after the norm": SMALL_VIT | dict(num_classes=5, global_pool="avg", fc_norm=False),
+    "no head": SMALL_VIT | dict(num_classes=0),
+    "swin": SMALL_SWIN | dict(num_classes=5),
+    "swin, no head": SMALL_SWIN | dict(num_classes=0),
+    "swin, window 12": SMALL_SWIN | dict(num_classes=5, window_size=12, img_size=384),
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_models_of_timm_compute_the_same_here(name):
+    import timm
+
+    torch.manual_seed(0)
+    other = timm.create_model(**TIMM[name]).eval()
+    state = {key: x.numpy() for key, x in other.state_dict().items()}
+    rng = np.random.default_rng(0)
+    state = {
+        key: (x + 0.1 * rng.normal(size=x.shape)).astype(np.float32) for key, x in state.items()
+    }  # no zeros, no ones
+    other.load_state_dict({key: torch.from_numpy(x) for key, x in state.items()})
+    half = (0.5,) * 3
+    said = dict(size=None if "swin" in name else SMALL_VIT["img_size"], pool="normed" if "after" in name else "")
+    found = importing.release(state, importing.Options("timm", mean=half, std=half, licence="mit", **said))
+    made = supervised.classifier(found.config, CLASSES) if found.kind.pool else build.objective(found.config)
+    params, images = tree.nest(found.params()), images_of(found.config, 1)
+    if found.kind.pool:
+        want = jit(lambda p, x: made.apply({"params": p}, x, method="logits"))(params, images)
+        return np.testing.assert_allclose(theirs(other, images), want, **CLOSE)
+    want = jit(made.encoder.apply)({"params": params["encoder"]}, images)
+    np.testing.assert_allclose(theirs(other.forward_features, images).reshape(want.shape), want, **CLOSE)
