@@ -150,7 +150,7 @@ RELEASED_RULES = {
 def tuned_rules(config) -> tuple:
     """Of fine-tuned models, whose released forms pool by the mean or, of ViTs, by the cls token."""
     e = config.encoder
-    if config.pool == "normed" or e.get("position") in ("none", "absolute"):
+    if config.pool == "normed" and e.get("position") != "rpe":
         raise ConfigError(
             f"--to=safetensors knows no released names of a classifier with pool={config.pool}; use --to=timm"
         )
