@@ -239,7 +239,7 @@ def finetune() -> str | None:
         steps = sorted(run["steps"] for run in runs["scratch_long"])
         rows.append([
             title, shown["pretrained"], shown["scratch"], percent(gains) if gains else "–", shown["scratch_long"],
-            f"{steps[0]} to {steps[-1]}" if steps else "–", str(len(gains)),
+            " to ".join(map(str, sorted({*steps[:1], *steps[-1:]}))) if steps else "–", str(len(gains)),
         ])  # fmt: skip
     head = ["", "pretrained, test top-1 %", "from scratch, same steps", "gain, points", "from scratch, same FLOPs in all",
             "its steps", "seeds"]  # fmt: skip
