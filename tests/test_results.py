@@ -110,7 +110,7 @@ def test_the_table_of_fine_tuning(record):
     save("mae", "pretrained", 0, 0.4, 500)
     _, rows = cells(make_tables.finetune())
     assert rows == [
-        ["LoMaR", "65.0 ± 7.1", "50.0 ± 0.0", "15.0 ± 7.1", "55.0", "1400 to 1400", "2"],
+        ["LoMaR", "65.0 ± 7.1", "50.0 ± 0.0", "15.0 ± 7.1", "55.0", "1400", "2"],
         ["LocalMIM", "–", "–", "–", "–", "–", "0"],
         ["MAE", "40.0", "–", "–", "–", "–", "0"],
     ]
