@@ -4,6 +4,7 @@
         --config.data.source=folder --config.data.path=/my/images --workdir=runs/my_features
     python -m mim_jax.main --config=configs/features.py:format=parquet --config.init_from=runs/lomar_vitb
 
+Of a folder with train/ and validation/ inside the training images are taken unless data.split names another split.
 Nothing is hidden and nothing is random: the shorter side is brought to size / data.resize_ratio, the centre is cut out, and
 the same image gives the same feature in any batch (to rounding: 1e-6 with compute_dtype=float32). Every image once, in the
 order of the split, labelled or not. Files appear under their names when they are complete:
@@ -16,7 +17,8 @@ order of the split, labelled or not. Files appear under their names when they ar
 Arguments (default first)
     format    npy | parquet
     pool      mean | cls | none     mean of the patch tokens; cls (not of a Swin); none: all tokens, cls first, then row by row
-    tap       top | 0, 1, ...       after the final norm | the output of this block (of a Swin: of this stage, merging included)
+    tap       top | 0, 1, ...       after the final norm (a run fine-tuned with pool=mean has none: its norm belongs to its
+                                    head) | the output of this block (of a Swin: of this stage, merging included)
     toy       small batches
 """
 

@@ -14,8 +14,6 @@ from mim_jax.train.loop import report as report_scalars
 from mim_jax.train.workdir import RESULT, claim, finished, git_hash, write_json
 from mim_jax.transfer import pretrained_params
 
-PARTS = {"trained": pretrained.TRAINED, "average": pretrained.AVERAGE}
-
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
@@ -46,7 +44,7 @@ def evaluate(config, plain: dict, workdir: epath.Path, mesh) -> dict:
     stats = tree.nest(pretrained.load_params(folder, mesh, part=pretrained.STATS)) if "batch_stats" in fresh else {}
     kinds, reports = {}, []
     for kind in sorted({e["weights"] for e in plain["evals"].values() if e["on"]}):
-        params, report = pretrained_params(config, made, example, mesh, PARTS[kind])
+        params, report = pretrained_params(config, made, example, mesh, pretrained.PARTS[kind])
         kinds[kind] = {"params": tree.nest(params), **stats}
         reports.append(f"{kind}: {report}")
     config.require_all_read()

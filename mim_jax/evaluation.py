@@ -19,6 +19,8 @@ from mim_jax.evaluators.reconstruct import ReconstructEvaluator, moments
 from mim_jax.evaluators.scales import draw_scales
 from mim_jax.train.loop import ScheduledEvaluator
 
+IMAGENET_CLASSES = 1000
+
 
 def feature_runner(made, normalise, mesh, batches_and_count, pool: str) -> SplitRunner:
     """Features and labels of a split."""
@@ -110,6 +112,8 @@ def classify_evaluator(e, config, made, normalise, mesh, open_split):
     except NotPrepared as error:
         if not optional:
             raise
+        if made.classes != IMAGENET_CLASSES:  # of another data set nobody expects these
+            return None
         logging.warning("left out: %s", str(error).splitlines()[0])
         return None
     if source.num_classes != made.classes:
@@ -118,6 +122,11 @@ def classify_evaluator(e, config, made, normalise, mesh, open_split):
             f"{source.name} '{split}' has {found}, the classifier {made.classes} classes: only a split of the same "
             "classes can be judged"
         )
+    names = config.class_names if "class_names" in config else ()
+    if source.name == "folder" and names and tuple(names) != tuple(source.class_names):
+        strange = next((a, b) for a, b in zip(names, source.class_names) if a != b)
+        raise ConfigError(f"classes of '{split}' are not those of the training ('{strange[0]}' there, '{strange[1]}' here): "
+                          "labels are counted in the order of the names, so give the folders the same names")  # fmt: skip
 
     def fn(variables, batch):
         logits, labels = made.apply(variables, normalise(batch["image"]), method="logits"), batch["label"]
@@ -159,7 +168,11 @@ def evaluators(config, made, normalise, mesh, open_split, total: int, examples_p
         try:
             evaluator = EVALUATORS[kind](e, config, made, normalise, mesh, open_split)
         except ConfigError as error:
-            raise type(error)(f"{error} (evaluator '{name}': --config.evals.{name}.on=False leaves it out)") from error
+            named = [key for key in e.keys() if key.endswith("split") and f"'{e[key]}'" in str(error)]
+            other = f", --config.evals.{name}.{named[0]}=... names another split" if named else ""
+            raise type(error)(
+                f"{error} (evaluator '{name}': --config.evals.{name}.on=False leaves it out{other})"
+            ) from error
         if evaluator is not None:
             scheduled.append(ScheduledEvaluator(name, evaluator.run, every))
     return scheduled

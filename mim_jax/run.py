@@ -122,7 +122,8 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
         state, results, finished = loop.train(
             state, step_fn, batches, first=first, total=total, batch_size=config.batch_size, mesh=mesh,
             evaluators=evaluators, checkpoints=checkpoints, clock=clock, logger=logger, log_every=log_every,
-            meta={"config": {**config.to_dict(), "classes": classes}, "git": git_hash(), "ancestor": ancestor},
+            meta={"config": config.to_dict() | {"classes": classes, "class_names": source.class_names}, "git": git_hash(),
+                  "ancestor": ancestor},
         )  # fmt: skip
     finally:
         checkpoints.close()

@@ -58,7 +58,8 @@ def inherit(config: TrackedConfig, workdir: epath.Path) -> TrackedConfig:
         merged.encoder.final_norm = False  # it was fine-tuned without one
     adapt_encoder(merged, job, resized=given != tuple(source.image_size))
     done = TrackedConfig(merged)
-    done.mark_read("job", "init_from", "drop_path", "window", *(key for key in flatten(merged) if key not in own))
+    added = (key for key in flatten(merged) if key not in own)
+    done.mark_read("job", "init_from", "drop_path", "window", "data.resize_ratio", *added)
     return done
 
 
@@ -115,7 +116,13 @@ def pretrained_params(config, made, example, mesh, part: str = pretrained.TRAINE
         raise ConfigError(
             f"{folder} was fine-tuned with pool=mean and has no final norm, which pool={config.pool} needs"
         )
-    loaded = pretrained.load_params(folder, mesh, TAKEN.get(job, ""), part)
+    if job == "pretrain" and (source.job, source.get("method")) != (job, config.method):
+        what = source.method if source.job == job else f"job={source.job}"
+        raise ConfigError(
+            f"{folder} is a run of {what}; pretraining with method={config.method} goes on from one of its own"
+        )
+    taken = TAKEN.get(job, "") if source.job != "pretrain" or job != "finetune" else "^encoder/"
+    loaded = pretrained.load_params(folder, mesh, taken, part)
     wanted = tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), *example))["params"])
     skipped = []
     if job == "finetune" and "head/bias" in loaded and loaded["head/bias"].shape != wanted["head/bias"].shape:

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,15 @@ import pytest
 from jax import jit
 from saved import REPO, save_run
 
-from mim_jax import build, sharding, supervised, tree
+from mim_jax import build, evaluation, sharding, supervised, tree
 from mim_jax.config import ConfigError, TrackedConfig, load
 from mim_jax.models.posembed import cubic_matrix, sincos_table
 from mim_jax.models.relative_bias import CLS_ENTRIES, offsets, resize_offsets
 from mim_jax.run import run
 from mim_jax.train.checkpoint import CheckpointError, Checkpoints
 from mim_jax.train.optimizer import adamw, moving_average
-from mim_jax.train.pretrained import AVERAGE, TRAINED, find, load_params
-from mim_jax.transfer import inherit, pretrained_params
+from mim_jax.train.pretrained import AVERAGE, TRAINED, find, load_params, read_meta
+from mim_jax.transfer import inherit, pretrained_params, with_other_data
 
 RUNS = {
     "lomar": ("lomar_vitb.py:toy", {}),
@@ -154,9 +155,14 @@ def test_another_architecture_is_refused_by_its_sizes(saved, tmp_path):
 
     start(["(48,)", "(24,)", "width: 48 -> 24"], width=24)
     start(["another one", "heads: 3 -> 4"], heads=4)  # the same shapes
-    config = load(f"{REPO}/configs/localmim_swinb.py:toy")
-    config.init_from = saved("mae")
+    config = load(f"{REPO}/configs/simmim_swinb.py:toy")
+    config.init_from = saved("simmim")
     with pytest.raises(CheckpointError, match="depths: .absent. -> "):
+        run(config, str(tmp_path / "w"))
+    config.init_from = saved("mae")
+    with pytest.raises(
+        ConfigError, match="is a run of mae; pretraining with method=simmim goes on from one of its own"
+    ):
         run(config, str(tmp_path / "w"))
 
 
@@ -194,6 +200,27 @@ def test_a_run_continues_without_the_run_it_came_from(tuned):
         assert [row["step"] for row in map(json.loads, f) if "loss" in row] == [1, 2, 3]
     assert 0 <= results["validation/top1"] <= results["validation/top5"] <= 1
     assert pathlib.Path(workdir, "augmented.png").stat().st_size > 1000
+    meta = read_meta(find(workdir))  # saved after the run it came from was gone
+    assert meta["ancestor"]["method"] == "lomar" and meta["ancestor"]["origin"] == {} and meta["ancestor"]["weights"]
+    assert len(meta["config"]["class_names"]) == meta["config"]["classes"] == 16
+
+
+def test_folders_of_other_classes_are_not_judged_by_their_number(monkeypatch):
+    """As many classes under other names would be counted against the wrong labels without a word."""
+    found = SimpleNamespace(name="folder", num_classes=2, class_names=("aardvark", "cats"))
+    monkeypatch.setattr("mim_jax.data.sources.open_source", lambda *args, **options: found)
+    config = load(f"{REPO}/configs/eval.py")
+    config.update(dict(channels=1, class_names=["cats", "dogs"]))
+    with pytest.raises(ConfigError, match="not those of the training .'cats' there, 'aardvark' here"):
+        evaluation.classify_evaluator(config.evals.validation, config, SimpleNamespace(classes=2), None, None, None)
+
+
+def test_pictures_of_other_images_than_those_of_the_run():
+    config = load(f"{REPO}/configs/lomar_vitb.py")
+    config.data.update(dict(path="/old", data_dir="/tfds"))
+    place = lambda *given: tuple(with_other_data(config, *given).data[key] for key in ("source", "path", "data_dir"))
+    assert place("", "", "/new") == ("imagenet2012", "/old", "/new")
+    assert place("folder", "/mine", "") == ("folder", "/mine", "") and config.data.path == "/old"
 
 
 def test_the_average_starts_from_what_was_loaded(tuned):

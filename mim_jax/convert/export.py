@@ -23,7 +23,6 @@ POOLING = {
     "cls": "cls token after the final norm, then head",
     "normed": "mean of patch tokens after the final norm, then head",
 }
-WEIGHTS = {"trained": pretrained.TRAINED, "average": pretrained.AVERAGE}
 METADATA = "metadata"  # the name of a .npz file's array of JSON text
 
 
@@ -37,7 +36,7 @@ def export(run: str, to: str, out: str, encoder_only: bool = False, weights: str
     is written, for what the format has no model for, and for files that are there already.
     """
     choice("--to", to, FORMATS)
-    part = WEIGHTS[choice("--weights", weights, WEIGHTS)]
+    part = pretrained.PARTS[choice("--weights", weights, pretrained.PARTS)]
     folder = pretrained.find(run)
     runs = lineage(folder)
     config = ConfigDict(runs[0]["config"])

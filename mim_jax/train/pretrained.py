@@ -88,6 +88,7 @@ def digest(meta: dict) -> str:
 
 
 TRAINED, AVERAGE, STATS = r"^(params|frozen)/", r"^(opt_state/.*/average|frozen)/", "^stats/"
+PARTS = {"trained": TRAINED, "average": AVERAGE}
 
 
 def load_params(step_folder: epath.Path, mesh, pattern: str = "", part: str = TRAINED) -> dict:
