@@ -16,7 +16,9 @@ from mim_jax import build, sharding, tree
 from mim_jax.config import ConfigDict, ConfigError, load
 from mim_jax.convert import export as export_lib
 from mim_jax.convert import fixed, formats, names, torch_file
+from mim_jax.convert.__main__ import import_weights
 from mim_jax.convert.export import export
+from mim_jax.convert.importing import Options
 from mim_jax.models.posembed import sincos_table
 from mim_jax.train import pretrained
 from mim_jax.train.checkpoint import CheckpointError
@@ -69,6 +71,21 @@ def test_the_documented_program_computes_what_the_run_computes(run, tmp_path):
     np.testing.assert_allclose(found, want, atol=2e-5)
     assert said["method"] == "lomar" and json.loads(said["image_size"]) == [32, 32] and said["step"] == "1"
     assert json.loads(said["config"])["encoder"]["position"] == "rpe"
+
+
+def test_a_file_of_ours_comes_back_with_the_settings_it_holds(run, tmp_path):
+    for alone in (False, True):
+        out, back = str(tmp_path / f"{alone}.safetensors"), str(tmp_path / f"back_{alone}")
+        export(run, "safetensors", out, encoder_only=alone)
+        import_weights(out, back, Options("lomar"))
+        there, here = (pretrained.read_meta(pretrained.find(folder)) for folder in (run, back))
+        for key in ("image_size", "channels", "lomar", "encoder"):
+            assert here["config"][key] == there["config"][key], key
+        assert [here["config"]["data"][key] for key in ("normalise", "mean", "std")] == ["image", [0.5], [0.25]]
+        assert here["origin"]["licence"] == export_lib.OWN_LICENCE and bool(here["origin"]["lacks"]) == alone
+    export(run, "npz", str(tmp_path / "own.npz"))
+    with pytest.raises(ConfigError, match="own names, which no --from reads"):
+        import_weights(str(tmp_path / "own.npz"), str(tmp_path / "w"), Options("lomar"))
 
 
 def test_a_file_says_what_it_is_and_so_does_its_card(run, tmp_path):

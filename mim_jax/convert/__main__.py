@@ -41,6 +41,8 @@ def import_weights(src: str, workdir: str, options, tokenizer: str = "") -> str:
     place = absolute(workdir)
     if (place / "config.json").exists() or has_checkpoint(place):
         raise ConfigError(f"'{workdir}' holds a run already; choose another --workdir")
+    if (said := torch_file.metadata(src)).get("written_by") == "mim_jax":
+        options = importing.completed(options, said)
     try:
         found = importing.release(torch_file.read(src), options)
         plain, config = found.config, TrackedConfig(found.config)

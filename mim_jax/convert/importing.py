@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 
 import numpy as np
@@ -36,6 +37,18 @@ class Options:
     std: tuple[float, ...] = ()
     licence: str = ""
     pool: str = ""  # cls, or normed: the mean after the final norm
+    said: dict = dataclasses.field(default_factory=dict)  # by a file of this project's: its metadata (export.describe)
+
+
+def completed(options: Options, said: dict[str, str]) -> Options:
+    """The options for a file that this project has written, `said` its metadata: what the user leaves open stands there."""
+    said = {key: json.loads(said[key]) for key in ("config", "image_size", "mean", "std")} | {
+        key: said[key] for key in ("licence", "normalise")}  # fmt: skip
+    heads = 0 if "depths" in said["config"]["encoder"] else said["config"]["encoder"]["heads"]
+    return dataclasses.replace(
+        options, heads=options.heads or heads, size=options.size or tuple(said["image_size"]),
+        mean=options.mean or tuple(said["mean"]), std=options.std or tuple(said["std"]), said=said,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -72,6 +85,11 @@ def release(state: dict, options: Options) -> Release:
     while prefix := next((p for p in WRAPPERS if state and all(name.startswith(p) for name in state)), ""):
         state = {name.removeprefix(prefix): array for name, array in state.items()}
     shapes = {name: tuple(array.shape) for name, array in state.items()}
+    if "metadata" in state and state["metadata"].dtype.kind == "U":
+        raise ConfigError(
+            "a file of --to=npz has this project's own names, which no --from reads; start from the run's folder, or export "
+            "it with --to=safetensors or timm"
+        )
     check_ranks(shapes)
     kind = kind_of(shapes, options.source)
     if options.pool:
@@ -146,7 +164,11 @@ def config_of(kind: Kind, shapes: dict, options: Options) -> ConfigDict:
     config.image_size, config.channels = size, channels
     config.data.update(dict(mean=mean, std=std))
     config.encoder.update(dict(kind.encoder) | encoder)
+    if options.said:
+        config.data.normalise = options.said["normalise"]
     if not kind.pool:
+        if options.said.get("config", {}).get("method") == config.method:
+            config[config.method].update(options.said["config"].get(config.method, {}))
         config[config.method].update(kind.section(config, shapes))
     return config
 
@@ -261,7 +283,7 @@ def require_fit(found: Release, wanted: dict):
 
 def origin(path, found: Release, options: Options) -> dict:
     """What the checkpoint says of where its weights came from. Raises ConfigError where no licence is known."""
-    licence = LICENCES[options.source] or options.licence
+    licence = options.said.get("licence") or LICENCES[options.source] or options.licence
     if options.licence not in ("", licence):
         raise ConfigError(
             f"weights of --from={options.source} are under {licence}; leave --licence={options.licence} out"

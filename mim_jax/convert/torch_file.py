@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  teaches numpy the names bfloat16 and float8_*
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from mim_jax.config import ConfigError
@@ -60,6 +61,15 @@ def read(path) -> dict[str, np.ndarray]:
     if not arrays:
         raise ConfigError(f"'{path}' holds no tensors")
     return arrays
+
+
+def metadata(path) -> dict[str, str]:
+    """What a safetensors file says of itself; {} for a file that says nothing, or of another format."""
+    try:
+        with safe_open(path, "np") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
 
 
 def _read_zip(path) -> dict[str, np.ndarray]:
