@@ -3,13 +3,14 @@
 Flags and the start of processes only; the rest is `run.run(config, workdir)`.
 """
 
+import difflib
 import os
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mim_jax.config import ConfigError, load, name_of
+from mim_jax.config import ConfigDict, ConfigError, load, name_of
 from mim_jax.logs import fail
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:arguments]", lock_config=True)
@@ -22,6 +23,22 @@ def typed_spec(argv) -> str:
         name, eq, value = arg.lstrip("-").partition("=")
         if name == "config" and arg.startswith("-"):
             return value if eq else following
+    return ""
+
+
+def unknown_key(spec: str, argv) -> str:
+    """Of the first typed `--config.KEY` that the config lacks: what is there instead. Empty when all are there."""
+    for arg in argv[1:]:
+        name = arg.lstrip("-").partition("=")[0]
+        node, path = load(spec), name.split(".")[1:]
+        for i, key in enumerate(path if name.startswith("config.") else ()):
+            keys = sorted(node.keys()) if isinstance(node, ConfigDict) else []
+            if key not in keys:
+                near = difflib.get_close_matches(key, keys, 1)
+                guess = f" Did you mean '{near[0]}'?" if near else ""
+                there = f" {'.'.join(path[:i]) or 'It'} has {', '.join(keys)}" if keys else ""
+                return f"the config has no key '{'.'.join(path[: i + 1])}'.{guess}{there}"
+            node = node[key]
     return ""
 
 
@@ -41,7 +58,7 @@ def parse(argv):
         while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps one in another
             error = error.args[0]
         words = " ".join(str(error.args[0] if error.args else error).split())
-        fail(f"the config has no key {words}" if isinstance(error, KeyError) else words)
+        fail(isinstance(error, (KeyError, AttributeError)) and spec and unknown_key(spec, argv) or words)
 
 
 def main(argv):

@@ -54,9 +54,8 @@ def cached_probe(config, plain: dict, workdir: str, mesh) -> dict:
     claim(workdir, plain)
     logger = Logger(workdir, write=jax.process_index() == 0, tensorboard=False)
     logger.say(f"workdir      {workdir}\nweights      {report}")
-    logger.say(
-        "data         " + ", ".join(f"{name} {s.num_examples}" for name, s in sources.items()) + f", {classes} classes"
-    )
+    counts = ", ".join(f"{name}: '{s.split}' {s.num_examples}" for name, s in sources.items())
+    logger.say(f"data         {counts}, {classes} classes")
 
     def encode(variables, batch):
         found = made.apply(variables, normalise(batch["image"]), method="inputs")

@@ -12,6 +12,7 @@ from mim_jax.models.relative_bias import resize_offsets
 from mim_jax.models.vit import ViT
 from mim_jax.train import pretrained
 from mim_jax.train.checkpoint import CheckpointError
+from mim_jax.train.workdir import RESULT
 
 # Which parameters another job takes, and which it may lack or leave.
 TAKEN = {"linprobe": "^encoder/", "finetune": "^(encoder|fc_norm|head)/", "features": "^encoder/"}
@@ -111,7 +112,8 @@ def pretrained_params(config, made, example, mesh, part: str = pretrained.TRAINE
     may be the moving average (pretrained.AVERAGE).
     """
     job, folder = config.job, pretrained.find(config.init_from)
-    source = ConfigDict(pretrained.read_meta(folder)["config"])
+    meta = pretrained.read_meta(folder)
+    source = ConfigDict(meta["config"])
     if job == "finetune" and source.job == "finetune" and source.pool == "mean" != config.pool:
         raise ConfigError(
             f"{folder} was fine-tuned with pool=mean and has no final norm, which pool={config.pool} needs"
@@ -140,7 +142,8 @@ def pretrained_params(config, made, example, mesh, part: str = pretrained.TRAINE
         raise CheckpointError(f"{folder}: {differs}")
     if skipped:
         report += f", {len(skipped)} skipped as of other classes ({', '.join(skipped)})"
-    return fits, f"parameters of {folder}: {report}{resized}"
+    done = "origin" in meta or (folder.parent.parent / RESULT).exists()
+    return fits, f"parameters of {folder}{'' if done else ', of a run that has not finished'}: {report}{resized}"
 
 
 def fit_tables(loaded: dict, there, here) -> tuple[dict, str]:

@@ -84,7 +84,10 @@ def picture(path, size=(40, 48)):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["--config=configs/lomar_vitb.py:toy", "--config.optim.lrr=1"], ["lrr", 'Did you mean "lr"']),
+        (
+            ["--config=configs/lomar_vitb.py:toy", "--config.optim.lrr=1"],
+            ["'optim.lrr'", "Did you mean 'lr'?", "optim has b1"],
+        ),
         (["--config=configs/lomar_vitb.py:toy", "--config.optin.lr=1"], ["optin"]),
         (["--config=configs/lomar_vitb.py:toy", "--config.seed=abc"], ["config.seed", "abc"]),
         (["--config=configs/lomar_vitb.py:toy", "--workdr=x"], ["workdr", "workdir"]),
