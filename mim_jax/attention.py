@@ -62,7 +62,7 @@ def read_run(workdir: str, place=("", "", "")) -> Run:
 
     folder = pretrained.find(workdir)
     meta = pretrained.read_meta(folder)
-    moved = transfer.with_other_data(ConfigDict(meta["config"]), *place) if any(place) else ConfigDict(meta["config"])
+    moved = transfer.with_other_data(ConfigDict(meta["config"]), *place)
     run = Run(workdir, folder, {**meta, "config": moved.to_dict()})
     if run.config.job != "pretrain":
         raise ConfigError(

@@ -29,14 +29,10 @@ def finetuning_input(config, normalise, classes: int):
     from mim_jax.data.erasing import erase
     from mim_jax.data.mixing import mix
 
-    smoothing, erasing, mixing = (
-        config.smoothing,
-        config.erasing,
-        {key: config.mixing[key] for key in config.mixing.keys()},
-    )
-    for name, share in dict(smoothing=smoothing, erasing=erasing).items():
-        if not 0 <= share <= 1:
-            raise ConfigError(f"{name}={share} is not a share between 0 and 1")
+    smoothing, erasing = config.smoothing, config.erasing
+    mixing = {key: config.mixing[key] for key in config.mixing.keys()}
+    if not 0 <= smoothing <= 1:
+        raise ConfigError(f"smoothing={smoothing} is not a share between 0 and 1")
 
     def prepare(batch, key):
         images = erase(normalise(batch["image"]), prng.named(key, "erase"), erasing)

@@ -123,7 +123,7 @@ def pretrained_params(config, made, example, mesh, part: str = pretrained.TRAINE
         raise ConfigError(
             f"{folder} is a run of {what}; pretraining with method={config.method} goes on from one of its own"
         )
-    taken = TAKEN.get(job, "") if source.job != "pretrain" or job != "finetune" else "^encoder/"
+    taken = "^encoder/" if job == "finetune" and source.job == "pretrain" else TAKEN.get(job, "")
     loaded = pretrained.load_params(folder, mesh, taken, part)
     wanted = tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), *example))["params"])
     skipped = []

@@ -8,7 +8,7 @@ import numpy as np
 from recorded import Case, Report
 
 from mim_jax import sharding, tree
-from mim_jax.convert import names
+from mim_jax.convert import layouts, names
 from mim_jax.models import irpe
 from mim_jax.train import optimizer
 from mim_jax.train.schedule import warmup_cosine
@@ -95,7 +95,7 @@ def compare_final(report: Report, case: Case, port, params):
             report.errors[f"final/{name}"] = float(np.abs(recorded - case[f"param/{name}"]).max())
             continue
         keep = with_a_gradient(port.objective, name, final[path].shape)
-        ours, recorded = np.asarray(final[path])[keep], names.to_ours(recorded, layout)[keep]
+        ours, recorded = np.asarray(final[path])[keep], layouts.to_ours(recorded, layout)[keep]
         report.add(f"final/{name}", ours, recorded, absolute=True)
 
 

@@ -83,6 +83,9 @@ def test_a_file_of_ours_comes_back_with_the_settings_it_holds(run, tmp_path):
             assert here["config"][key] == there["config"][key], key
         assert [here["config"]["data"][key] for key in ("normalise", "mean", "std")] == ["image", [0.5], [0.25]]
         assert here["origin"]["licence"] == export_lib.OWN_LICENCE and bool(here["origin"]["lacks"]) == alone
+    export_lib.save_safetensors(tmp_path / "odd.safetensors", {}, {"written_by": "mim_jax", "config": "{"})
+    with pytest.raises(ConfigError, match="odd.safetensors.*but not what it writes"):
+        import_weights(str(tmp_path / "odd.safetensors"), str(tmp_path / "w"), Options("lomar"))
     export(run, "npz", str(tmp_path / "own.npz"))
     with pytest.raises(ConfigError, match="own names, which no --from reads"):
         import_weights(str(tmp_path / "own.npz"), str(tmp_path / "w"), Options("lomar"))

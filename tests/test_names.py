@@ -90,7 +90,7 @@ def test_released_parameters_survive_the_round_trip(case, rules, patch, golden):
         path, layout = named
         assert path not in seen, f"two released parameters are called {path}"
         seen.add(path)
-        back = names.to_released(ours[path], layout, patch)
+        back = layouts.to_released(ours[path], layout, patch)
         assert back.dtype == array.dtype
         np.testing.assert_array_equal(back, array, err_msg=name)
     assert seen == set(ours)
@@ -140,7 +140,7 @@ def test_the_inverse_of_all_rules_refuses_what_it_does_not_know():
 def test_shapes_follow_without_arrays():
     for layout, shape in (("patch", (5, 3, 4, 4)), ("merge_linear", (6, 12)), ("shuffle_linear", (12, 5, 1, 1))):
         ours = layouts.our_shape(shape, layout)
-        assert ours == names.to_ours(np.zeros(shape), layout).shape
+        assert ours == layouts.to_ours(np.zeros(shape), layout).shape
         assert layouts.released_shape(ours, layout, 4) == shape
 
 
@@ -157,10 +157,10 @@ def test_the_last_tap_may_lie_below_the_top():
                                            ("shuffle_linear", (12, 5, 1, 1))])  # fmt: skip
 def test_every_layout_has_its_inverse(layout, shape):
     array = RNG.normal(size=shape).astype(np.float32)
-    ours = names.to_ours(array, layout)
-    np.testing.assert_array_equal(names.to_released(ours, layout, patch=4), array)
-    np.testing.assert_array_equal(names.to_ours(names.to_released(ours, layout, patch=4), layout), ours)
-    assert len(names.LAYOUTS) == 10  # none is left out here
+    ours = layouts.to_ours(array, layout)
+    np.testing.assert_array_equal(layouts.to_released(ours, layout, patch=4), array)
+    np.testing.assert_array_equal(layouts.to_ours(layouts.to_released(ours, layout, patch=4), layout), ours)
+    assert len(layouts.LAYOUTS) == 10  # none is left out here
 
 
 def test_a_pixel_shuffle_becomes_the_order_of_patches():
@@ -168,18 +168,20 @@ def test_a_pixel_shuffle_becomes_the_order_of_patches():
     released, x = RNG.normal(size=(3 * 2 * 2, 5, 1, 1)), RNG.normal(size=5)
     pixels = (released[:, :, 0, 0] @ x).reshape(3, 2, 2)
     np.testing.assert_allclose(
-        (x @ names.to_ours(released, "shuffle_linear")).reshape(2, 2, 3), pixels.transpose(1, 2, 0)
+        (x @ layouts.to_ours(released, "shuffle_linear")).reshape(2, 2, 3), pixels.transpose(1, 2, 0)
     )
-    np.testing.assert_array_equal(names.to_ours(pixels.reshape(-1), "shuffle"), pixels.transpose(1, 2, 0).reshape(-1))
+    np.testing.assert_array_equal(layouts.to_ours(pixels.reshape(-1), "shuffle"), pixels.transpose(1, 2, 0).reshape(-1))
 
 
 def test_deconvolution_kernels_give_a_token_its_four_cells():
     """Every cell (p, q) below a token is x @ w[:, :, p, q], as stride 2 leaves no overlap."""
     kernel, x = RNG.normal(size=(3, 5, 2, 2)), RNG.normal(size=3)
-    cells = (x @ names.to_ours(kernel, "deconv")).reshape(2, 2, 5)
+    cells = (x @ layouts.to_ours(kernel, "deconv")).reshape(2, 2, 5)
     for p, q in np.ndindex(2, 2):
         np.testing.assert_allclose(cells[p, q], x @ kernel[:, :, p, q], rtol=1e-12)
-    np.testing.assert_allclose(x @ names.to_ours(kernel[:, :, :1, :1].swapaxes(0, 1), "conv1"), cells[0, 0], rtol=1e-12)
+    np.testing.assert_allclose(
+        x @ layouts.to_ours(kernel[:, :, :1, :1].swapaxes(0, 1), "conv1"), cells[0, 0], rtol=1e-12
+    )
 
 
 def test_merging_in_our_order_is_merging_in_the_released_order():
@@ -190,7 +192,7 @@ def test_merging_in_our_order_is_merging_in_the_released_order():
     as_here = np.concatenate([neighbours[r, c] for r, c in ((0, 0), (1, 0), (0, 1), (1, 1))])
     scale, reduction = RNG.normal(size=4 * d), RNG.normal(size=(2 * d, 4 * d))
     want = reduction @ (scale * as_released)
-    ours = (names.to_ours(scale, "merge") * as_here) @ names.to_ours(reduction, "merge_linear")
+    ours = (layouts.to_ours(scale, "merge") * as_here) @ layouts.to_ours(reduction, "merge_linear")
     np.testing.assert_allclose(ours, want, rtol=1e-12)
     assert names.our_name("layers.0.downsample.norm.weight", names.SWIN_CLASSIFIER_RULES)[1] == "same"
     assert names.our_name("encoder.layers.0.downsample.norm.weight", names.LOCALMIM_SWIN_RULES)[1] == "merge"

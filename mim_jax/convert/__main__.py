@@ -41,9 +41,9 @@ def import_weights(src: str, workdir: str, options, tokenizer: str = "") -> str:
     place = absolute(workdir)
     if (place / "config.json").exists() or has_checkpoint(place):
         raise ConfigError(f"'{workdir}' holds a run already; choose another --workdir")
-    if (said := torch_file.metadata(src)).get("written_by") == "mim_jax":
-        options = importing.completed(options, said)
     try:
+        if (said := torch_file.metadata(src)).get("written_by") == "mim_jax":
+            options = importing.completed(options, said)
         found = importing.release(torch_file.read(src), options)
         plain, config = found.config, TrackedConfig(found.config)
         importing.fit_windows(found, build.encoder(config).tables(), resize=options.size is not None)
@@ -73,9 +73,8 @@ def import_weights(src: str, workdir: str, options, tokenizer: str = "") -> str:
             checkpoints.save(0, state, {"step": 0, "examples": 0, "clock": Clock().state(), "config": plain.to_dict(),
                                         "git": git_hash(), "origin": came_from})  # fmt: skip
         claim(place, plain.to_dict())
-    except (
-        BaseException
-    ) as error:  # a full disk has many names in orbax; half a run would be in the way of the next try
+    except BaseException as error:
+        # A full disk has many names in orbax, and half a run would be in the way of the next try.
         made_here.rmtree(missing_ok=True)
         if not isinstance(error, Exception):
             raise
@@ -91,7 +90,8 @@ def import_weights(src: str, workdir: str, options, tokenizer: str = "") -> str:
             "further pretraining and visualise do not"
         )
     if assumed := report.assumed(found):
-        lines.append(f"the tensors do not tell, so taken from the published recipe: {assumed}")
+        where = "what the file says of itself" if options.said else "the published recipe"
+        lines.append(f"the tensors do not tell, so taken from {where}: {assumed}")
     if found.kind.pool == "cls" and not options.pool and options.source == "timm":
         lines.append("nor do they tell global_pool: taken as token; of avg say --pool=normed")
     return "\n".join([*lines, f"written to {workdir}"])
@@ -134,10 +134,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-ONLY_TO, ONLY_FROM = (
-    ("out", "encoder_only", "weights"),
-    ("src", "heads", "size", "mean", "std", "pool", "licence", "tokenizer"),
-)
+ONLY_TO = ("out", "encoder_only", "weights")
+ONLY_FROM = ("src", "heads", "size", "mean", "std", "pool", "licence", "tokenizer")
 
 
 def main(argv):

@@ -29,11 +29,11 @@ METADATA = "metadata"  # the name of a .npz file's array of JSON text
 def export(run: str, to: str, out: str, encoder_only: bool = False, weights: str = "trained") -> list[pathlib.Path]:
     """Writes the newest checkpoint of a run (or the step folder it names) for `to`, one of FORMATS -> the files.
 
-    `weights`: trained, or average for their moving average, where the run kept one.
-
     timm, safetensors and npz: `out` is a file, and the card lies beside it as NAME.md. hf: `out` is a folder. `encoder_only`
-    leaves heads and decoders out. Files get their names when all of them are complete. Raises ConfigError, before anything
-    is written, for what the format has no model for, and for files that are there already.
+    leaves heads and decoders out. `weights`: trained, or average for their moving average, where the run kept one.
+
+    Files get their names when all of them are complete. Raises ConfigError, before anything is written, for what the format
+    has no model for, and for files that are there already.
     """
     choice("--to", to, FORMATS)
     part = pretrained.PARTS[choice("--weights", weights, pretrained.PARTS)]
@@ -60,8 +60,9 @@ def places(to: str, out: str) -> list[pathlib.Path]:
         raise ConfigError(f"--out={out}: files are written to a folder of this machine; copy them from there")
     if to in SUFFIX and place.suffix != SUFFIX[to]:
         raise ConfigError(f"--out={out}: --to={to} writes a file; let its name end in {SUFFIX[to]}")
-    card_file = place.with_name(place.name + ".md") if to != "hf" else None
-    files = [place.resolve() / name for name in card.HF_FILES] if to == "hf" else [place, card_file]
+    files = [place, place.with_name(place.name + ".md")]
+    if to == "hf":
+        files = [place.resolve() / name for name in card.HF_FILES]
     if there := [str(file) for file in files if file.exists()]:
         raise ConfigError(f"{there[0]} is there already, and nothing is overwritten; choose another --out")
     return files

@@ -19,10 +19,6 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_PIXELS = ("lomar", "localmim", "mae", "greenmim", "simmim")  # standardised so by their released code
 WRAPPERS = ("module.", "model.", "_orig_mod.")  # what training codes put before every name
-RANKS = (
-    (r"pos_embed$", 3), (r"patch_embed\.proj\.weight$", 4), (r"relative_position_bias_table$", 2),
-    (r"rpe_k\.lookup_table_weight$", 3), (r"(qkv|fc1|fc2|head|head\.fc|embed|encoder_pred)\.weight$", 2), (r"bias$", 1),
-)  # fmt: skip
 LETTERS = {"lomar": "b", "mae": "blh", "beit": "blh", "timm": "blh", "localmim": "bl"}  # of the presets of fine-tuning
 
 
@@ -41,10 +37,16 @@ class Options:
 
 
 def completed(options: Options, said: dict[str, str]) -> Options:
-    """The options for a file that this project has written, `said` its metadata: what the user leaves open stands there."""
-    said = {key: json.loads(said[key]) for key in ("config", "image_size", "mean", "std")} | {
-        key: said[key] for key in ("licence", "normalise")}  # fmt: skip
-    heads = 0 if "depths" in said["config"]["encoder"] else said["config"]["encoder"]["heads"]
+    """The options for a file that this project has written, `said` its metadata: what the user leaves open stands there.
+
+    Raises ConfigError for metadata that are not what such a file holds.
+    """
+    try:
+        said = {key: json.loads(said[key]) for key in ("config", "image_size", "mean", "std")} | {
+            key: said[key] for key in ("licence", "normalise")}  # fmt: skip
+        heads = 0 if "depths" in said["config"]["encoder"] else said["config"]["encoder"]["heads"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"its metadata say that mim_jax wrote it, but not what it writes ({error!r})") from error
     return dataclasses.replace(
         options, heads=options.heads or heads, size=options.size or tuple(said["image_size"]),
         mean=options.mean or tuple(said["mean"]), std=options.std or tuple(said["std"]), said=said,
@@ -90,7 +92,7 @@ def release(state: dict, options: Options) -> Release:
             "a file of --to=npz has this project's own names, which no --from reads; start from the run's folder, or export "
             "it with --to=safetensors or timm"
         )
-    check_ranks(shapes)
+    sizes.check_ranks(shapes)
     kind = kind_of(shapes, options.source)
     if options.pool:
         if kind.pool != "cls" or options.source != "timm":
@@ -101,14 +103,6 @@ def release(state: dict, options: Options) -> Release:
         return assign(state, kind, config, shapes)
     except Misfit as error:
         raise ConfigError(f"this is not {kind.words}: {error}{looks_like(shapes, kind.source)}") from error
-
-
-def check_ranks(shapes: dict):
-    """Raises ConfigError for a tensor without numbers, or with other axes than its name says."""
-    for name, shape in shapes.items():
-        rank = next((rank for pattern, rank in RANKS if tree.matches((pattern,), name)), len(shape))
-        if 0 in shape or len(shape) != rank:
-            raise ConfigError(f"'{name}' has the shape {shape}; it should have {rank} axes, and none of length 0")
 
 
 def kind_of(shapes: dict, source: str) -> Kind:

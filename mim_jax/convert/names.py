@@ -13,9 +13,8 @@ import re
 import numpy as np
 
 from mim_jax import tree
-from mim_jax.convert.layouts import LAYOUTS, to_ours, to_released
+from mim_jax.convert.layouts import to_ours, to_released
 
-__all__ = ["LAYOUTS", "to_ours", "to_released"]  # also looked for here
 # Names the released checkpoints carry for nothing: fixed tables and filters, which are constants here.
 FIXED_TABLES = (r"^pos_embed$", r"^decoder_pos_embed$", r"^decoder\.\d+\.pos_embed$", r"^hog_enc\.\d+\.conv\.weight$",
                 r"\.relative_position_index$", r"\.attn_mask$")  # fmt: skip

@@ -3,15 +3,29 @@
 import math
 import re
 
+from mim_jax import tree
 from mim_jax.config import SWIN_SIZES, VIT_SIZES, ConfigError
 from mim_jax.models.relative_bias import CLS_ENTRIES
 
 HEADS = {width: heads for width, _, heads in VIT_SIZES.values()}  # where no tensor tells
 OWN_BIAS, SHARED_BIAS = "blocks.0.attn.relative_position_bias_table", "rel_pos_bias.relative_position_bias_table"
 
+RANKS = (
+    (r"pos_embed$", 3), (r"patch_embed\.proj\.weight$", 4), (r"relative_position_bias_table$", 2),
+    (r"rpe_k\.lookup_table_weight$", 3), (r"(qkv|fc1|fc2|head|head\.fc|embed|encoder_pred)\.weight$", 2), (r"bias$", 1),
+)  # fmt: skip
+
 
 class Misfit(ConfigError):
     """Tensors that are not those of the model they were taken for."""
+
+
+def check_ranks(shapes: dict):
+    """Raises ConfigError for a tensor without numbers, or with other axes than its name says."""
+    for name, shape in shapes.items():
+        rank = next((rank for pattern, rank in RANKS if tree.matches((pattern,), name)), len(shape))
+        if 0 in shape or len(shape) != rank:
+            raise ConfigError(f"'{name}' has the shape {shape}; it should have {rank} axes, and none of length 0")
 
 
 def need(shapes: dict, name: str) -> tuple:
