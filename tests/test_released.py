@@ -158,7 +158,7 @@ def pretraining(spec, **encoder):
 
 def classifier(spec, pool, **encoder):
     config = load(f"{REPO}/configs/{spec}")
-    fewer = {} if "depths" in encoder else {"depth": 2}
+    fewer = {} if "depths" in encoder or "depth" in encoder else {"depth": 2}
     config.pool, config.encoder = pool, {**config.encoder.to_dict(), **encoder, **fewer}
     return config, supervised.classifier(config, 1000)
 
@@ -171,6 +171,15 @@ REAL = {  # name: --from, (config, model), rules, which of our parameters are no
     "lomar B": ("lomar", lambda: pretraining("lomar_vitb.py"), names.LOMAR_RULES, "^$"),
     "lomar L": ("lomar", lambda: pretraining("lomar_vitb.py:variant=L/16"), names.LOMAR_RULES, "^$"),
     "mae B": ("mae", lambda: pretraining("mae_vitb.py"), names.MAE_RULES, "^$"),
+    "mae L": ("mae", lambda: pretraining("mae_vitb.py:variant=L/16"), names.MAE_RULES, "^$"),
+    "simmim B": ("simmim", lambda: pretraining("simmim_vitb.py"), names.SIMMIM_VIT_RULES, "^$"),
+    "lomar B, tuned": ("lomar", lambda: classifier("lomar_vitb.py", "mean", depth=12), names.CLASSIFIER_RULES, "^$"),
+    "mae B, tuned": ("mae", lambda: classifier("mae_vitb.py", "mean", depth=12, position="learned"),
+                     names.CLASSIFIER_RULES, "^$"),
+    "localmim L, tuned": ("localmim", lambda: classifier("localmim_vitb.py:variant=L/16", "mean", depth=24, position="learned"),
+                          names.CLASSIFIER_RULES, "^$"),
+    "localmim Swin-B, tuned": ("localmim", lambda: classifier("localmim_swinb.py", "mean", depths=(2, 2, 18, 2)),
+                               names.SWIN_CLASSIFIER_RULES, "^$"),
     "mae L, encoder": ("mae", lambda: pretraining("mae_vitb.py:variant=L/16"), names.MAE_RULES, NO_HEAD),
     "localmim L": ("localmim", lambda: pretraining("localmim_vitb.py:variant=L/16"), LOCAL, "^$"),
     "localmim B, pixels": ("localmim", lambda: pretraining("localmim_vitb.py:target=pixels"), LOCAL, "^$"),
@@ -207,7 +216,7 @@ def test_the_sizes_of_real_models_are_read_off_their_tensors(name):
     found = release_and_fit(state, Options(source, licence="mit" if source == "timm" else "", **HALF), resize=False)
     importing.require_fit(found, wanted)
     here, there = found.config.encoder.to_dict(), config.encoder.to_dict()
-    free = {"drop_path", "norm_eps"}
+    free = {"drop_path", "norm_eps", "norm2_eps"}
     assert {k: x for k, x in here.items() if k not in free} == {k: x for k, x in there.items() if k not in free}
     assert tuple(found.config.image_size) == tuple(config.image_size)
     if not found.kind.pool:
