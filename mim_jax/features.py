@@ -37,10 +37,9 @@ class Extractor(Objective):
 
     def tapped(self, images):
         e = self.encoder
-        tokens = e.embed(images)
+        tokens = e.encode_tapped(images, (self.tap,))[1][0]
         if e.has_cls:
-            return e.encode(e.with_cls(tokens), (self.tap,))[1][0]
-        tokens = e.encode(tokens, (self.tap,))[1][0]
+            return tokens
         rows, columns = e.units  # a Swin's tokens come unit by unit
         side = math.isqrt(tokens.shape[1] // (rows * columns))
         return rearrange(tokens, "b (y x i j) d -> b (y i x j) d", y=rows, x=columns, i=side, j=side)

@@ -227,7 +227,11 @@ class Swin(nn.Module):
 
     def __call__(self, images, train: bool = False):
         """[b h w c] -> [b n d]: the last stage on the whole image, row by row, nothing hidden."""
-        return self.encode(self.embed(images), train=train)[0]
+        return self.encode_tapped(images, train=train)[0]
+
+    def encode_tapped(self, images, taps: Sequence[int] = (), train: bool = False):
+        """[b h w c] -> what `encode` gives of the whole image, nothing hidden; tapped tokens come unit by unit."""
+        return self.encode(self.embed(images), taps, train=train)
 
     def pool(self, tokens, how: str):
         """[b n d] -> [b d]: the mean, in float32. Raises ConfigError for "cls", which a Swin has not."""

@@ -221,7 +221,11 @@ class ViT(nn.Module):
 
     def __call__(self, images, train: bool = False):
         """[b h w c] -> [b 1+n d]: the whole image, nothing hidden."""
-        return self.encode(self.with_cls(self.embed(images)), train=train)[0]
+        return self.encode_tapped(images, train=train)[0]
+
+    def encode_tapped(self, images, taps: Sequence[int] = (), train: bool = False):
+        """[b h w c] -> what `encode` gives of the whole image, nothing hidden."""
+        return self.encode(self.with_cls(self.embed(images)), taps, train=train)
 
     def pool(self, tokens, how: str):
         """[b 1+n d] -> [b d]: "cls", or "mean" over the patch tokens, in float32."""

@@ -73,9 +73,7 @@ class Probe(Objective):
         lower = tuple(tap for tap in self.levels if tap != self.top)
         if not lower:  # an image tokenizer has no other
             return jax.lax.stop_gradient({self.top: self.encoder(images)})
-        tokens = self.encoder.embed(images)
-        tokens = self.encoder.with_cls(tokens) if self.encoder.has_cls else tokens
-        last, tapped = self.encoder.encode(tokens, lower)
+        last, tapped = self.encoder.encode_tapped(images, lower)
         return jax.lax.stop_gradient(dict(zip(lower, tapped, strict=True)) | {self.top: last})
 
     def inputs(self, images, pool: str = "") -> dict:
