@@ -59,5 +59,6 @@ def get_config(arg=""):
 
 def swin() -> ConfigDict:
     """Two stages: 8 x 8 tokens of 96, then 4 x 4 of 192, with about as many parameters as the ViT."""
-    return ConfigDict(dict(patch=4, width=96, depths=(2, 2), heads=(3, 6), window=4, mlp_ratio=4.0, drop_path=0.0,
-                           norm_eps=1e-6, sparse=True))  # fmt: skip
+    return ConfigDict(
+        dict(patch=4, width=96, depths=(2, 2), heads=(3, 6), window=4, mlp_ratio=4.0, drop_path=0.0, norm_eps=1e-6, sparse=True)
+    )

@@ -45,17 +45,16 @@ from mim_jax.config import (
 
 
 def get_config(arg=""):
-    a = arguments(
-        arg, variant="B/16", size=224, tokenizer="dalle", mask=0.0, windows=0, window=7, epochs=0.0, toy=False
-    )
+    a = arguments(arg, variant="B/16", size=224, tokenizer="dalle", mask=0.0, windows=0, window=7, epochs=0.0, toy=False)
 
     c = ConfigDict()
     epochs = a.epochs or (300 if a.windows else 800)
     imagenet_pretraining(c, method="beit", epochs=epochs, batch_size=2048, size=a.size)
     c.encoder = vit_encoder(a.variant, "shared_bias")
     c.encoder.update(dict(layer_scale=0.1, qkv_bias="qv", drop_path=0.1))
-    c.beit = ConfigDict(dict(mask_ratio=a.mask or (0.8 if a.windows else 0.383), min_block=16, windows=a.windows,
-                             window=a.window))  # fmt: skip
+    c.beit = ConfigDict(
+        dict(mask_ratio=a.mask or (0.8 if a.windows else 0.383), min_block=16, windows=a.windows, window=a.window)
+    )
     c.tokenizer = tokenizer_settings(a.tokenizer)
     c.data.update(dict(crop_scale=(0.08, 1.0), jitter=0.4))
 

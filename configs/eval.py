@@ -36,11 +36,17 @@ def get_config(arg=""):
     c.image_size = (a.size, a.size)
     c.compute_dtype = "auto"
     c.remat = False
-    c.data = ConfigDict(dict(source="", path="", data_dir="", normalise="run", mean=(),
-                             std=(), resize_ratio=0.0))  # fmt: skip
+    c.data = ConfigDict(dict(source="", path="", data_dir="", normalise="run", mean=(), std=(), resize_ratio=0.0))
     c.evals = ConfigDict()
     for name in a.splits.split("-"):
         split = SPLITS[choice("splits", name, SPLITS)]
-        c.evals[name] = dict(type="classify", on=True, weights=choice("weights", a.weights, ("trained", "average")),
-                             examples=64 if a.toy else 0, batch_size=512, **split, **duration("every"))  # fmt: skip
+        c.evals[name] = dict(
+            type="classify",
+            on=True,
+            weights=choice("weights", a.weights, ("trained", "average")),
+            examples=64 if a.toy else 0,
+            batch_size=512,
+            **split,
+            **duration("every"),
+        )
     return c

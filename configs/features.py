@@ -38,6 +38,5 @@ def get_config(arg=""):
     c.compute_dtype = "auto"
     c.remat = False
     # An empty source takes the data of the run; split auto: its training images; resize_ratio 0: .875 below 256 px, else 1.
-    c.data = ConfigDict(dict(source="", path="", data_dir="", split="auto", normalise="run",
-                             mean=(), std=(), resize_ratio=0.0))  # fmt: skip
+    c.data = ConfigDict(dict(source="", path="", data_dir="", split="auto", normalise="run", mean=(), std=(), resize_ratio=0.0))
     return c

@@ -72,19 +72,34 @@ def get_config(arg=""):
     c.remat = False
     c.fsdp = False
     # An empty source takes the data of the pretraining run; resize_ratio 0: .875 below 256 px, else 1.
-    c.data = ConfigDict(dict(
-        source="", path="", data_dir="", normalise="run", mean=(), std=(),
-        train_split="auto", crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, resize_ratio=0.0,
-        randaugment=dict(layers=2, magnitude=9.0, std=0.5),
-    ))  # fmt: skip
+    c.data = ConfigDict(
+        dict(
+            source="",
+            path="",
+            data_dir="",
+            normalise="run",
+            mean=(),
+            std=(),
+            train_split="auto",
+            crop_scale=(0.08, 1.0),
+            crop_ratio=(3 / 4, 4 / 3),
+            flip=True,
+            resize_ratio=0.0,
+            randaugment=dict(layers=2, magnitude=9.0, std=0.5),
+        )
+    )
     c.smoothing = 0.1
     c.erasing = 0.25
     # One lambda for `group` images, which are mixed among themselves; the released runs have one per GPU (0: the whole batch).
     c.mixing = ConfigDict(dict(mixup=0.8, cutmix=1.0, probability=1.0, switch=0.5, group=32))
     c.optim = adamw(
-        base_lr=p.get("base_lr", 0.0), lr=p.get("lr", 0.0), min_lr=p["min_lr"], b2=0.999, no_decay=("cls_token", "pos_embed"),
+        base_lr=p.get("base_lr", 0.0),
+        lr=p.get("lr", 0.0),
+        min_lr=p["min_lr"],
+        b2=0.999,
+        no_decay=("cls_token", "pos_embed"),
         warmup=duration("warmup", epochs=p["warmup"]),
-    )  # fmt: skip
+    )
     c.optim.update(dict(layer_decay=p["layer_decay"], average=a.average))
     c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", epochs=1)))
     c.log = ConfigDict(dict(every_steps=50, tensorboard=True))

@@ -21,16 +21,7 @@ Sources of the numbers
 Measured by this project: no full run yet.
 """
 
-from mim_jax.config import (
-    ConfigDict,
-    adamw,
-    arguments,
-    duration,
-    imagenet_pretraining,
-    on_the_sample,
-    smoke_test,
-    swin_encoder,
-)
+from mim_jax.config import ConfigDict, adamw, arguments, duration, imagenet_pretraining, on_the_sample, smoke_test, swin_encoder
 
 
 def get_config(arg=""):
@@ -39,11 +30,11 @@ def get_config(arg=""):
     c = ConfigDict()
     imagenet_pretraining(c, method="mae", epochs=a.epochs, batch_size=4096 if a.variant == "L" else 2048, size=a.size)
     c.encoder = swin_encoder(a.variant, a.window)
-    c.mae = ConfigDict(dict(mask_ratio=a.mask, windows=0, window=7, norm_pix=a.norm_pix, decoder_width=512, decoder_depth=1,
-                            decoder_heads=16))  # fmt: skip
+    c.mae = ConfigDict(
+        dict(mask_ratio=a.mask, windows=0, window=7, norm_pix=a.norm_pix, decoder_width=512, decoder_depth=1, decoder_heads=16)
+    )
 
-    c.optim = adamw(base_lr=1e-4, min_lr=1e-6, no_decay=("mask_token$", "relative_bias$"),
-                    warmup=duration("warmup", epochs=40))  # fmt: skip
+    c.optim = adamw(base_lr=1e-4, min_lr=1e-6, no_decay=("mask_token$", "relative_bias$"), warmup=duration("warmup", epochs=40))
     return toy(c) if a.toy else c
 
 

@@ -45,13 +45,26 @@ def get_config(arg=""):
     c.compute_dtype = "auto"
     c.remat = False
     # An empty source takes the data of the pretraining run; resize_ratio 0: .875 below 256 px, else 1.
-    c.data = ConfigDict(dict(source="", path="", data_dir="", resize_ratio=0.0, normalise="run",
-                             mean=(), std=(), train_split="auto"))  # fmt: skip
+    c.data = ConfigDict(
+        dict(source="", path="", data_dir="", resize_ratio=0.0, normalise="run", mean=(), std=(), train_split="auto")
+    )
     if c.features == "cached":
         c.data.update(dict(validation_split="auto", test_split="auto"))
-        c.probe = ConfigDict(dict(epochs=90, warmup_epochs=10, batch_size=128, base_lrs=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
-                                  attentive_base_lrs=(1.0, 3.0, 10.0, 30.0), eval_batch_size=256, k=20,
-                                  temperature=0.07, shots=(5,), draws=10, l2=30.0))  # fmt: skip
+        c.probe = ConfigDict(
+            dict(
+                epochs=90,
+                warmup_epochs=10,
+                batch_size=128,
+                base_lrs=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+                attentive_base_lrs=(1.0, 3.0, 10.0, 30.0),
+                eval_batch_size=256,
+                k=20,
+                temperature=0.07,
+                shots=(5,),
+                draws=10,
+                l2=30.0,
+            )
+        )
         if a.toy:
             c.probe.update(dict(epochs=2, warmup_epochs=1, draws=2))
         return c
@@ -61,13 +74,33 @@ def get_config(arg=""):
     c.fsdp = False
     c.data.update(dict(crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True))
     # more_base_lrs, such as (0.03, 0.3): heads of further learning rates, trained in the same pass
-    c.optim = ConfigDict(dict(name="lars", base_lr=0.1, lr=0.0, more_base_lrs=(), min_lr=0.0, momentum=0.9, weight_decay=0.0,
-                              schedule="cosine", **duration("warmup", epochs=10)))  # fmt: skip
+    c.optim = ConfigDict(
+        dict(
+            name="lars",
+            base_lr=0.1,
+            lr=0.0,
+            more_base_lrs=(),
+            min_lr=0.0,
+            momentum=0.9,
+            weight_decay=0.0,
+            schedule="cosine",
+            **duration("warmup", epochs=10),
+        )
+    )
     c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", epochs=1)))
     c.log = ConfigDict(dict(every_steps=20, tensorboard=True))
     c.evals = ConfigDict()
-    c.evals.validation = dict(type="classify", on=True, weights="trained", source="", split="validation", examples=0,
-                              batch_size=1024, optional=False, **duration("every", epochs=10))  # fmt: skip
+    c.evals.validation = dict(
+        type="classify",
+        on=True,
+        weights="trained",
+        source="",
+        split="validation",
+        examples=0,
+        batch_size=1024,
+        optional=False,
+        **duration("every", epochs=10),
+    )
     if a.toy:
         c.update(duration("total", steps=2))
         c.batch_size = 16

@@ -16,16 +16,7 @@ Data, optimiser and length are those of lomar_sample.py, where their source is t
 README.
 """
 
-from mim_jax.config import (
-    ConfigDict,
-    ConfigError,
-    arguments,
-    choice,
-    numbers,
-    sample_encoder,
-    sample_pretraining,
-    smoke_test,
-)
+from mim_jax.config import ConfigDict, ConfigError, arguments, choice, numbers, sample_encoder, sample_pretraining, smoke_test
 
 NAMED_TAPS = {"paper": (1, 3), "top": (3,)}
 FINE_TO_COARSE = {1: (1.0,), 2: (1.0, 0.5), 4: (2.0, 2.0, 1.0, 0.5)}
@@ -42,11 +33,21 @@ def get_config(arg=""):
 
     c.encoder = sample_encoder("absolute")
     each = lambda value: (value,) * len(taps)
-    c.localmim = ConfigDict(dict(
-        taps=taps, scales=scales, decoder_width=each(64), decoder_depth=each(1), decoder_heads=each(4),
-        target=each(choice("target", a.target, ("hog", "pixels"))), mask_ratio=a.mask, bins=9, hog_bias=False,
-        norm_pix=True, decouple_stages=a.decouple,
-    ))  # fmt: skip
+    c.localmim = ConfigDict(
+        dict(
+            taps=taps,
+            scales=scales,
+            decoder_width=each(64),
+            decoder_depth=each(1),
+            decoder_heads=each(4),
+            target=each(choice("target", a.target, ("hog", "pixels"))),
+            mask_ratio=a.mask,
+            bins=9,
+            hog_bias=False,
+            norm_pix=True,
+            decouple_stages=a.decouple,
+        )
+    )
     if a.toy:
         c.encoder.update(dict(width=48, heads=3))
         smoke_test(c)

@@ -51,25 +51,47 @@ DECODER_WIDTH = (64, 128, 128, 128)  # after each stage
 
 def get_config(arg=""):
     a = arguments(
-        arg, variant="B", window=0, size=224, target="hog", taps="all", decoder_depth=1, mask=0.75, decouple=False,
-        sparse=True, epochs=400, toy=False,
-    )  # fmt: skip
+        arg,
+        variant="B",
+        window=0,
+        size=224,
+        target="hog",
+        taps="all",
+        decoder_depth=1,
+        mask=0.75,
+        decouple=False,
+        sparse=True,
+        epochs=400,
+        toy=False,
+    )
     taps = NAMED_TAPS[a.taps] if a.taps in NAMED_TAPS else numbers("taps", a.taps, int)
 
     c = ConfigDict()
-    imagenet_pretraining(
-        c, method="localmim", epochs=a.epochs, batch_size=4096 if a.variant == "L" else 2048, size=a.size
-    )
+    imagenet_pretraining(c, method="localmim", epochs=a.epochs, batch_size=4096 if a.variant == "L" else 2048, size=a.size)
     c.encoder = swin_encoder(a.variant, a.window, a.sparse)
     each = lambda value: (value,) * len(taps)
-    c.localmim = ConfigDict(dict(
-        taps=taps, scales=each(1.0), decoder_width=tuple(DECODER_WIDTH[min(tap, 3)] for tap in taps),
-        decoder_depth=each(a.decoder_depth), decoder_heads=each(4), target=each(choice("target", a.target, ("hog", "pixels"))),
-        mask_ratio=a.mask, bins=18, hog_bias=True, norm_pix=True, decouple_stages=a.decouple,
-    ))  # fmt: skip
+    c.localmim = ConfigDict(
+        dict(
+            taps=taps,
+            scales=each(1.0),
+            decoder_width=tuple(DECODER_WIDTH[min(tap, 3)] for tap in taps),
+            decoder_depth=each(a.decoder_depth),
+            decoder_heads=each(4),
+            target=each(choice("target", a.target, ("hog", "pixels"))),
+            mask_ratio=a.mask,
+            bins=18,
+            hog_bias=True,
+            norm_pix=True,
+            decouple_stages=a.decouple,
+        )
+    )
 
-    c.optim = adamw(base_lr=1e-4, min_lr=1e-6, no_decay=("mask_token$", "relative_bias$"),
-                    warmup=duration("warmup", epochs=10 if a.epochs <= 100 else 40))  # fmt: skip
+    c.optim = adamw(
+        base_lr=1e-4,
+        min_lr=1e-6,
+        no_decay=("mask_token$", "relative_bias$"),
+        warmup=duration("warmup", epochs=10 if a.epochs <= 100 else 40),
+    )
     return toy(c) if a.toy else c
 
 

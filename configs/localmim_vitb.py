@@ -46,9 +46,18 @@ SCALES = {"fine_to_coarse": (4.0, 2.0, 1.0, 0.5), "coarse_to_fine": (0.5, 1.0, 2
 
 def get_config(arg=""):
     a = arguments(
-        arg, variant="B/16", size=224, target="hog", taps="paper", scales="fine_to_coarse", decoder_depth=1, mask=0.75,
-        decouple=False, epochs=1600, toy=False,
-    )  # fmt: skip
+        arg,
+        variant="B/16",
+        size=224,
+        target="hog",
+        taps="paper",
+        scales="fine_to_coarse",
+        decoder_depth=1,
+        mask=0.75,
+        decouple=False,
+        epochs=1600,
+        toy=False,
+    )
     large = a.variant[0] in ("L", "H")
     encoder = vit_encoder(a.variant, "absolute")
     if a.toy:
@@ -66,14 +75,25 @@ def get_config(arg=""):
     imagenet_pretraining(c, method="localmim", epochs=a.epochs, batch_size=4096 if large else 2048, size=a.size)
     c.encoder = encoder
     each = lambda value: (value,) * len(taps)
-    c.localmim = ConfigDict(dict(
-        taps=taps, scales=scales, decoder_width=each(256), decoder_depth=each(a.decoder_depth), decoder_heads=each(8),
-        target=each(choice("target", a.target, ("hog", "pixels"))), mask_ratio=a.mask, bins=18 if large else 9,
-        hog_bias=large, norm_pix=True, decouple_stages=a.decouple,
-    ))  # fmt: skip
+    c.localmim = ConfigDict(
+        dict(
+            taps=taps,
+            scales=scales,
+            decoder_width=each(256),
+            decoder_depth=each(a.decoder_depth),
+            decoder_heads=each(8),
+            target=each(choice("target", a.target, ("hog", "pixels"))),
+            mask_ratio=a.mask,
+            bins=18 if large else 9,
+            hog_bias=large,
+            norm_pix=True,
+            decouple_stages=a.decouple,
+        )
+    )
 
-    c.optim = adamw(base_lr=1.5e-4 if large else 2e-4, min_lr=1e-6,
-                    warmup=duration("warmup", epochs=10 if a.epochs <= 100 else 40))  # fmt: skip
+    c.optim = adamw(
+        base_lr=1.5e-4 if large else 2e-4, min_lr=1e-6, warmup=duration("warmup", epochs=10 if a.epochs <= 100 else 40)
+    )
     return toy(c) if a.toy else c
 
 

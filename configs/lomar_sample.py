@@ -24,11 +24,21 @@ def get_config(arg=""):
     sample_pretraining(c, method="lomar")
 
     c.encoder = sample_encoder("rpe")
-    c.lomar = ConfigDict(dict(
-        window=5, views=3, mask_ratio=0.6, pairing="paper", arch="simple", norm_pix=True,
-        decoder_width=64, decoder_depth=1, decoder_heads=4,
-        taps=() if a.taps == "top" else numbers("taps", a.taps, int), decouple_stages=a.decouple,
-    ))  # fmt: skip
+    c.lomar = ConfigDict(
+        dict(
+            window=5,
+            views=3,
+            mask_ratio=0.6,
+            pairing="paper",
+            arch="simple",
+            norm_pix=True,
+            decoder_width=64,
+            decoder_depth=1,
+            decoder_heads=4,
+            taps=() if a.taps == "top" else numbers("taps", a.taps, int),
+            decouple_stages=a.decouple,
+        )
+    )
     if a.toy:
         c.encoder.update(dict(width=48, depth=2, heads=3))
         c.lomar.taps = c.lomar.taps and (0,)

@@ -51,9 +51,21 @@ VIEWS_OF_SIZE = {384: 6, 448: 9}  # with 7x7 windows
 
 def get_config(arg=""):
     a = arguments(
-        arg, variant="B/16", size=224, window=7, views=0, mask=0.8, pos="rpe", arch="simple", norm_pix=True,
-        pairing="paper", taps="top", decouple=False, epochs=400, toy=False,
-    )  # fmt: skip
+        arg,
+        variant="B/16",
+        size=224,
+        window=7,
+        views=0,
+        mask=0.8,
+        pos="rpe",
+        arch="simple",
+        norm_pix=True,
+        pairing="paper",
+        taps="top",
+        decouple=False,
+        epochs=400,
+        toy=False,
+    )
     views = a.views or (VIEWS_OF_SIZE.get(a.size, 4) if a.window == 7 else VIEWS_OF_WINDOW.get(a.window, 0))
     if not views:
         raise ConfigError(f"the paper gives no number of views for window={a.window}; add views=...")
@@ -61,11 +73,21 @@ def get_config(arg=""):
     c = ConfigDict()
     imagenet_pretraining(c, method="lomar", epochs=a.epochs, batch_size=4096, size=a.size)
     c.encoder = vit_encoder(a.variant, choice("pos", a.pos, ("rpe", "absolute")))
-    c.lomar = ConfigDict(dict(
-        window=a.window, views=views, mask_ratio=a.mask, pairing=a.pairing, arch=a.arch, norm_pix=a.norm_pix,
-        decoder_width=512, decoder_depth=8, decoder_heads=16,  # MAE's decoder, for arch=asymmetric
-        taps=() if a.taps == "top" else numbers("taps", a.taps, int), decouple_stages=a.decouple,
-    ))  # fmt: skip
+    c.lomar = ConfigDict(
+        dict(
+            window=a.window,
+            views=views,
+            mask_ratio=a.mask,
+            pairing=a.pairing,
+            arch=a.arch,
+            norm_pix=a.norm_pix,
+            decoder_width=512,
+            decoder_depth=8,
+            decoder_heads=16,  # MAE's decoder, for arch=asymmetric
+            taps=() if a.taps == "top" else numbers("taps", a.taps, int),
+            decouple_stages=a.decouple,
+        )
+    )
 
     c.optim = adamw(base_lr=1.5e-4, warmup=duration("warmup", percent=5.0))
     return toy(c) if a.toy else c
@@ -74,8 +96,16 @@ def get_config(arg=""):
 def toy(c):
     """Two steps of a tiny model on the embedded sample; everything else as above."""
     c.encoder.update(dict(width=48, depth=2, heads=3, patch=4))
-    c.lomar.update(dict(window=min(c.lomar.window, 5), views=2, decoder_width=32, decoder_depth=1, decoder_heads=4,
-                        taps=c.lomar.taps and (0,)))  # fmt: skip
+    c.lomar.update(
+        dict(
+            window=min(c.lomar.window, 5),
+            views=2,
+            decoder_width=32,
+            decoder_depth=1,
+            decoder_heads=4,
+            taps=c.lomar.taps and (0,),
+        )
+    )
     on_the_sample(c)
     smoke_test(c)
     c.batch_size = 8

@@ -23,27 +23,26 @@ Published, fine-tuned top-1 on ImageNet-1k @ hours on 4 A100 (as LoMaR's paper m
 800 epochs 83.3 @ 116, 1600 epochs 83.6 @ 232. Measured by this project: no full run yet.
 """
 
-from mim_jax.config import (
-    ConfigDict,
-    adamw,
-    arguments,
-    duration,
-    imagenet_pretraining,
-    on_the_sample,
-    smoke_test,
-    vit_encoder,
-)
+from mim_jax.config import ConfigDict, adamw, arguments, duration, imagenet_pretraining, on_the_sample, smoke_test, vit_encoder
 
 
 def get_config(arg=""):
-    a = arguments(arg, variant="B/16", size=224, mask=0.75, norm_pix=True, windows=0, window=7, epochs=1600,
-                  toy=False)  # fmt: skip
+    a = arguments(arg, variant="B/16", size=224, mask=0.75, norm_pix=True, windows=0, window=7, epochs=1600, toy=False)
 
     c = ConfigDict()
     imagenet_pretraining(c, method="mae", epochs=a.epochs, batch_size=4096, size=a.size)
     c.encoder = vit_encoder(a.variant, "absolute")
-    c.mae = ConfigDict(dict(mask_ratio=a.mask, windows=a.windows, window=a.window, norm_pix=a.norm_pix, decoder_width=512,
-                            decoder_depth=8, decoder_heads=16))  # fmt: skip
+    c.mae = ConfigDict(
+        dict(
+            mask_ratio=a.mask,
+            windows=a.windows,
+            window=a.window,
+            norm_pix=a.norm_pix,
+            decoder_width=512,
+            decoder_depth=8,
+            decoder_heads=16,
+        )
+    )
 
     c.optim = adamw(base_lr=1.5e-4, warmup=duration("warmup", epochs=40))
     return toy(c) if a.toy else c

@@ -19,16 +19,7 @@ Sources of the numbers
 Measured by this project: no full run yet.
 """
 
-from mim_jax.config import (
-    ConfigDict,
-    adamw,
-    arguments,
-    duration,
-    imagenet_pretraining,
-    on_the_sample,
-    smoke_test,
-    vit_encoder,
-)
+from mim_jax.config import ConfigDict, adamw, arguments, duration, imagenet_pretraining, on_the_sample, smoke_test, vit_encoder
 
 
 def get_config(arg=""):

@@ -25,28 +25,27 @@ Sources of the numbers
 Measured by this project: no full run yet.
 """
 
-from mim_jax.config import (
-    ConfigDict,
-    adamw,
-    arguments,
-    duration,
-    imagenet_pretraining,
-    on_the_sample,
-    smoke_test,
-    vit_encoder,
-)
+from mim_jax.config import ConfigDict, adamw, arguments, duration, imagenet_pretraining, on_the_sample, smoke_test, vit_encoder
 
 
 def get_config(arg=""):
-    a = arguments(arg, variant="B/16", size=224, mask=0.0, mask_size=32, norm_pix=False, windows=0, window=7, epochs=800,
-                  toy=False)  # fmt: skip
+    a = arguments(
+        arg, variant="B/16", size=224, mask=0.0, mask_size=32, norm_pix=False, windows=0, window=7, epochs=800, toy=False
+    )
 
     c = ConfigDict()
     imagenet_pretraining(c, method="simmim", epochs=a.epochs, batch_size=2048, size=a.size)
     c.encoder = vit_encoder(a.variant, "shared_bias")
     c.encoder.update(dict(layer_scale=0.1, qkv_bias="qv"))
-    c.simmim = ConfigDict(dict(mask_ratio=a.mask or (0.8 if a.windows else 0.6), mask_size=a.mask_size, norm_pix=a.norm_pix,
-                               windows=a.windows, window=a.window))  # fmt: skip
+    c.simmim = ConfigDict(
+        dict(
+            mask_ratio=a.mask or (0.8 if a.windows else 0.6),
+            mask_size=a.mask_size,
+            norm_pix=a.norm_pix,
+            windows=a.windows,
+            window=a.window,
+        )
+    )
     c.data.crop_scale = (0.67, 1.0)
 
     steps = dict(warmup_start=5e-7 / 1e-4, milestones=(700 / 800,), milestone_rate=0.1)

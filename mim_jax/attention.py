@@ -101,9 +101,14 @@ def measure(run: Run, name: str, split: str, examples: int, batch_size: int, see
     source = build.sources(config)(split)
     runner = nmi_runner(made, normalise, mesh, *build.split_batches(config, source, batch_size, examples))
     facts = dict(
-        method=config.method, workdir=str(run.workdir), checkpoint=str(run.folder), seed=config.seed, source=source.name,
-        split=split, examples=runner.num_examples,
-    )  # fmt: skip
+        method=config.method,
+        workdir=str(run.workdir),
+        checkpoint=str(run.folder),
+        seed=config.seed,
+        source=source.name,
+        split=split,
+        examples=runner.num_examples,
+    )
 
     def curve(variables, **more):
         layers = layer_means(runner(variables))

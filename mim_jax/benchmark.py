@@ -21,9 +21,7 @@ from mim_jax.logs import fail
 from mim_jax.models import flops
 from mim_jax.train.state import create
 
-CONFIG = flags.DEFINE_multi_string(
-    "config", None, "configs/NAME.py[:arguments]; may be given several times", required=True
-)
+CONFIG = flags.DEFINE_multi_string("config", None, "configs/NAME.py[:arguments]; may be given several times", required=True)
 BATCH = flags.DEFINE_integer("batch_size", 8, "images per step")
 STEPS = flags.DEFINE_integer("steps", 10, "measured steps of each config")
 DTYPE = flags.DEFINE_string("compute_dtype", "auto", "auto, float32 or bfloat16")
@@ -31,7 +29,7 @@ REMAT = flags.DEFINE_bool("remat", False, "recompute blocks in the backward pass
 COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "run nothing: report what the compiled steps tell (costs.py)")
 OUT = flags.DEFINE_string(
     "out", "", "JSON file; default results/benchmark_<configs>_<device>.json or results/costs_<device>.json; '-' writes none"
-)  # fmt: skip
+)
 
 
 class Subject(costs.Program):
@@ -128,10 +126,12 @@ def benchmark(specs, setting: costs.Setting, steps: int) -> dict:
     first = results[0]["step_median_s"]
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
-        **setting.header(widest.dtype, steps), "matmul_flops_per_second": rate,
+        **setting.header(widest.dtype, steps),
+        "matmul_flops_per_second": rate,
         "peak_memory_bytes": peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "results": results, "step_ratio_to_first": [r["step_median_s"] / first for r in results],
-    }  # fmt: skip
+        "results": results,
+        "step_ratio_to_first": [r["step_median_s"] / first for r in results],
+    }
 
 
 def main(_):

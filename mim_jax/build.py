@@ -72,9 +72,15 @@ def vit(config) -> ViT:
 def code_encoder(config) -> Tokenizer:
     e = config.encoder
     return Tokenizer(
-        grid=grid_size(config.image_size, e.patch), patch=e.patch, channels=config.channels, width=e.width, depth=e.depth,
-        quantiser_levels=tuple(e.levels), remat=config.remat, dtype=compute_dtype(config),
-    )  # fmt: skip
+        grid=grid_size(config.image_size, e.patch),
+        patch=e.patch,
+        channels=config.channels,
+        width=e.width,
+        depth=e.depth,
+        quantiser_levels=tuple(e.levels),
+        remat=config.remat,
+        dtype=compute_dtype(config),
+    )
 
 
 def tokenizer(config):
@@ -89,9 +95,13 @@ def tokenizer(config):
         grid = grid_size(config.image_size, patch)
         return DalleEncoder(grid=grid, patch=patch, mean=tuple(config.data.mean), std=tuple(config.data.std))
     return Tokenizer(
-        grid=grid_size(config.image_size, patch), patch=patch, channels=config.channels, width=t.width, depth=t.depth,
+        grid=grid_size(config.image_size, patch),
+        patch=patch,
+        channels=config.channels,
+        width=t.width,
+        depth=t.depth,
         quantiser_levels=tuple(t.levels),
-    )  # fmt: skip
+    )
 
 
 def method(kind, **parts):
@@ -239,8 +249,9 @@ def optimizer(config, lr, lr_scales=None):
     if choice("optim.name", o.name, ("adamw", "lars")) == "lars":
         made = lars(lr, momentum=o.momentum, weight_decay=o.weight_decay)
         return optax.chain(made, scale_by_path(lr_scales)) if lr_scales else made
-    made = adamw(lr, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, no_decay=o.no_decay, clip_norm=o.clip_norm,
-                 lr_scales=lr_scales)  # fmt: skip
+    made = adamw(
+        lr, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, no_decay=o.no_decay, clip_norm=o.clip_norm, lr_scales=lr_scales
+    )
     decay = o.average if "average" in o else 0.0
     if not 0 <= decay < 1:
         raise ConfigError(f"optim.average={decay} is the decay of a moving average: 0 (none), or such as 0.9999")
@@ -270,9 +281,15 @@ def training_batches(config, source):
     elif "randaugment" in d:
         d.randaugment.ignore()
     return TrainBatches(
-        source, batch_size=config.batch_size, size=tuple(config.image_size), crop=crop, seed=config.seed,
-        process_index=jax.process_index(), process_count=jax.process_count(), augment=policy,
-    )  # fmt: skip
+        source,
+        batch_size=config.batch_size,
+        size=tuple(config.image_size),
+        crop=crop,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        augment=policy,
+    )
 
 
 def split_batches(config, source, batch_size: int, limit: int = 0):
@@ -284,9 +301,14 @@ def split_batches(config, source, batch_size: int, limit: int = 0):
 
     def batches():
         return eval_batches(
-            source, batch_size=batch_size, size=size, resize_ratio=resize_ratio,
-            process_index=jax.process_index(), process_count=jax.process_count(), limit=limit,
-        )  # fmt: skip
+            source,
+            batch_size=batch_size,
+            size=size,
+            resize_ratio=resize_ratio,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            limit=limit,
+        )
 
     return batches, min(limit, source.num_examples) if limit else source.num_examples
 

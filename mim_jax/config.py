@@ -93,8 +93,11 @@ def duration(name: str, *, steps=0, epochs=0.0, examples=0, percent=0.0) -> dict
 
 
 VIT_SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
-SWIN_SIZES = {"T": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7), "B": (128, (2, 2, 18, 2), (4, 8, 16, 32), 7),
-              "L": (192, (2, 2, 18, 2), (6, 12, 24, 48), 14)}  # fmt: skip
+SWIN_SIZES = {
+    "T": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7),
+    "B": (128, (2, 2, 18, 2), (4, 8, 16, 32), 7),
+    "L": (192, (2, 2, 18, 2), (6, 12, 24, 48), 14),
+}
 
 
 def vit_encoder(variant: str, position: str) -> ConfigDict:
@@ -130,9 +133,7 @@ def tokenizer_settings(kind: str, **sizes) -> ConfigDict:
     return ConfigDict(dict(kind=kind, weights="", **sizes))
 
 
-def adamw(
-    *, base_lr=0.0, lr=0.0, min_lr=0.0, b2=0.95, no_decay=(), clip_norm=0.0, warmup: dict, steps=None
-) -> ConfigDict:
+def adamw(*, base_lr=0.0, lr=0.0, min_lr=0.0, b2=0.95, no_decay=(), clip_norm=0.0, warmup: dict, steps=None) -> ConfigDict:
     """`c.optim`: AdamW with weight decay .05 and b1 = .9, as every method here has it. After the warm-up the learning rate
     follows a cosine to `min_lr`, or `steps`: dict(warmup_start, milestones, milestone_rate) of train/schedule.py."""
     fall = dict(schedule="steps", **steps) if steps else dict(schedule="cosine", min_lr=min_lr)
@@ -169,10 +170,10 @@ def imagenet_pretraining(c, *, method: str, epochs: float, batch_size: int, size
                        k=20, temperature=0.07, batch_size=512, **duration("every", epochs=20))  # fmt: skip
     c.evals.fewshot = dict(type="fewshot", on=False, train_split="train[:5%]", test_split="validation", shots=(1, 5, 10),
                            draws=5, l2=30.0, pool="mean", batch_size=512, **duration("every", epochs=20))  # fmt: skip
-    c.evals.reconstruct = dict(type="reconstruct", on=True, split="validation", examples=1024, pictures=6, batch_size=64,
-                               **duration("every", epochs=5))  # fmt: skip
-    c.evals.nmi = dict(type="nmi", on=True, split="validation", examples=256, batch_size=64,
-                       **duration("every", epochs=20))  # fmt: skip
+    c.evals.reconstruct = dict(
+        type="reconstruct", on=True, split="validation", examples=1024, pictures=6, batch_size=64, **duration("every", epochs=5)
+    )
+    c.evals.nmi = dict(type="nmi", on=True, split="validation", examples=256, batch_size=64, **duration("every", epochs=20))
 
 
 def sample_pretraining(c, *, method: str):

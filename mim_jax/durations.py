@@ -12,9 +12,7 @@ def in_steps(config, name: str, *, batch_size: int, examples_per_epoch: int, tot
 
     Raises ConfigError when two units are set, or percent is used for the length of the run itself.
     """
-    steps = exact_steps(
-        config, name, batch_size=batch_size, examples_per_epoch=examples_per_epoch, total_steps=total_steps
-    )
+    steps = exact_steps(config, name, batch_size=batch_size, examples_per_epoch=examples_per_epoch, total_steps=total_steps)
     return max(1, round(steps)) if steps else 0  # a short duration must not become "never"
 
 

@@ -49,8 +49,13 @@ def evaluate(config, plain: dict, workdir: epath.Path, mesh) -> dict:
         reports.append(f"{kind}: {report}")
     config.require_all_read()
 
-    origin = dict(run=str(folder), step=int(folder.name), image_size=list(config.image_size), splits=plain["evals"],
-                  data={key: config.data[key] for key in ("source", "path", "data_dir")})  # fmt: skip
+    origin = dict(
+        run=str(folder),
+        step=int(folder.name),
+        image_size=list(config.image_size),
+        splits=plain["evals"],
+        data={key: config.data[key] for key in ("source", "path", "data_dir")},
+    )
     claim(workdir, plain)
     already = finished(workdir, origin)
     logger = Logger(workdir, write=jax.process_index() == 0, tensorboard=False)

@@ -125,8 +125,10 @@ def classify_evaluator(e, config, made, normalise, mesh, open_split):
     names = config.class_names if "class_names" in config else ()
     if source.name == "folder" and names and tuple(names) != tuple(source.class_names):
         strange = next((a, b) for a, b in zip(names, source.class_names) if a != b)
-        raise ConfigError(f"classes of '{split}' are not those of the training ('{strange[0]}' there, '{strange[1]}' here): "
-                          "labels are counted in the order of the names, so give the folders the same names")  # fmt: skip
+        raise ConfigError(
+            f"classes of '{split}' are not those of the training ('{strange[0]}' there, '{strange[1]}' here): "
+            "labels are counted in the order of the names, so give the folders the same names"
+        )
 
     def fn(variables, batch):
         logits, labels = made.apply(variables, normalise(batch["image"]), method="logits"), batch["label"]
@@ -170,9 +172,7 @@ def evaluators(config, made, normalise, mesh, open_split, total: int, examples_p
         except ConfigError as error:
             named = [key for key in e.keys() if key.endswith("split") and f"'{e[key]}'" in str(error)]
             other = f", --config.evals.{name}.{named[0]}=... names another split" if named else ""
-            raise type(error)(
-                f"{error} (evaluator '{name}': --config.evals.{name}.on=False leaves it out{other})"
-            ) from error
+            raise type(error)(f"{error} (evaluator '{name}': --config.evals.{name}.on=False leaves it out{other})") from error
         if evaluator is not None:
             scheduled.append(ScheduledEvaluator(name, evaluator.run, every))
     return scheduled

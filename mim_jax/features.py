@@ -152,9 +152,7 @@ def write_features(config, plain: dict, workdir: epath.Path, mesh) -> dict:
     already = finished(workdir, origin)
     logger = Logger(workdir, write=jax.process_index() == 0, tensorboard=False)
     logger.say(f"workdir      {workdir}\nweights      {report}")
-    logger.say(
-        f"data         {source.name} '{source.split}': {source.num_examples} images, {source.num_classes} classes"
-    )
+    logger.say(f"data         {source.name} '{source.split}': {source.num_examples} images, {source.num_classes} classes")
     if already:
         logger.say(f"these features are finished: {workdir / RESULT}")
         logger.close()
@@ -204,5 +202,6 @@ def check_room(workdir: epath.Path, format: str, shape: tuple[int, ...]):
     begun = [part for name in FILES[format] if (part := workdir / f"{name}.part").exists()]  # by a killed run
     need, free = 4 * math.prod(shape), shutil.disk_usage(there).free + sum(part.stat().length for part in begun)
     if need > free:  # a write through a memory map would end the process without a word
-        raise ConfigError(f"the features take {need / 1e9:.1f} GB, and '{there}' has {free / 1e9:.1f} GB; "
-                          "choose another --workdir, or pool")  # fmt: skip
+        raise ConfigError(
+            f"the features take {need / 1e9:.1f} GB, and '{there}' has {free / 1e9:.1f} GB; choose another --workdir, or pool"
+        )

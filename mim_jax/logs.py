@@ -52,9 +52,7 @@ class Logger:
         """One line: step, loss, images/s, time left."""
         left = f"{clock_text(seconds_left)} left" if images_per_second else ""
         rate = f"{images_per_second:8.1f} images/s" if images_per_second else " " * 17
-        self.say(
-            f"step {step:>7}/{total}  {100 * step / total:5.1f} %  loss {loss:.4f}  lr {lr:.2e}  {rate}  {left}".rstrip()
-        )
+        self.say(f"step {step:>7}/{total}  {100 * step / total:5.1f} %  loss {loss:.4f}  lr {lr:.2e}  {rate}  {left}".rstrip())
 
     def close(self):
         if self._jsonl:

@@ -111,20 +111,15 @@ def probe_settings(config, classes: int, kind: str) -> ProbeSettings:
 class Judge:
     """kNN and few-shot accuracies of features: judge(bank, queries) -> {name: share}."""
 
-    def __init__(
-        self, classes: int, k: int, temperature: float, shots: tuple[int, ...], draws: int, l2: float, seed: int
-    ):
+    def __init__(self, classes: int, k: int, temperature: float, shots: tuple[int, ...], draws: int, l2: float, seed: int):
         if any(n < 1 for n in shots) or draws < 1 or l2 <= 0:
             raise ConfigError(f"probe.shots={shots}, probe.draws={draws}, probe.l2={l2}: at least 1, 1 and above 0")
         self.classes, self.k, self.temperature = classes, k, temperature
         self.shots, self.draws, self.l2, self.seed = shots, draws, l2, seed
 
     def __call__(self, bank, queries) -> dict[str, float]:
-        guess = knn_predict(
-            bank["features"], bank["label"], queries["features"], self.classes, self.k, self.temperature
-        )
-        found = {"knn": float(np.mean(guess == queries["label"])),
-                 "knn_balanced": balanced_accuracy(guess, queries["label"])}  # fmt: skip
+        guess = knn_predict(bank["features"], bank["label"], queries["features"], self.classes, self.k, self.temperature)
+        found = {"knn": float(np.mean(guess == queries["label"])), "knn_balanced": balanced_accuracy(guess, queries["label"])}
         for n in self.shots:
             accuracies = fewshot(bank, queries, self.classes, n, draws=self.draws, l2=self.l2, seed=self.seed)
             found[f"{n}shot"], found[f"{n}shot_spread"] = summary(accuracies)

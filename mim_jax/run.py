@@ -71,8 +71,9 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
     lr_scales = supervised.layer_decay(config) if job == "finetune" else getattr(made, "lr_scale", None)
     tx = build.optimizer(config, lr, lr_scales)
     evaluators = evaluation.evaluators(config, made, normalise, mesh, open_split, total, per_epoch)
-    save_every = durations.in_steps(config.checkpoint, "every", batch_size=config.batch_size, examples_per_epoch=per_epoch,
-                                    total_steps=total)  # fmt: skip
+    save_every = durations.in_steps(
+        config.checkpoint, "every", batch_size=config.batch_size, examples_per_epoch=per_epoch, total_steps=total
+    )
     log_every, tensorboard, fsdp = config.log.every_steps, config.log.tensorboard, config.fsdp
     keep, keep_every, init_from = config.checkpoint.keep, config.checkpoint.keep_every_steps, config.init_from
     if log_every < 1 or keep < 1:
@@ -95,9 +96,7 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
     claim(workdir, plain)
     logger = Logger(workdir, write=jax.process_index() == 0, tensorboard=tensorboard)
     checkpoints = checkpoint.Checkpoints(workdir, every=save_every, keep=keep, keep_every=keep_every)
-    fresh, shapes, shardings = plan(
-        made, tx, example, seed=config.seed, mesh=mesh, fsdp=fsdp, frozen_patterns=made.frozen
-    )
+    fresh, shapes, shardings = plan(made, tx, example, seed=config.seed, mesh=mesh, fsdp=fsdp, frozen_patterns=made.frozen)
     state, meta = checkpoints.restore(shapes, shardings)
     if state is not None:
         ancestor = meta.get("ancestor", {})
@@ -111,9 +110,7 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
     if first >= total and (workdir / RESULT).exists():
         logger.say(f"this run is finished: {workdir / RESULT}")
         return read_json(workdir / RESULT)
-    step_fn = make_step(
-        made, tx, mesh, shardings, prepare=prepare, seed=config.seed, accumulation=config.accumulation, lr=lr
-    )
+    step_fn = make_step(made, tx, mesh, shardings, prepare=prepare, seed=config.seed, accumulation=config.accumulation, lr=lr)
     logger.say(f"ready to compile after {time.perf_counter() - began:.1f} s")
     if job == "finetune" and first == 0 and jax.process_count() == 1:
         save_augmented(workdir, config, batches.batch(0), prepare, source.class_names)
@@ -141,9 +138,7 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
 def save_augmented(workdir, config, batch, prepare, names):
     """Draws what the first step of a fine-tuning sees, once: nothing shows a wrong augmentation sooner."""
     shown = 24
-    images, targets = jax.jit(prepare)(
-        {key: batch[key] for key in ("image", "label")}, prng.stream(config.seed, "masks", 0)
-    )
+    images, targets = jax.jit(prepare)({key: batch[key] for key in ("image", "label")}, prng.stream(config.seed, "masks", 0))
     pixels = build.normaliser(config).undo(images, batch["image"])
     figure = draw_augmented(pixels[:shown], targets[:shown], names)
     with (workdir / "augmented.png").open("wb") as f:
@@ -156,14 +151,16 @@ def describe(config, made, state, source, workdir, mesh, loaded, total, peak_lr,
     o = config.optim
     lr = f"{peak_lr:.3e}" if o.lr else f"{o.base_lr:g} x {config.batch_size} / 256 = {peak_lr:.3e}"
     parameters = tree.count(state.params)
-    return "\n".join([
-        f"workdir      {workdir}",
-        f"weights      {loaded}",
-        f"data         {source.name} '{source.split}': {source.num_examples} images, {source.num_classes} classes",
-        f"devices      {mesh.size} x {jax.devices()[0].device_kind} in {jax.process_count()} process(es)",
-        f"batch        {config.batch_size} = {local} per device x {mesh.size} devices x {config.accumulation} accumulation",
-        f"steps        {total}, warm-up {warmup}; {config.batch_size * total / source.num_examples:.1f} epochs",
-        f"lr           {lr} at the peak",
-        f"parameters   {parameters:,} trained, {tree.count(state.frozen):,} frozen",
-        f"FLOPs/image  {made.flops() / 1e9:.3f} G forward",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"workdir      {workdir}",
+            f"weights      {loaded}",
+            f"data         {source.name} '{source.split}': {source.num_examples} images, {source.num_classes} classes",
+            f"devices      {mesh.size} x {jax.devices()[0].device_kind} in {jax.process_count()} process(es)",
+            f"batch        {config.batch_size} = {local} per device x {mesh.size} devices x {config.accumulation} accumulation",
+            f"steps        {total}, warm-up {warmup}; {config.batch_size * total / source.num_examples:.1f} epochs",
+            f"lr           {lr} at the peak",
+            f"parameters   {parameters:,} trained, {tree.count(state.frozen):,} frozen",
+            f"FLOPs/image  {made.flops() / 1e9:.3f} G forward",
+        ]
+    )

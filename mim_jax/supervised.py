@@ -13,9 +13,7 @@ def classifier(config, classes: int) -> Classify:
     """The encoder of the config with a head. Its final norm makes room for `fc_norm` with pool=mean, and stays otherwise."""
     made, pool = build.encoder(config), config.pool
     if not hasattr(made, "final_norm"):
-        raise ConfigError(
-            f"job={config.job}: a {type(made).__name__} has no blocks to fine-tune; start from a ViT or a Swin"
-        )
+        raise ConfigError(f"job={config.job}: a {type(made).__name__} has no blocks to fine-tune; start from a ViT or a Swin")
     if pool != "normed":
         pool = build.pooling("pool", pool, made)
     return Classify(encoder=made.clone(final_norm=pool != "mean"), classes=classes, pool=pool)
@@ -39,8 +37,10 @@ def finetuning_input(config, normalise, classes: int):
         targets = smooth_labels(batch["label"], classes, smoothing)
         return mix(images, targets, prng.named(key, "mix"), **mixing)
 
-    batch = {"image": jax.ShapeDtypeStruct((config.batch_size, *config.image_size, config.channels), jnp.uint8),
-             "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}  # fmt: skip
+    batch = {
+        "image": jax.ShapeDtypeStruct((config.batch_size, *config.image_size, config.channels), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+    }
     jax.eval_shape(prepare, batch, jax.random.key(0))
     return prepare
 

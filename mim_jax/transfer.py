@@ -37,16 +37,12 @@ def inherit(config: TrackedConfig, workdir: epath.Path) -> TrackedConfig:
     folder = pretrained.find(place)
     source = ConfigDict(pretrained.read_meta(folder)["config"])
     if "encoder" not in source:
-        raise ConfigError(
-            f"the checkpoint {folder} does not say of which encoder it is; start from the pretraining run"
-        )
+        raise ConfigError(f"the checkpoint {folder} does not say of which encoder it is; start from the pretraining run")
     merged = ConfigDict(config.to_dict())
     own = set(flatten(merged))
     if job == "eval":
         if source.job not in ("finetune", "linprobe"):
-            raise ConfigError(
-                f"job=eval judges a classifier, and {folder} is a {source.job} run; fine-tune or probe it first"
-            )
+            raise ConfigError(f"job=eval judges a classifier, and {folder} is a {source.job} run; fine-tune or probe it first")
         merged.trained_by = source.job
         for key in source.keys():
             if key not in merged:
@@ -76,8 +72,12 @@ def take_data(merged: ConfigDict, source: ConfigDict):
     if not data.resize_ratio:  # MAE's and timm's rule: 224 / 256 for small images, the whole image for large ones
         data.resize_ratio = 0.875 if min(merged.image_size) < 256 else 1.0
     sample = data.source == "sample"
-    automatic = dict(train_split="train_tiles" if sample else "train", validation_split="validation" if sample else "",
-                     test_split="test" if sample else "validation", split="train_tiles" if sample else "train")  # fmt: skip
+    automatic = dict(
+        train_split="train_tiles" if sample else "train",
+        validation_split="validation" if sample else "",
+        test_split="test" if sample else "validation",
+        split="train_tiles" if sample else "train",
+    )
     for key, value in automatic.items():
         if key in data and data[key] == "auto":
             data[key] = value
@@ -115,14 +115,10 @@ def pretrained_params(config, made, example, mesh, part: str = pretrained.TRAINE
     meta = pretrained.read_meta(folder)
     source = ConfigDict(meta["config"])
     if job == "finetune" and source.job == "finetune" and source.pool == "mean" != config.pool:
-        raise ConfigError(
-            f"{folder} was fine-tuned with pool=mean and has no final norm, which pool={config.pool} needs"
-        )
+        raise ConfigError(f"{folder} was fine-tuned with pool=mean and has no final norm, which pool={config.pool} needs")
     if job == "pretrain" and (source.job, source.get("method")) != (job, config.method):
         what = source.method if source.job == job else f"job={source.job}"
-        raise ConfigError(
-            f"{folder} is a run of {what}; pretraining with method={config.method} goes on from one of its own"
-        )
+        raise ConfigError(f"{folder} is a run of {what}; pretraining with method={config.method} goes on from one of its own")
     taken = "^encoder/" if job == "finetune" and source.job == "pretrain" else TAKEN.get(job, "")
     loaded = pretrained.load_params(folder, mesh, taken, part)
     wanted = tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), *example))["params"])
@@ -131,8 +127,11 @@ def pretrained_params(config, made, example, mesh, part: str = pretrained.TRAINE
         skipped = [path for path in loaded if path.startswith("head/")]
         loaded = {path: x for path, x in loaded.items() if path not in skipped}
     loaded, resized = fit_tables(loaded, build.encoder(source), made.encoder)
-    changed = [line for line in differences(source.encoder.to_dict(), ConfigDict(config.encoder.to_dict()).to_dict())
-               if line.split(":")[0] not in FREE]  # fmt: skip
+    changed = [
+        line
+        for line in differences(source.encoder.to_dict(), ConfigDict(config.encoder.to_dict()).to_dict())
+        if line.split(":")[0] not in FREE
+    ]
     differs = f"its encoder is another one (there -> here): {'; '.join(changed)}" if changed else ""
     try:
         fits, report = pretrained.match_params(wanted, loaded, FRESH.get(job, ()), LEFT.get(job, ()))
@@ -206,12 +205,9 @@ def check_tokenizer(config, weights, trained: ConfigDict):
         raise ConfigError(f"tokenizer.weights={weights} is a {trained.method} run, not one of configs/tokenizer.py")
     t, data = config.tokenizer, ("normalise", "mean", "std")
     ours = dict(patch=config.encoder.patch, width=t.width, depth=t.depth, levels=t.levels, channels=config.channels)
-    theirs = {key: trained.encoder[key] for key in ("patch", "width", "depth", "levels")} | dict(
-        channels=trained.channels
-    )
+    theirs = {key: trained.encoder[key] for key in ("patch", "width", "depth", "levels")} | dict(channels=trained.channels)
     changed = differences(
-        theirs | {f"data.{key}": trained.data[key] for key in data},
-        ours | {f"data.{key}": config.data[key] for key in data},
+        theirs | {f"data.{key}": trained.data[key] for key in data}, ours | {f"data.{key}": config.data[key] for key in data}
     )
     if changed:
         raise ConfigError(

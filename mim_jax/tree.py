@@ -59,7 +59,5 @@ def shape_conflicts(wanted, found) -> dict[str, list[str]]:
 
 def overview(params) -> str:
     """One line per parameter: path, shape, number of scalars; and the total."""
-    rows = [
-        f"  {path:<56} {leaf.shape!s:<22} {int(np.prod(leaf.shape)):>12,}" for path, leaf in flatten(params).items()
-    ]
+    rows = [f"  {path:<56} {leaf.shape!s:<22} {int(np.prod(leaf.shape)):>12,}" for path, leaf in flatten(params).items()]
     return "\n".join(rows + [f"  {'total':<56} {'':<22} {count(params):>12,}"])

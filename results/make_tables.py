@@ -38,12 +38,20 @@ def quickstart() -> str:
     column = lambda key: [run[key] for run in runs]
     gains = [run["probe_test"] - run["random_encoder_test"] for run in runs]
     rows = [
-        ["linear probe, test accuracy %", percent(column("probe_test")), percent(column("random_encoder_test")),
-         percent(column("raw_pixel_test"))],
+        [
+            "linear probe, test accuracy %",
+            percent(column("probe_test")),
+            percent(column("random_encoder_test")),
+            percent(column("raw_pixel_test")),
+        ],
         ["kNN, test accuracy %", percent(column("knn_test")), percent(column("knn_random")), ""],
-    ]  # fmt: skip
-    errors = [["held-out hidden patches, squared error", *(f"{statistics.mean(column(key)):.3f}"
-               for key in ("masked_mse", "inpainting_mse", "zero_mse"))]]  # fmt: skip
+    ]
+    errors = [
+        [
+            "held-out hidden patches, squared error",
+            *(f"{statistics.mean(column(key)):.3f}" for key in ("masked_mse", "inpainting_mse", "zero_mse")),
+        ]
+    ]
     first, seconds = runs[0], ", ".join(f"{run['seconds']:.0f}" for run in runs)
     note = (
         f"{len(runs)} seeds, {first['test_examples']} test tiles of 16 photographs, {first['steps']} steps; gain of the "
@@ -52,10 +60,13 @@ def quickstart() -> str:
         "other work ran beside. "
         f"Commits: {', '.join(sorted({run['git'][:9] for run in runs}))}."
     )
-    return "\n\n".join([
-        table(["", "LoMaR", "random encoder", "raw pixels"], rows),
-        table(["", "LoMaR", "harmonic inpainting", "each patch's mean"], errors), note,
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            table(["", "LoMaR", "random encoder", "raw pixels"], rows),
+            table(["", "LoMaR", "harmonic inpainting", "each patch's mean"], errors),
+            note,
+        ]
+    )
 
 
 COMPARED = {
@@ -72,19 +83,18 @@ def compare() -> str:
     for label, pattern in COMPARED.items():
         runs = load(pattern)
         gains = [run["probe_test"] - run["random_encoder_test"] for run in runs]
-        rows.append([
-            label, percent([run["probe_test"] for run in runs]), percent(gains), percent([run["knn_test"] for run in runs]),
-            f"{statistics.median(run['seconds_pretrain'] for run in runs):.0f}", str(len(runs)),
-        ])  # fmt: skip
+        rows.append(
+            [
+                label,
+                percent([run["probe_test"] for run in runs]),
+                percent(gains),
+                percent([run["knn_test"] for run in runs]),
+                f"{statistics.median(run['seconds_pretrain'] for run in runs):.0f}",
+                str(len(runs)),
+            ]
+        )
         commits |= {run["git"][:9] for run in runs}
-    head = [
-        "",
-        "linear probe, test %",
-        "gain over its random encoder, points",
-        "kNN, test %",
-        "pretraining, s",
-        "seeds",
-    ]
+    head = ["", "linear probe, test %", "gain over its random encoder, points", "kNN, test %", "pretraining, s", "seeds"]
     steps = {run["steps"] for pattern in COMPARED.values() for run in load(pattern)}
     note = (
         f"{', '.join(map(str, steps))} steps of 16 images. Seconds: median, on two CPU cores that other work "
@@ -100,20 +110,32 @@ def speed() -> str:
         device += ", huge pages" if "hugetlb=1" in run["glibc_tunables"] else ""
         for result, ratio in zip(run["results"], run["step_ratio_to_first"], strict=True):
             if result.get("targets_share_of_step"):
-                shares.append(
-                    f"`{result['config'].removeprefix('configs/')}` {100 * result['targets_share_of_step']:.1f} %"
-                )
-            rows.append([
-                f"`{result['config'].removeprefix('configs/')}`",
-                f"{device}, {run['compute_dtype']}, batch {run['batch_size']}",
-                f"{result['step_median_s']:.3f} / {result['step_p90_s']:.3f}",
-                f"{ratio:.2f}" if len(run["results"]) > 1 else "", f"{result['images_per_second']:.2f}",
-                f"{result['flops_per_image'] / 1e9:.1f}", f"{100 * result['share_of_matmul_rate']:.0f} %",
-                f"{result['step_memory_bytes'] / 1e9:.2f}", f"{result['compile_s']:.0f}",
-            ])  # fmt: skip
+                shares.append(f"`{result['config'].removeprefix('configs/')}` {100 * result['targets_share_of_step']:.1f} %")
+            rows.append(
+                [
+                    f"`{result['config'].removeprefix('configs/')}`",
+                    f"{device}, {run['compute_dtype']}, batch {run['batch_size']}",
+                    f"{result['step_median_s']:.3f} / {result['step_p90_s']:.3f}",
+                    f"{ratio:.2f}" if len(run["results"]) > 1 else "",
+                    f"{result['images_per_second']:.2f}",
+                    f"{result['flops_per_image'] / 1e9:.1f}",
+                    f"{100 * result['share_of_matmul_rate']:.0f} %",
+                    f"{result['step_memory_bytes'] / 1e9:.2f}",
+                    f"{result['compile_s']:.0f}",
+                ]
+            )
         notes.append(f"{run['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s in a plain matrix product ({run['git'][:9]})")
-    head = ["config", "machine", "step median / p90, s", "of the run's first", "images/s", "GFLOP/image",
-            "of the matmul rate", "memory, GB", "compile, s"]  # fmt: skip
+    head = [
+        "config",
+        "machine",
+        "step median / p90, s",
+        "of the run's first",
+        "images/s",
+        "GFLOP/image",
+        "of the matmul rate",
+        "memory, GB",
+        "compile, s",
+    ]
     shares = f"\n\nMaking the targets, share of the step: {', '.join(shares)}." if shares else ""
     return table(head, rows) + "\n\nYardsticks, in order: " + "; ".join(notes) + "." + shares
 
@@ -154,13 +176,26 @@ def costs() -> str | None:
         result, flops = found[side, config], lambda key: found[key]["flops_per_image"]
         lomar = [key for key, other in found.items() if key[0] == side and other["method"] == "lomar"]
         held = [column.get((side, config)) for column in memory.values()]
-        rows.append([
-            f"`{config}`", str(side), f"{result['parameters'] / 1e6:.1f}", f"{result['flops_per_image'] / 1e9:.1f}",
-            f"{flops((side, config)) / flops(lomar[0]):.2f}" if lomar else "–",
-            *("–" if value is None else f"{value / 1e6:.0f}" for value in held), PUBLISHED.get((config, side), ""),
-        ])  # fmt: skip
-    head = ["config", "size, px", "parameters, M", "GFLOP/image", "of LoMaR's", *(f"MB/image ({c})" for c in memory),
-            "papers' hours on 4 A100"]  # fmt: skip
+        rows.append(
+            [
+                f"`{config}`",
+                str(side),
+                f"{result['parameters'] / 1e6:.1f}",
+                f"{result['flops_per_image'] / 1e9:.1f}",
+                f"{flops((side, config)) / flops(lomar[0]):.2f}" if lomar else "–",
+                *("–" if value is None else f"{value / 1e6:.0f}" for value in held),
+                PUBLISHED.get((config, side), ""),
+            ]
+        )
+    head = [
+        "config",
+        "size, px",
+        "parameters, M",
+        "GFLOP/image",
+        "of LoMaR's",
+        *(f"MB/image ({c})" for c in memory),
+        "papers' hours on 4 A100",
+    ]
     note = (
         "Parameters: those that are trained. GFLOP: matrix products, forward and backward, by formula. MB: what the compiled "
         "step holds besides its arguments and results, as XLA assigns it there, mostly activations, a share of the "
@@ -189,20 +224,36 @@ def baselines() -> str | None:
         return None
     column = lambda found, key: [run[key] for run in found]
     accuracy = lambda found, key: percent(column(found, key)) if found else "–"
-    median = lambda found, key, form, scale=1: (
-        format(statistics.median(column(found, key)) / scale, form) if found else "–"
-    )
+    median = lambda found, key, form, scale=1: format(statistics.median(column(found, key)) / scale, form) if found else "–"
     rows = []
     for method, title in METHODS.items():
         images, time = runs["images", method], runs["time", method]
-        rows.append([
-            title, median(images + time, "images_per_second", ".0f"), median(images + time, "flops_per_image", ".2f", 1e9),
-            median(images + time, "parameters", ".2f", 1e6), accuracy(images or time, "random_encoder_test"),
-            accuracy(images, "probe_test"), accuracy(images, "knn_test"),
-            median(time, "steps", ".0f"), accuracy(time, "probe_test"), accuracy(time, "knn_test"),
-        ])  # fmt: skip
-    head = ["", "images/s", "GFLOP/image", "parameters, M", "random encoder: probe, test %",
-            "same images: probe, test %", "kNN, test %", "same time: steps", "probe, test %", "kNN, test %"]  # fmt: skip
+        rows.append(
+            [
+                title,
+                median(images + time, "images_per_second", ".0f"),
+                median(images + time, "flops_per_image", ".2f", 1e9),
+                median(images + time, "parameters", ".2f", 1e6),
+                accuracy(images or time, "random_encoder_test"),
+                accuracy(images, "probe_test"),
+                accuracy(images, "knn_test"),
+                median(time, "steps", ".0f"),
+                accuracy(time, "probe_test"),
+                accuracy(time, "knn_test"),
+            ]
+        )
+    head = [
+        "",
+        "images/s",
+        "GFLOP/image",
+        "parameters, M",
+        "random encoder: probe, test %",
+        "same images: probe, test %",
+        "kNN, test %",
+        "same time: steps",
+        "probe, test %",
+        "kNN, test %",
+    ]
 
     def span(runs, key, scale=1, form=".0f"):
         low, high = (format(f(column(runs, key)) * scale, form) for f in (min, max))
@@ -228,21 +279,31 @@ def finetune() -> str | None:
     if not every:
         return None
     for method, title in FINETUNED.items():
-        runs = {
-            kind: load(f"finetune_{method}_{kind}_seed*.json") for kind in ("pretrained", "scratch", "scratch_long")
-        }
+        runs = {kind: load(f"finetune_{method}_{kind}_seed*.json") for kind in ("pretrained", "scratch", "scratch_long")}
         top1 = {kind: {run["seed"]: run["test_top1"] for run in found} for kind, found in runs.items()}
-        gains = [
-            top1["pretrained"][seed] - top1["scratch"][seed] for seed in top1["pretrained"] if seed in top1["scratch"]
-        ]
+        gains = [top1["pretrained"][seed] - top1["scratch"][seed] for seed in top1["pretrained"] if seed in top1["scratch"]]
         shown = {kind: percent(list(found.values())) if found else "–" for kind, found in top1.items()}
         steps = sorted(run["steps"] for run in runs["scratch_long"])
-        rows.append([
-            title, shown["pretrained"], shown["scratch"], percent(gains) if gains else "–", shown["scratch_long"],
-            " to ".join(map(str, sorted({*steps[:1], *steps[-1:]}))) if steps else "–", str(len(gains)),
-        ])  # fmt: skip
-    head = ["", "pretrained, test top-1 %", "from scratch, same steps", "gain, points", "from scratch, same FLOPs in all",
-            "its steps", "seeds"]  # fmt: skip
+        rows.append(
+            [
+                title,
+                shown["pretrained"],
+                shown["scratch"],
+                percent(gains) if gains else "–",
+                shown["scratch_long"],
+                " to ".join(map(str, sorted({*steps[:1], *steps[-1:]}))) if steps else "–",
+                str(len(gains)),
+            ]
+        )
+    head = [
+        "",
+        "pretrained, test top-1 %",
+        "from scratch, same steps",
+        "gain, points",
+        "from scratch, same FLOPs in all",
+        "its steps",
+        "seeds",
+    ]
     first = every[0]
     short = {run["steps"] for run in every if run["kind"] != "scratch_long"}
     commits = {run[key][:9] for run in every for key in ("git", "pretrain_git")}
@@ -271,8 +332,15 @@ def ratios() -> str | None:
     )
 
 
-TABLES = {"quickstart": quickstart, "compare": compare, "speed": speed, "costs": costs, "ratios": ratios,
-          "baselines": baselines, "finetune": finetune}  # fmt: skip
+TABLES = {
+    "quickstart": quickstart,
+    "compare": compare,
+    "speed": speed,
+    "costs": costs,
+    "ratios": ratios,
+    "baselines": baselines,
+    "finetune": finetune,
+}
 
 
 def fill(text: str, page: str) -> str:

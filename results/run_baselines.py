@@ -51,13 +51,20 @@ def record(method: str, budget: str, steps: int, seed: int, measured: dict):
     if method.startswith("beit"):
         command("mim_jax.main", "--config=configs/tokenizer.py:sample", f"--workdir={TOKENIZER}")
     command(
-        "mim_jax.main", f"--config={SPECS[method]}", seeded, f"--config.total_steps={steps}", "--config.evals.nmi.on=False",
+        "mim_jax.main",
+        f"--config={SPECS[method]}",
+        seeded,
+        f"--config.total_steps={steps}",
+        "--config.evals.nmi.on=False",
         f"--workdir={folder}/pretrain",
-    )  # fmt: skip
+    )
     command(
-        "mim_jax.main", "--config=configs/linprobe.py", f"--config.init_from={folder}/pretrain", seeded,
+        "mim_jax.main",
+        "--config=configs/linprobe.py",
+        f"--config.init_from={folder}/pretrain",
+        seeded,
         f"--workdir={folder}/probe",
-    )  # fmt: skip
+    )
     command(os.path.join(HERE, "summarise.py"), folder)
     rate = {key: measured[key] for key in ("images_per_second", "flops_per_image", "parameters")}
     summary = (

@@ -59,19 +59,25 @@ def record(method: str, kind: str, seed: int):
     pretraining = read(folder, "pretrain", "result.json")
     if kind == "scratch_long":
         pretraining_step, step = training_flops(method, f"{folder}/pretrain")
-        flags.append(
-            f"--config.total_steps={load(RECIPE).total_steps + round(pretraining['steps'] * pretraining_step / step)}"
-        )
+        flags.append(f"--config.total_steps={load(RECIPE).total_steps + round(pretraining['steps'] * pretraining_step / step)}")
     main_program(RECIPE + ",scratch" * kind.startswith("scratch"), *flags)
     result = read(folder, kind, "result.json")
     config = read(folder, kind, "config.json")
     summary = {
-        "method": method, "kind": kind, "seed": seed, "steps": result["steps"], "batch_size": config["batch_size"],
-        "test_top1": result["test/top1"], "test_examples": result["test/examples"],
-        "validation_top1": result["validation/top1"], "seconds": result["seconds"],
-        "pretrain_steps": pretraining["steps"], "pretrain_seconds": pretraining["seconds"],
-        "git": result["git"], "pretrain_git": pretraining["git"],
-    }  # fmt: skip
+        "method": method,
+        "kind": kind,
+        "seed": seed,
+        "steps": result["steps"],
+        "batch_size": config["batch_size"],
+        "test_top1": result["test/top1"],
+        "test_examples": result["test/examples"],
+        "validation_top1": result["validation/top1"],
+        "seconds": result["seconds"],
+        "pretrain_steps": pretraining["steps"],
+        "pretrain_seconds": pretraining["seconds"],
+        "git": result["git"],
+        "pretrain_git": pretraining["git"],
+    }
     with open(out, "w") as f:
         json.dump(summary, f, indent=1)
 

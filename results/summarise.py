@@ -20,10 +20,18 @@ def read(*parts):
 def summarise(run: str) -> dict:
     pretrain, probe = read(run, "pretrain", "result.json"), read(run, "probe", "result.json")
     config = read(run, "pretrain", "config.json")
-    keys = dict(probe_test="probe_test", random_encoder_test="random_encoder_test", raw_pixel_test="raw_pixel_test",
-                knn_test="probe_knn", knn_random="random_encoder_knn", probe_train="probe_train",
-                probe_test_balanced="probe_test_balanced", random_encoder_test_balanced="random_encoder_test_balanced",
-                chance="chance", test_examples="test_examples")  # fmt: skip
+    keys = dict(
+        probe_test="probe_test",
+        random_encoder_test="random_encoder_test",
+        raw_pixel_test="raw_pixel_test",
+        knn_test="probe_knn",
+        knn_random="random_encoder_knn",
+        probe_train="probe_train",
+        probe_test_balanced="probe_test_balanced",
+        random_encoder_test_balanced="random_encoder_test_balanced",
+        chance="chance",
+        test_examples="test_examples",
+    )
     errors = ("masked_mse", "inpainting_mse", "zero_mse")  # BEiT's are shares of wrong codes, where 0 means nothing
     return {
         **{ours: probe[theirs] for ours, theirs in keys.items()},
@@ -47,13 +55,13 @@ def main(run: str):
         json.dump(summary, f, indent=1)
     percent = lambda key: f"{100 * summary[key]:5.1f} %"
     gain = 100 * (summary["probe_test"] - summary["random_encoder_test"])
-    print(f"linear probe, test     {percent('probe_test')}   random encoder {percent('random_encoder_test')}   "
-          f"raw pixels {percent('raw_pixel_test')}   gain {gain:+.1f} points")  # fmt: skip
+    print(
+        f"linear probe, test     {percent('probe_test')}   random encoder {percent('random_encoder_test')}   "
+        f"raw pixels {percent('raw_pixel_test')}   gain {gain:+.1f} points"
+    )
     print(f"kNN, test              {percent('knn_test')}   random encoder {percent('knn_random')}")
     zero = f"   predicting zero {summary['zero_mse']:.3f}" if "zero_mse" in summary else ""
-    print(
-        f"held-out hidden error  {summary['masked_mse']:.3f}     harmonic inpainting {summary['inpainting_mse']:.3f}{zero}"
-    )
+    print(f"held-out hidden error  {summary['masked_mse']:.3f}     harmonic inpainting {summary['inpainting_mse']:.3f}{zero}")
     print(f"seconds                {summary['seconds']:.0f}")
     for figure in summary["figures"]:
         print(f"picture                {figure}")

@@ -41,8 +41,12 @@ def run_cli():
     def run(*args, env=None, timeout=300):
         return subprocess.run(
             [sys.executable, "-m", "mim_jax.main", *map(str, args)],
-            cwd=REPO, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
+            cwd=REPO,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
 
     return run
 
@@ -54,7 +58,11 @@ def run_python():
     def run(code, env=None, timeout=120):
         return subprocess.run(
             [sys.executable, "-c", code],
-            cwd=REPO, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
+            cwd=REPO,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
 
     return run

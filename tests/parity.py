@@ -62,8 +62,13 @@ def compare(path: str) -> dict:
         else:
             port.compare(report)
     missed, failed = report.missed(case), report.failed()
-    return {"model": case.meta.get("model"), "passed": not failed and not missed, "failed": failed, "not_compared": missed,
-            "errors": report.errors}  # fmt: skip
+    return {
+        "model": case.meta.get("model"),
+        "passed": not failed and not missed,
+        "failed": failed,
+        "not_compared": missed,
+        "errors": report.errors,
+    }
 
 
 def main(paths):

@@ -17,9 +17,21 @@ from mim_jax.models.vit import ViT
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 # Not the packing of windows into groups on the host (`plan_`), of which this project has none: any packing says the same.
 COMPARED = r"(out|target|loss|grad|derived|final|fixcoords)/(?!.*\.plan_)|nbins\w+/(pool\d+|bin)$"
-TOLERANCE = {"fixcoords/loss/": 1e-5, "fixcoords/out/": 1e-4,
-             "loss/": 1e-5, "out/": 1e-4, "grad/": 1e-4, "target/": 1e-4, "derived/": 0.0, "group/": 1e-6, "f64/lr": 1e-6,
-             "f64/loss": 5e-6, "f64/grad_norm": 1e-4, "final/": 3e-6, "nbins": 1e-5}  # fmt: skip
+TOLERANCE = {
+    "fixcoords/loss/": 1e-5,
+    "fixcoords/out/": 1e-4,
+    "loss/": 1e-5,
+    "out/": 1e-4,
+    "grad/": 1e-4,
+    "target/": 1e-4,
+    "derived/": 0.0,
+    "group/": 1e-6,
+    "f64/lr": 1e-6,
+    "f64/loss": 5e-6,
+    "f64/grad_norm": 1e-4,
+    "final/": 3e-6,
+    "nbins": 1e-5,
+}
 
 
 class Case:
@@ -55,9 +67,7 @@ class Case:
         places = [folder / named.split()[0] for folder in (self.path.parent, GOLDEN)]
         found = next((place for place in places if place.exists()), None)
         if found is None:
-            raise FileNotFoundError(
-                f"{self.path.name} needs the images of {' or '.join(map(str, places))}: neither exists"
-            )
+            raise FileNotFoundError(f"{self.path.name} needs the images of {' or '.join(map(str, places))}: neither exists")
         with np.load(found, allow_pickle=False) as archive:
             return archive["input/images"]
 
@@ -73,8 +83,16 @@ class Case:
         heads = self.meta.get("heads", width // 16)  # the recorded cases use heads of 16 where meta is silent
         h, w = self.released_images.shape[-2:]
         mlp = self[f"param/{prefix}blocks.0.mlp.fc1.weight"].shape[0] / width
-        return ViT(grid=(h // patch, w // patch), patch=patch, channels=channels, width=width, depth=depth, heads=heads,
-                   mlp_ratio=mlp, **options)  # fmt: skip
+        return ViT(
+            grid=(h // patch, w // patch),
+            patch=patch,
+            channels=channels,
+            width=width,
+            depth=depth,
+            heads=heads,
+            mlp_ratio=mlp,
+            **options,
+        )
 
 
 @dataclasses.dataclass

@@ -29,8 +29,16 @@ def compare_run(report: Report, case: Case, port):
     made = port.objective
     fresh, _, shardings = plan(made, tx, port.inputs(0), seed=0, mesh=mesh, frozen_patterns=made.frozen)
     state = create(fresh, shardings, replace=tree_arrays(port.params))
-    step = make_step(made, tx, mesh, shardings, prepare=lambda batch, key: (batch["image"], batch["masks"]),
-                     seed=0, accumulation=accumulation, lr=lr)  # fmt: skip
+    step = make_step(
+        made,
+        tx,
+        mesh,
+        shardings,
+        prepare=lambda batch, key: (batch["image"], batch["masks"]),
+        seed=0,
+        accumulation=accumulation,
+        lr=lr,
+    )
     micro_loss = jax.jit(lambda variables, images, masks: made.apply(variables, images, masks)[0])
     losses, norms, rates = [], [], []
     count = len(case["f64/loss"])
@@ -71,13 +79,16 @@ def recorded_optimizer(report: Report, case: Case, port, lr):
     for name, group in groups.items():
         path, _ = names.our_name(name, port.rules) or ("", "")
         if path in flat:
-            ours = (lr_scales(path) if lr_scales else 1.0,
-                    opt["weight_decay"] if optimizer.decays(path, flat[path], port.no_decay) else 0.0)  # fmt: skip
+            ours = (
+                lr_scales(path) if lr_scales else 1.0,
+                opt["weight_decay"] if optimizer.decays(path, flat[path], port.no_decay) else 0.0,
+            )
             report.add(f"group/{name}", ours, (group["lr_scale"], group["weight_decay"]))
     b1, b2 = opt["betas"]
     clip = float(meta.get("clip_grad") or 0.0)
-    return optimizer.adamw(lr, b1=b1, b2=b2, weight_decay=opt["weight_decay"], no_decay=port.no_decay, clip_norm=clip,
-                           lr_scales=lr_scales)  # fmt: skip
+    return optimizer.adamw(
+        lr, b1=b1, b2=b2, weight_decay=opt["weight_decay"], no_decay=port.no_decay, clip_norm=clip, lr_scales=lr_scales
+    )
 
 
 def last_block_name(depth: int | tuple[int, ...]) -> str:

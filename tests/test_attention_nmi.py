@@ -200,8 +200,12 @@ def workdir(tmp_path_factory):
 def command(*args):
     return subprocess.run(
         [sys.executable, "-m", "mim_jax.attention", *map(str, args)],
-        cwd=REPO, env=dict(os.environ), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=REPO,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_the_command_draws_and_writes_its_numbers(workdir, tmp_path):

@@ -84,10 +84,7 @@ def picture(path, size=(40, 48)):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (
-            ["--config=configs/lomar_vitb.py:toy", "--config.optim.lrr=1"],
-            ["'optim.lrr'", "Did you mean 'lr'?", "optim has b1"],
-        ),
+        (["--config=configs/lomar_vitb.py:toy", "--config.optim.lrr=1"], ["'optim.lrr'", "Did you mean 'lr'?", "optim has b1"]),
         (["--config=configs/lomar_vitb.py:toy", "--config.optin.lr=1"], ["optin"]),
         (["--config=configs/lomar_vitb.py:toy", "--config.seed=abc"], ["config.seed", "abc"]),
         (["--config=configs/lomar_vitb.py:toy", "--workdr=x"], ["workdr", "workdir"]),
@@ -112,11 +109,17 @@ def test_what_was_typed_wrong_is_said_in_one_line(args, words, run_cli, tmp_path
 
 
 def test_a_missing_data_set_names_the_three_ways(run_cli, tmp_path):
-    done = run_cli("--config=configs/lomar_vitb.py", f"--config.data.data_dir={tmp_path / 'none'}",
-                   f"--workdir={tmp_path / 'w'}")  # fmt: skip
+    done = run_cli(
+        "--config=configs/lomar_vitb.py", f"--config.data.data_dir={tmp_path / 'none'}", f"--workdir={tmp_path / 'w'}"
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    for words in ("imagenet2012 is not prepared", str(tmp_path / "none"), "data.data_dir=DIR", "data.source=folder",
-                  "data.source=sample"):  # fmt: skip
+    for words in (
+        "imagenet2012 is not prepared",
+        str(tmp_path / "none"),
+        "data.data_dir=DIR",
+        "data.source=folder",
+        "data.source=sample",
+    ):
         assert words in done.stderr, words
     assert not (tmp_path / "w").exists() and not (tmp_path / "none").exists()
 
@@ -164,7 +167,7 @@ SETTINGS = {
     "path": (dict(data__path="somewhere"), ["data.path", "data.source=folder"]),
     "evaluator": (dict(evals__knn__type="nkn"), ["evals.knn.type", "nkn", "knn"]),
     "pool": (dict(evals__knn__pool="max", evals__knn__on=True), ["pool", "max", "mean"]),
-}  # fmt: skip
+}
 
 
 VIT, SWIN = "localmim_vitb", "localmim_swinb"
@@ -175,8 +178,11 @@ LOCALMIM = {
     "range": (VIT, dict(localmim__taps=(0, 1, 2, 4)), ["localmim.taps=(0, 1, 2, 4)", "between 0 and 3", "4 blocks"]),
     "stages": (SWIN, dict(localmim__taps=(0, 1, 2, 4)), ["localmim.taps=(0, 1, 2, 4)", "between 0 and 3", "4 stages"]),
     "fewer scales": (VIT, dict(localmim__scales=(1.0, 1.0)), ["localmim.taps=(0, 1, 2, 3)", "localmim.scales=(1.0, 1.0)"]),
-    "more widths": (VIT, dict(localmim__decoder_width=(8,) * 5), ["localmim.decoder_width=(8, 8, 8, 8, 8)",
-                                                                  "localmim.taps=(0, 1, 2, 3)"]),
+    "more widths": (
+        VIT,
+        dict(localmim__decoder_width=(8,) * 5),
+        ["localmim.decoder_width=(8, 8, 8, 8, 8)", "localmim.taps=(0, 1, 2, 3)"],
+    ),
     "scale 3": (VIT, dict(localmim__scales=(3.0, 1.0, 1.0, 1.0)), ["localmim.scales", "3.0", "power of two"]),
     "scale and patch": (VIT, dict(localmim__scales=(8.0, 1.0, 1.0, 1.0)), ["scale 8.0", "4 pixels", "tap 0"]),
     "scale and grid": (VIT, dict(image_size=(28, 32)), ["scale 0.5", "7x8 grid", "tap 3"]),
@@ -185,16 +191,26 @@ LOCALMIM = {
     "mask": (SWIN, dict(localmim__mask_ratio=0.9), ["mask_ratio=0.9", "0 of 4"]),
     "decoder heads": (VIT, dict(localmim__decoder_heads=FOUR(5)), ["localmim.decoder_width=32", "decoder_heads=5"]),
     "decoder width": (VIT, dict(localmim__decoder_width=FOUR(30)), ["localmim.decoder_width=30"]),
-    "one tap apart": (VIT, dict(localmim__taps=(3,), localmim__scales=(1.0,), localmim__decoder_width=(32,),
-                                localmim__decoder_heads=(4,), localmim__decoder_depth=(1,), localmim__target=("hog",),
-                                localmim__decouple_stages=True), ["decouple_stages", "localmim.taps=(3,)"]),
+    "one tap apart": (
+        VIT,
+        dict(
+            localmim__taps=(3,),
+            localmim__scales=(1.0,),
+            localmim__decoder_width=(32,),
+            localmim__decoder_heads=(4,),
+            localmim__decoder_depth=(1,),
+            localmim__target=("hog",),
+            localmim__decouple_stages=True,
+        ),
+        ["decouple_stages", "localmim.taps=(3,)"],
+    ),
     "image": (SWIN, dict(image_size=(32, 40)), ["32x40", "multiple of 16", "4 stages"]),
     "patch": (SWIN, dict(image_size=(32, 33)), ["32x33", "patch size 2"]),
     "window": (SWIN, dict(encoder__window=5), ["windows of 5x5", "16x16 tokens"]),
     "heads per stage": (SWIN, dict(encoder__heads=(1, 2, 2)), ["depths=(1, 2, 1, 1)", "heads=(1, 2, 2)"]),
     "heads": (SWIN, dict(encoder__heads=(3, 2, 2, 4)), ["width 8", "3 heads"]),
     "pool": (SWIN, dict(evals__knn__pool="cls", evals__knn__on=True), ["pool=cls", "Swin", "pool=mean", "evals.knn.on"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LOCALMIM)
@@ -280,8 +296,9 @@ def test_unlabelled_images_need_the_knn_evaluator_off_as_the_message_says(tmp_pa
     for split in ("train", "val"):
         for k in range(8):
             picture(tmp_path / "images" / split / f"{k}.png")
-    config = folder_config(tmp_path / "images", evals__knn__train_split="train", data__crop_scale=(0.2, 1.0),
-                           evals__knn__on=True)  # fmt: skip
+    config = folder_config(
+        tmp_path / "images", evals__knn__train_split="train", data__crop_scale=(0.2, 1.0), evals__knn__on=True
+    )
     refused(config, tmp_path / "w", "evals.knn", "labels", "--config.evals.knn.on=False")
     config.evals.knn.on = False
     run(config, str(tmp_path / "w"))

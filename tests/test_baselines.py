@@ -59,7 +59,7 @@ FULL = {  # parameters, hidden cells of all cells
     "beit_vitb": (count_vit(768, 12, 16, 12 * TABLE[14]) + 768 + 769 * 8192, (75, 196)),
     "beit_vitb:windows=4": (count_vit(768, 12, 16, 12 * TABLE[14]) + 768 + 769 * 8192, (4 * 39, 4 * 49)),
     "beit_vitb:size=384,tokenizer=trained": (count_vit(768, 12, 16, 12 * TABLE[24]) + 768 + 769 * 8192, (220, 576)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("spec", FULL)
@@ -74,9 +74,16 @@ def test_full_size_configs_have_the_papers_sizes(spec):
     assert np.asarray(real).reshape(3, -1).sum(1).tolist() == [hidden] * 3
 
 
-@pytest.mark.parametrize("spec, window, units", [("simmim_swinb", 6, 6), ("simmim_swinb:size=224", 7, 7),
-                                                 ("simmim_swinb:size=384", 6, 12), ("greenmim_swinb", 7, 7),
-                                                 ("greenmim_swinb:size=448", 7, 14)])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, window, units",
+    [
+        ("simmim_swinb", 6, 6),
+        ("simmim_swinb:size=224", 7, 7),
+        ("simmim_swinb:size=384", 6, 12),
+        ("greenmim_swinb", 7, 7),
+        ("greenmim_swinb:size=448", 7, 14),
+    ],
+)
 def test_swins_have_windows_that_tile_every_stage(spec, window, units):
     config, made = built(spec)
     assert made.encoder.window == window and made.encoder.units == (units, units)
@@ -135,11 +142,7 @@ def test_beits_loss_is_the_cross_entropy_of_hidden_codes(spec):
         cut = [grid[b, r : r + 5, c : c + 5].reshape(-1) for b in range(2) for r, c in corners[b]]
         codes = np.stack(cut)
     hidden = np.asarray(masks.hidden).reshape(codes.shape)
-    log = (
-        scores
-        - np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        - scores.max(-1, keepdims=True)
-    )
+    log = scores - np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True)) - scores.max(-1, keepdims=True)
     chosen = np.take_along_axis(log, codes[..., None], -1)[..., 0]
     np.testing.assert_allclose(loss, -chosen[hidden].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"], (scores.argmax(-1) == codes)[hidden].mean(), rtol=1e-6)
@@ -181,9 +184,7 @@ def test_beit_learns_from_a_tokenizer_that_stays_as_it_was_trained(tokenizer_run
     run(beit_with(tokenizer_run, width=16, depth=1), str(tmp_path / "run"))
     saved, source = (read_meta(find(folder))["fingerprints"] for folder in (tmp_path / "run", tokenizer_run))
     frozen = {key: x for key, x in saved.items() if key.startswith("frozen/tokenizer/")}
-    assert len(frozen) > 10 and all(
-        source[key.replace("frozen/tokenizer", "params/encoder")] == x for key, x in frozen.items()
-    )
+    assert len(frozen) > 10 and all(source[key.replace("frozen/tokenizer", "params/encoder")] == x for key, x in frozen.items())
     assert not [key for key in saved if key.startswith(("opt_state", "params")) and "tokenizer" in key]
     config = beit_with(tmp_path / "gone", width=16, depth=1)  # the tokenizer lives on in the run's own checkpoints,
     config.total_steps = 3
@@ -251,23 +252,26 @@ def test_a_file_of_dvae_weights_becomes_beits_frozen_tokenizer(tmp_path, monkeyp
     assert len([key for key in saved if key.startswith("frozen/tokenizer/")]) == len(state)
 
 
-@pytest.mark.parametrize("spec, overrides, match", [
-    ("greenmim_swinb:toy", {"mae": {"windows": 2}}, "windows need a ViT"),
-    ("mae_vitb:toy,windows=2,window=9", {"mae": {"window": 9}}, "window=9 does not fit the 8x8 grid"),
-    ("simmim_vitb:toy", {"simmim": {"mask_size": 6}}, "mask_size=6 must be a multiple of the patch"),
-    ("simmim_vitb:toy", {"simmim": {"mask_size": 12}}, "mask_size=12 px do not tile"),
-    ("simmim_vitb:toy", {"simmim": {"mask_ratio": 1.0}}, "mask_ratio=1.0 must hide"),
-    ("maskfeat_vitb:toy", {"maskfeat": {"hog_cell": 3}}, "hog_cell=3 must divide"),
-    ("maskfeat_vitb:toy", {"maskfeat": {"min_block": 60}}, "min_block=60"),
-    ("beit_vitb:toy", {"beit": {"mask_ratio": 0.0}}, "count=0"),
-    ("beit_vitb:toy", {"tokenizer": {"kind": "vqgan"}}, "tokenizer.kind is 'vqgan'"),
-    ("mae_vitb:toy", {"mae": {"windows": -1}}, "windows=-1 must be 0"),
-    ("simmim_vitb:toy", {"simmim": {"mask_size": 0}}, "mask_size=0 must be"),
-    ("simmim_vitb:toy", {"simmim": {"mask_ratio": math.nan}}, "mask_ratio=nan is not a share"),
-    ("beit_vitb:toy", {"beit": {"mask_ratio": math.nan}}, "mask_ratio=nan is not a share"),
-    ("maskfeat_vitb:toy", {"maskfeat": {"mask_ratio": 1.5}}, "mask_ratio=1.5 is not a share"),
-    ("mae_vitb:toy", {"mae": {"decoder_dept": 1}}, "mae.decoder_dept is no setting of MAE"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, overrides, match",
+    [
+        ("greenmim_swinb:toy", {"mae": {"windows": 2}}, "windows need a ViT"),
+        ("mae_vitb:toy,windows=2,window=9", {"mae": {"window": 9}}, "window=9 does not fit the 8x8 grid"),
+        ("simmim_vitb:toy", {"simmim": {"mask_size": 6}}, "mask_size=6 must be a multiple of the patch"),
+        ("simmim_vitb:toy", {"simmim": {"mask_size": 12}}, "mask_size=12 px do not tile"),
+        ("simmim_vitb:toy", {"simmim": {"mask_ratio": 1.0}}, "mask_ratio=1.0 must hide"),
+        ("maskfeat_vitb:toy", {"maskfeat": {"hog_cell": 3}}, "hog_cell=3 must divide"),
+        ("maskfeat_vitb:toy", {"maskfeat": {"min_block": 60}}, "min_block=60"),
+        ("beit_vitb:toy", {"beit": {"mask_ratio": 0.0}}, "count=0"),
+        ("beit_vitb:toy", {"tokenizer": {"kind": "vqgan"}}, "tokenizer.kind is 'vqgan'"),
+        ("mae_vitb:toy", {"mae": {"windows": -1}}, "windows=-1 must be 0"),
+        ("simmim_vitb:toy", {"simmim": {"mask_size": 0}}, "mask_size=0 must be"),
+        ("simmim_vitb:toy", {"simmim": {"mask_ratio": math.nan}}, "mask_ratio=nan is not a share"),
+        ("beit_vitb:toy", {"beit": {"mask_ratio": math.nan}}, "mask_ratio=nan is not a share"),
+        ("maskfeat_vitb:toy", {"maskfeat": {"mask_ratio": 1.5}}, "mask_ratio=1.5 is not a share"),
+        ("mae_vitb:toy", {"mae": {"decoder_dept": 1}}, "mae.decoder_dept is no setting of MAE"),
+    ],
+)
 def test_settings_that_cannot_be_are_named(spec, overrides, match):
     path, _, arg = spec.partition(":")
     config = load(f"{REPO}/configs/{path}.py:{arg}")
@@ -302,9 +306,7 @@ def test_squares_smaller_than_units_are_evaluated_and_drawn_as_squares():
 @pytest.mark.parametrize("spec", ["beit_vitb:toy,windows=3", "mae_vitb:toy,windows=3", "beit_vitb:toy"])
 def test_a_baseline_that_completes_perfectly_has_no_error(spec):
     made, params, images, masks = random_case(spec)
-    ((_, target, filled, _),) = made.apply(
-        {"params": params}, images, masks, lambda x, _: x, method="reconstruct"
-    ).values()
+    ((_, target, filled, _),) = made.apply({"params": params}, images, masks, lambda x, _: x, method="reconstruct").values()
     np.testing.assert_allclose(filled, target, rtol=0, atol=1e-5)  # for BEiT hits, 1
 
 

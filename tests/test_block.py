@@ -10,8 +10,16 @@ from mim_jax.config import ConfigError
 from mim_jax.masking import block, random
 
 BEIT = ((14, 14), 75, 16)
-SETTINGS = [BEIT, ((14, 14), 78, 15), ((8, 8), 25, 4), ((6, 10), 23, 5), ((10, 6), 23, 5), ((3, 12), 20, 20),
-            ((4, 4), 15, 1), ((5, 5), 1, 1)]  # fmt: skip
+SETTINGS = [
+    BEIT,
+    ((14, 14), 78, 15),
+    ((8, 8), 25, 4),
+    ((6, 10), 23, 5),
+    ((10, 6), 23, 5),
+    ((3, 12), 20, 20),
+    ((4, 4), 15, 1),
+    ((5, 5), 1, 1),
+]
 
 
 def masks(seed, batch_size, grid, count, min_block):

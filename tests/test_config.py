@@ -20,7 +20,7 @@ from mim_jax.config import (
     flatten,
     load,
     name_of,
-)  # fmt: skip
+)
 from mim_jax.tree import count
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -137,8 +137,7 @@ def test_differences_show_every_changed_key():
 
 
 @pytest.mark.parametrize(
-    "given, steps",
-    [(dict(steps=7), 7), (dict(epochs=1.5), 15), (dict(examples=640), 10), (dict(percent=5.0), 10), ({}, 0)],
+    "given, steps", [(dict(steps=7), 7), (dict(epochs=1.5), 15), (dict(examples=640), 10), (dict(percent=5.0), 10), ({}, 0)]
 )
 def test_every_unit_of_a_duration(given, steps):
     known = dict(batch_size=64, examples_per_epoch=640, total_steps=200)
@@ -212,8 +211,16 @@ ROWS += [f"variant={letter}/16" for letter in ("Ti", "S", "B", "L")]
 ROWS += ["variant=H/14", "variant=S/14", "variant=B/8", "variant=S/8", "size=384", "size=448", "variant=L/16,size=448"]
 ROWS += ["pos=absolute", "arch=asymmetric", "arch=asymmetric,pos=absolute", "pairing=released", "norm_pix=false"]
 ROWS += ["mask=0.6", "mask=0.9", "epochs=300", "epochs=1600", "variant=H/16,size=384,window=9,views=3"]
-VIEWS = {"window=5": 8, "window=7": 4, "window=9": 3, "window=11": 2, "window=14": 1, "size=384": 6, "size=448": 9,
-         "variant=B/8": 4}  # fmt: skip
+VIEWS = {
+    "window=5": 8,
+    "window=7": 4,
+    "window=9": 3,
+    "window=11": 2,
+    "window=14": 1,
+    "size=384": 6,
+    "size=448": 9,
+    "variant=B/8": 4,
+}
 
 
 @functools.cache
@@ -303,8 +310,9 @@ def transformer_block(width):
     return (3 * width + width + 4 * width + 4 * width) * width + (3 + 1 + 4 + 1) * width + 2 * (2 * width)
 
 
-def local_vit_count(width=768, depth=12, heads=12, patch=16, taps=4, scales=(4, 2, 1, 0.5), bins=9, bias=0, layers=1,
-                    pixels=False, top=True):  # fmt: skip
+def local_vit_count(
+    width=768, depth=12, heads=12, patch=16, taps=4, scales=(4, 2, 1, 0.5), bins=9, bias=0, layers=1, pixels=False, top=True
+):
     """The encoder; a norm for each tap but the top one, which has the encoder's; a decoder of 256 for each."""
     out = lambda scale: 3 * (round(patch / scale) ** 2 if pixels else bins)
     decoders = sum(local_decoder(width, 256, out(s), s, layers) for s in scales)
@@ -322,9 +330,12 @@ def swin_count(width, depths, heads, windows):
     return total + 2 * width
 
 
-SWINS = {"T": (96, (2, 2, 6, 2), (3, 6, 12, 24), (7,) * 4), "B": (128, (2, 2, 18, 2), (4, 8, 16, 32), (7,) * 4),
-         "B14": (128, (2, 2, 18, 2), (4, 8, 16, 32), (14, 14, 14, 7)),
-         "L": (192, (2, 2, 18, 2), (6, 12, 24, 48), (14, 14, 14, 7))}  # fmt: skip
+SWINS = {
+    "T": (96, (2, 2, 6, 2), (3, 6, 12, 24), (7,) * 4),
+    "B": (128, (2, 2, 18, 2), (4, 8, 16, 32), (7,) * 4),
+    "B14": (128, (2, 2, 18, 2), (4, 8, 16, 32), (14, 14, 14, 7)),
+    "L": (192, (2, 2, 18, 2), (6, 12, 24, 48), (14, 14, 14, 7)),
+}
 
 
 def local_swin_count(name="B", taps=(0, 1, 2, 3), layers=1, pixels=False):
@@ -370,7 +381,7 @@ LOCAL = {  # arguments: cells of the taps in pixels, scalars; written out for th
     "localmim_swinb:taps=top": ((32,), local_swin_count(taps=(3,))),
     "localmim_swinb:taps=1-3": ((16, 32), local_swin_count(taps=(1, 3))),
     "localmim_swinb:decoder_depth=2": ((8, 16, 32, 32), local_swin_count(layers=2)),
-}  # fmt: skip
+}
 
 
 def test_the_written_out_sizes_are_those_of_the_formula():

@@ -206,8 +206,9 @@ def test_frozen_biases_are_saved_never_trained_and_loaded_back(local_swin):
     example = build.example(config, made)
     config.init_from = local_swin
     replace, _ = pretrained_params(config, made, example, mesh)
-    fresh, _, where = plan(made, build.optimizer(config, lambda step: 0.0), example, seed=5, mesh=mesh,
-                           frozen_patterns=made.frozen)  # fmt: skip
+    fresh, _, where = plan(
+        made, build.optimizer(config, lambda step: 0.0), example, seed=5, mesh=mesh, frozen_patterns=made.frozen
+    )
     own, loaded = create(fresh, where).frozen, create(fresh, where, replace).frozen
     for key in before:
         np.testing.assert_array_equal(loaded[key], before[key])

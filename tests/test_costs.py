@@ -60,10 +60,14 @@ def test_compile_only_creates_nothing_and_tells_what_the_running_benchmark_tells
         assert {key: result[key] for key in cost} == {**cost, "compile_s": result["compile_s"]}
 
 
-@pytest.mark.parametrize("spec, why", [
-    ("configs/greenmim_swinb.py:size=384", "encoder.window=7"), ("configs/mae_vitb.py:size=230", "230x230"),
-    ("configs/mae_vitb.py:sise=224", "'sise'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, why",
+    [
+        ("configs/greenmim_swinb.py:size=384", "encoder.window=7"),
+        ("configs/mae_vitb.py:size=230", "230x230"),
+        ("configs/mae_vitb.py:sise=224", "'sise'"),
+    ],
+)
 def test_a_config_that_cannot_be_built_is_named_before_any_is_compiled(spec, why, monkeypatch):
     monkeypatch.setattr(costs.Program, "compile", lambda self: pytest.fail("compiled"))
     with pytest.raises(ConfigError) as error:

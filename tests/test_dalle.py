@@ -185,9 +185,7 @@ def test_released_weights_come_in_and_go_out_unchanged(tmp_path, released, prefi
     path = tmp_path / "encoder.npz"
     np.savez(path, **{prefix + name: array for name, array in released.items()})
     params = tokenizer.dalle_params(path, width=4, classes=11)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), shapes(**TINY)
-    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes(**TINY))
     back = tokenizer.released_state(params)
     assert back.keys() == released.keys()
     for name, array in released.items():
@@ -195,9 +193,7 @@ def test_released_weights_come_in_and_go_out_unchanged(tmp_path, released, prefi
     kernel = released["blocks.group_3.block_2.res_path.conv_1.w"]
     for o, i, k, l in ((0, 0, 0, 0), (3, 15, 1, 2), (2, 7, 2, 0)):
         assert params["group_3"]["block_2"]["res_1"]["kernel"][k, l, i, o] == kernel[o, i, k, l]
-    np.testing.assert_array_equal(
-        params["group_2"]["block_1"]["id_path"]["bias"], released["blocks.group_2.block_1.id_path.b"]
-    )
+    np.testing.assert_array_equal(params["group_2"]["block_1"]["id_path"]["bias"], released["blocks.group_2.block_1.id_path.b"])
 
 
 def test_the_released_size_has_the_released_names():
@@ -212,14 +208,23 @@ def test_half_precision_becomes_float32(tmp_path, released):
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("blocks.group_2.block_1.id_path.w"), r"has no 'blocks.group_2.block_1.id_path.w' of shape \(8, 4, 1, 1\)"),
-    (lambda s: s.pop("blocks.input.w"), r"has no 'blocks.input.w' of shape \(4, 3, 7, 7\)"),
-    (lambda s: s.update({"blocks.output.conv.b": np.zeros(12)}), r"width 4 with 11 classes: 'blocks.output.conv.b' has shape "
-                                                                r"\(12,\) instead of \(11,\)"),
-    (lambda s: s.update({"blocks.input.w": np.zeros((7, 7, 3, 4))}), r"\(7, 7, 3, 4\) instead of \(4, 3, 7, 7\)"),
-    (lambda s: s.update({"decoder.w": np.zeros(2)}), r"'decoder.w' of shape \(2,\) is no part"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda s: s.pop("blocks.group_2.block_1.id_path.w"),
+            r"has no 'blocks.group_2.block_1.id_path.w' of shape \(8, 4, 1, 1\)",
+        ),
+        (lambda s: s.pop("blocks.input.w"), r"has no 'blocks.input.w' of shape \(4, 3, 7, 7\)"),
+        (
+            lambda s: s.update({"blocks.output.conv.b": np.zeros(12)}),
+            r"width 4 with 11 classes: 'blocks.output.conv.b' has shape "
+            r"\(12,\) instead of \(11,\)",
+        ),
+        (lambda s: s.update({"blocks.input.w": np.zeros((7, 7, 3, 4))}), r"\(7, 7, 3, 4\) instead of \(4, 3, 7, 7\)"),
+        (lambda s: s.update({"decoder.w": np.zeros(2)}), r"'decoder.w' of shape \(2,\) is no part"),
+    ],
+)
 def test_weights_that_do_not_fit_are_refused(tmp_path, released, change, message):
     change(released)
     np.savez(tmp_path / "encoder.npz", **released)

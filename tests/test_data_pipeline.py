@@ -195,8 +195,7 @@ print("done")
 
 
 @pytest.mark.parametrize(
-    "n,batch_size,processes,limit",
-    [(13, 4, 1, 0), (13, 4, 2, 0), (13, 8, 4, 0), (3, 8, 4, 0), (16, 4, 2, 0), (13, 4, 2, 6)],
+    "n,batch_size,processes,limit", [(13, 4, 1, 0), (13, 4, 2, 0), (13, 8, 4, 0), (3, 8, 4, 0), (16, 4, 2, 0), (13, 4, 2, 6)]
 )
 def test_evaluation_sees_each_example_once(numbered, n, batch_size, processes, limit):
     parts = [
@@ -378,8 +377,5 @@ def test_gray_is_itu_601(photo):
 def test_sample_crops_stay_in_their_block(tiles):
     # The smallest crops of a 128-px block have side 19, the largest 51.
     u = tf.random.stateless_uniform([100, augment.UNIFORMS], [0, 2])
-    sides = {
-        int(augment.crop_box(augment.RandomCrop((0.0225, 0.16), (1, 1)), photos.BLOCK, photos.BLOCK, row)[2])
-        for row in u
-    }
+    sides = {int(augment.crop_box(augment.RandomCrop((0.0225, 0.16), (1, 1)), photos.BLOCK, photos.BLOCK, row)[2]) for row in u}
     assert min(sides) >= 19 and max(sides) <= 51

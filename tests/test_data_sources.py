@@ -92,9 +92,7 @@ def test_whole_folder_is_train_only(folder):
 
 
 def test_hidden_files_are_no_images(folder):
-    assert (
-        open_source("folder", "train", path=folder("a/1.png", "b/2.png", "a/._1.png", ".cache/3.png")).num_examples == 2
-    )
+    assert open_source("folder", "train", path=folder("a/1.png", "b/2.png", "a/._1.png", ".cache/3.png")).num_examples == 2
 
 
 def test_empty_folder_counts_what_it_holds(tmp_path):
@@ -188,9 +186,7 @@ def test_every_format_goes_through_training(tmp_path):
     for name, make in FORMATS.items():
         write(str(tmp_path / name), make(picture(1)))
     source = open_source("folder", "train", path=str(tmp_path), channels=1)
-    batch = pipeline.TrainBatches(
-        source, batch_size=len(FORMATS), size=(20, 12), crop=augment.RandomCrop(), seed=0
-    ).batch(0)
+    batch = pipeline.TrainBatches(source, batch_size=len(FORMATS), size=(20, 12), crop=augment.RandomCrop(), seed=0).batch(0)
     assert batch["image"].shape == (len(FORMATS), 20, 12, 1)
     assert sorted(batch["id"]) == list(range(len(FORMATS)))
 

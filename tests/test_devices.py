@@ -15,8 +15,13 @@ import pytest
 from mim_jax.train.pretrained import has_checkpoint
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-FLAGS = ["--config=configs/lomar_vitb.py:toy", "--config.total_steps=4", "--config.log.tensorboard=False",
-         "--config.evals.knn.on=False", "--config.evals.reconstruct.pictures=0"]  # fmt: skip
+FLAGS = [
+    "--config=configs/lomar_vitb.py:toy",
+    "--config.total_steps=4",
+    "--config.log.tensorboard=False",
+    "--config.evals.knn.on=False",
+    "--config.evals.reconstruct.pictures=0",
+]
 
 
 def xla_flags(devices: int) -> str:
@@ -26,8 +31,14 @@ def xla_flags(devices: int) -> str:
 def launch(workdir, devices=1, env=None, flags=()):
     """Starts the command line on this many fake devices."""
     env = {**os.environ, **(env or {}), "XLA_FLAGS": xla_flags(devices)}
-    return subprocess.Popen([sys.executable, "-m", "mim_jax.main", *FLAGS, *flags, f"--workdir={workdir}"], cwd=REPO, env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "mim_jax.main", *FLAGS, *flags, f"--workdir={workdir}"],
+        cwd=REPO,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def finish(*processes):
@@ -67,11 +78,7 @@ def two_processes(workdir, flags=()):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": "2",
-        "JAX_HEARTBEAT_TIMEOUT_SECONDS": "20",
-    }
+    env = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_HEARTBEAT_TIMEOUT_SECONDS": "20"}
     return [launch(workdir, devices=2, env={**env, "JAX_PROCESS_ID": str(i)}, flags=flags) for i in range(2)]
 
 
@@ -101,15 +108,20 @@ def test_one_missing_variable_is_an_error(tmp_path):
 
 def test_fsdp_and_checkpoints_across_device_counts(tmp_path):
     env = {**os.environ, "XLA_FLAGS": xla_flags(8)}
-    done = subprocess.run([sys.executable, __file__, str(tmp_path)], cwd=REPO, env={**env, "PYTHONPATH": str(REPO)},
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path)],
+        cwd=REPO,
+        env={**env, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]
 
 
 def test_other_methods_on_one_and_eight_devices_and_in_micro_batches():
     env = {**os.environ, "XLA_FLAGS": xla_flags(8), "PYTHONPATH": str(REPO)}
-    done = subprocess.run([sys.executable, __file__, "methods"], cwd=REPO, env=env, capture_output=True, text=True,
-                          timeout=900)  # fmt: skip
+    done = subprocess.run([sys.executable, __file__, "methods"], cwd=REPO, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and done.stdout.count("passed") == 4, done.stdout[-2000:] + done.stderr[-3000:]
 
 
@@ -155,12 +167,7 @@ def methods_scenario():
         return TrackedConfig(config)
 
     # devices, accumulation; drop path draws for every micro-batch anew, so BEiT's and fine-tuning's are not split
-    others = {
-        "localmim_vitb": ((8, 1), (2, 4)),
-        "localmim_swinb": ((4, 2),),
-        "beit_vitb": ((8, 1),),
-        "finetune": ((8, 1),),
-    }
+    others = {"localmim_vitb": ((8, 1), (2, 4)), "localmim_swinb": ((4, 2),), "beit_vitb": ((8, 1),), "finetune": ((8, 1),)}
     for name in others:
         config = toy(name)
         state, history = two_steps(config, 1, 1)

@@ -16,10 +16,8 @@ ORIGINAL = [3, 4, 8, 0, 6, 5, 1]
 V2 = [10, 20, 30, 40, 50, 60, 70, 80, 90]
 SETS = {
     "imagenet_v2/matched-frequency": ("test", [{"label": label} for label in V2]),
-    "imagenet2012_real": (
-        "validation", [{"original_label": o, "real_label": several} for o, several in zip(ORIGINAL, REAL)],
-    ),
-}  # fmt: skip
+    "imagenet2012_real": ("validation", [{"original_label": o, "real_label": several} for o, several in zip(ORIGINAL, REAL)]),
+}
 SHADE = 25  # image k is of the one colour k * SHADE
 
 
@@ -66,8 +64,17 @@ class State:
 
 
 def settings(data_dir, **changes):
-    e = dict(type="classify", on=True, source="imagenet2012_real", split="validation", examples=0, batch_size=4,
-             weights="trained", optional=False, **duration("every"))  # fmt: skip
+    e = dict(
+        type="classify",
+        on=True,
+        source="imagenet2012_real",
+        split="validation",
+        examples=0,
+        batch_size=4,
+        weights="trained",
+        optional=False,
+        **duration("every"),
+    )
     data = dict(source="sample", path="", data_dir=data_dir, resize_ratio=1.0)
     whole = dict(evals=dict(it=e | changes), data=data, optim=dict(average=0.9))
     return TrackedConfig(ConfigDict(dict(whole, channels=3, image_size=(8, 8), batch_size=4)))
@@ -154,8 +161,11 @@ def test_v2_with_two_heads_and_averaged_weights(data_dir):
     config = settings(data_dir, source="imagenet_v2/matched-frequency", split="test", weights="average")
     scalars, _ = scheduled(config, Oracle(heads=(("up", 1), ("down", -1))))[0].run(state)
     name, sets = "imagenet_v2/matched-frequency/test_average", [[label] for label in V2]
-    want = {f"{name}/{head}/top{k}": pytest.approx(share(sign * logits, sets, k))
-            for head, sign in (("up", 1), ("down", -1)) for k in (1, 5)}  # fmt: skip
+    want = {
+        f"{name}/{head}/top{k}": pytest.approx(share(sign * logits, sets, k))
+        for head, sign in (("up", 1), ("down", -1))
+        for k in (1, 5)
+    }
     assert scalars == want | {f"{name}/examples": 9} and state.asked == [True]
     assert scalars[f"{name}/up/top1"] == pytest.approx(1 / 9)
 

@@ -103,8 +103,16 @@ def test_a_file_says_what_it_is_and_so_does_its_card(run, tmp_path):
     said = program["metadata"]
     assert said["licence"] == "weights trained by the user" and said["normalise"] == "image"
     card = card_of(out).read_text()
-    assert all(words in card for words in ("pretrained by lomar; step 1", "weights trained by the user", "32 x 32 px",
-                                           "standardised by its own mean", '"mask_ratio"'))  # fmt: skip
+    assert all(
+        words in card
+        for words in (
+            "pretrained by lomar; step 1",
+            "weights trained by the user",
+            "32 x 32 px",
+            "standardised by its own mean",
+            '"mask_ratio"',
+        )
+    )
 
 
 def test_no_folders_are_published():
@@ -120,7 +128,8 @@ def test_the_encoder_alone(run, tmp_path):
     whole, part = torch_file.read(whole), torch_file.read(alone)
     assert whole.keys() - part.keys() == {"mask_token", "encoder_pred.weight", "encoder_pred.bias"}
     assert metadata(alone)["encoder_only"] == "true" and "Not in the file: `head/*`, `mask_token`." in (
-        card_of(alone).read_text())  # fmt: skip
+        card_of(alone).read_text()
+    )
 
 
 def test_nothing_is_overwritten_or_half_written(run, tmp_path, monkeypatch):
@@ -159,16 +168,19 @@ def test_the_moving_average_is_exported_when_it_was_kept(run, tmp_path):
         export(run, "npz", str(tmp_path / "x.npz"), weights="average")
     meta = {"config": drawn("mae_vitb.py:toy")[0].to_dict(), "step": 1}
     params = drawn("mae_vitb.py:toy")[2]
-    files = export_lib.write(
-        export_lib.places("npz", str(tmp_path / "a.npz")), "npz", params, [meta], weights="average"
-    )
+    files = export_lib.write(export_lib.places("npz", str(tmp_path / "a.npz")), "npz", params, [meta], weights="average")
     assert "the moving average" in files[-1].read_text()
 
 
-@pytest.mark.parametrize("to, out, words", [
-    ("timm", "x.safetensors", "iRPE.*--to=safetensors.*irpe_vit.md.*--to=npz"), ("hf", "x", "MAE, and this is lomar"),
-    ("onnx", "x", "--to.*onnx"), ("npz", "x.npy", "let its name end in .npz"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "to, out, words",
+    [
+        ("timm", "x.safetensors", "iRPE.*--to=safetensors.*irpe_vit.md.*--to=npz"),
+        ("hf", "x", "MAE, and this is lomar"),
+        ("onnx", "x", "--to.*onnx"),
+        ("npz", "x.npy", "let its name end in .npz"),
+    ],
+)
 def test_what_cannot_be_written_is_refused(run, tmp_path, to, out, words):
     with pytest.raises(ConfigError, match=words):
         export(run, to, str(tmp_path / out))
@@ -177,10 +189,15 @@ def test_what_cannot_be_written_is_refused(run, tmp_path, to, out, words):
         export(run, "npz", "gs://bucket/x.npz")
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(job="linprobe"), "job=linprobe"), (dict(job="finetune", pool="mean"), "hf.*job=finetune"),
-    (dict(image_size=(32, 40)), r"image_size=\(32, 40\)"), (dict(windows=4), "mae.windows=4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(job="linprobe"), "job=linprobe"),
+        (dict(job="finetune", pool="mean"), "hf.*job=finetune"),
+        (dict(image_size=(32, 40)), r"image_size=\(32, 40\)"),
+        (dict(windows=4), "mae.windows=4"),
+    ],
+)
 def test_settings_that_a_library_lacks_are_named(change, words):
     config, _, params = drawn("mae_vitb.py:toy")
     config.mae.windows = change.pop("windows", 0)
@@ -191,8 +208,10 @@ def test_settings_that_a_library_lacks_are_named(change, words):
 
 def test_runs_are_followed_while_their_folders_hold_the_same_weights(monkeypatch):
     prints = {name: {"params": ord(name)} for name in "abc"}
-    metas = {name: {"config": {"init_from": source, "method": "mae"}, "fingerprints": prints[name]}
-             for name, source in ("ab", "bc", "cx")}  # fmt: skip
+    metas = {
+        name: {"config": {"init_from": source, "method": "mae"}, "fingerprints": prints[name]}
+        for name, source in ("ab", "bc", "cx")
+    }
 
     def find(source):
         if source not in metas:
@@ -213,11 +232,7 @@ def test_the_licence_travels_with_the_weights():
     """From released weights over further pretraining to a fine-tuned run, whatever becomes of the folders."""
     origin = {"file": "mae.pth", "from": "mae", "licence": "CC BY-NC 4.0", "sha256": "ab"}
     released = {"config": {}, "origin": origin, "fingerprints": {}}
-    more = {
-        "config": {"init_from": "x", "method": "mae"},
-        "ancestor": pretrained.ancestry(released),
-        "fingerprints": {},
-    }
+    more = {"config": {"init_from": "x", "method": "mae"}, "ancestor": pretrained.ancestry(released), "fingerprints": {}}
     tuned = {"config": {"init_from": "y"}, "ancestor": pretrained.ancestry(more), "fingerprints": {}}
     for meta in (released, more, tuned):
         assert export_lib.origin_of(meta) == ("CC BY-NC 4.0", origin)
@@ -231,13 +246,7 @@ def test_the_licence_travels_with_the_weights():
 def test_nothing_is_made_up_about_released_weights(tmp_path):
     """What the recipe of the method says is not what these weights were trained by."""
     config, _, params = drawn("mae_vitb.py:toy")
-    origin = {
-        "file": "vit.pth",
-        "from": "timm",
-        "what": "a ViT without a head",
-        "licence": "apache-2.0",
-        "sha256": "ab",
-    }
+    origin = {"file": "vit.pth", "from": "timm", "what": "a ViT without a head", "licence": "apache-2.0", "sha256": "ab"}
     meta = {"config": config.to_dict(), "step": 0, "examples": 0, "origin": origin}
     files = export_lib.write(export_lib.places("npz", str(tmp_path / "a.npz")), "npz", params, [meta])
     card = files[-1].read_text()
@@ -248,8 +257,14 @@ def test_nothing_is_made_up_about_released_weights(tmp_path):
     assert said["method"] == "timm" and said["step"] == "" and "optim" not in json.loads(said["config"])
 
 
-METHODS = [("mae_vitb.py:toy", {}), ("lomar_vitb.py:toy", {}), ("localmim_vitb.py:toy", {}), ("localmim_swinb.py:toy", {}),
-           ("greenmim_swinb.py:toy", {}), ("beit_vitb.py:toy", {})]  # fmt: skip
+METHODS = [
+    ("mae_vitb.py:toy", {}),
+    ("lomar_vitb.py:toy", {}),
+    ("localmim_vitb.py:toy", {}),
+    ("localmim_swinb.py:toy", {}),
+    ("greenmim_swinb.py:toy", {}),
+    ("beit_vitb.py:toy", {}),
+]
 
 
 @pytest.mark.parametrize("spec, encoder", METHODS, ids=lambda x: str(x).partition("_")[0])
@@ -272,14 +287,25 @@ def test_hugging_face_names_and_tables():
     config, _, params = drawn("mae_vitb.py:toy", depth=1)
     found = {name: x.shape for name, x in formats.hf(config, params).tensors.items()}
     d, e, n = 48, 32, 65
-    want = {"vit.embeddings.cls_token": (1, 1, d), "vit.embeddings.position_embeddings": (1, n, d),
-            "vit.embeddings.patch_embeddings.projection.weight": (d, 1, 4, 4),
-            "vit.embeddings.patch_embeddings.projection.bias": (d,), "decoder.mask_token": (1, 1, e),
-            "decoder.decoder_pos_embed": (1, n, e), "decoder.decoder_embed.weight": (e, d), "decoder.decoder_embed.bias": (e,),
-            "decoder.decoder_pred.weight": (16, e), "decoder.decoder_pred.bias": (16,)}  # fmt: skip
+    want = {
+        "vit.embeddings.cls_token": (1, 1, d),
+        "vit.embeddings.position_embeddings": (1, n, d),
+        "vit.embeddings.patch_embeddings.projection.weight": (d, 1, 4, 4),
+        "vit.embeddings.patch_embeddings.projection.bias": (d,),
+        "decoder.mask_token": (1, 1, e),
+        "decoder.decoder_pos_embed": (1, n, e),
+        "decoder.decoder_embed.weight": (e, d),
+        "decoder.decoder_embed.bias": (e,),
+        "decoder.decoder_pred.weight": (16, e),
+        "decoder.decoder_pred.bias": (16,),
+    }
     for prefix, w in (("vit.encoder.layer.0.", d), ("decoder.decoder_layers.0.", e)):
-        linear = {**{f"attention.attention.{x}": (w, w) for x in ("query", "key", "value")}, "attention.output.dense": (w, w),
-                  "intermediate.dense": (4 * w, w), "output.dense": (w, 4 * w)}  # fmt: skip
+        linear = {
+            **{f"attention.attention.{x}": (w, w) for x in ("query", "key", "value")},
+            "attention.output.dense": (w, w),
+            "intermediate.dense": (4 * w, w),
+            "output.dense": (w, 4 * w),
+        }
         for layer, shape in linear.items():
             want |= {f"{prefix}{layer}.weight": shape, f"{prefix}{layer}.bias": shape[:1]}
         for layer in ("layernorm_before", "layernorm_after"):
@@ -303,14 +329,17 @@ def test_a_hugging_face_folder_says_how_to_prepare_images(tmp_path):
     assert [file.name for file in write(tmp_path / "a")] == list(export_lib.card.HF_FILES)
     read = lambda out, name: json.loads((tmp_path / out / name).read_text())
     found = read("a", "preprocessor_config.json")
-    assert (
-        found["image_mean"] == [0.1, 0.2, 0.3]
-        and found["image_std"] == [0.4, 0.5, 0.6]
-        and found["size"]["height"] == 32
-    )
+    assert found["image_mean"] == [0.1, 0.2, 0.3] and found["image_std"] == [0.4, 0.5, 0.6] and found["size"]["height"] == 32
     said = read("a", "config.json")
-    want = dict(hidden_size=48, intermediate_size=192, decoder_intermediate_size=128, mask_ratio=0.75, norm_pix_loss=True,
-                layer_norm_eps=1e-6, architectures=["ViTMAEForPreTraining"])  # fmt: skip
+    want = dict(
+        hidden_size=48,
+        intermediate_size=192,
+        decoder_intermediate_size=128,
+        mask_ratio=0.75,
+        norm_pix_loss=True,
+        layer_norm_eps=1e-6,
+        architectures=["ViTMAEForPreTraining"],
+    )
     assert want.items() <= said.items()
     config.data.normalise = "image"  # nothing there does this
     assert "preprocessor_config.json" not in [file.name for file in write(tmp_path / "b", encoder_only=True)]
@@ -321,12 +350,27 @@ def test_a_hugging_face_folder_says_how_to_prepare_images(tmp_path):
         write(tmp_path / "c")
 
 
-@pytest.mark.parametrize("variant, name", [("B/16", "vit_base_patch16_224"), ("L/16", "vit_large_patch16_224"),
-                                           ("H/14", "vit_huge_patch14_224"), ("B/8", "vit_base_patch8_224")])  # fmt: skip
+@pytest.mark.parametrize(
+    "variant, name",
+    [
+        ("B/16", "vit_base_patch16_224"),
+        ("L/16", "vit_large_patch16_224"),
+        ("H/14", "vit_huge_patch14_224"),
+        ("B/8", "vit_base_patch8_224"),
+    ],
+)
 def test_published_sizes_need_no_numbers_in_timm(variant, name):
     config = load(f"{REPO}/configs/mae_vitb.py:variant={variant}")
-    options = dict(img_size=[224, 224], patch_size=config.encoder.patch, in_chans=3, embed_dim=config.encoder.width,
-                   depth=config.encoder.depth, num_heads=config.encoder.heads, mlp_ratio=4.0, num_classes=0)  # fmt: skip
+    options = dict(
+        img_size=[224, 224],
+        patch_size=config.encoder.patch,
+        in_chans=3,
+        embed_dim=config.encoder.width,
+        depth=config.encoder.depth,
+        num_heads=config.encoder.heads,
+        mlp_ratio=4.0,
+        num_classes=0,
+    )
     assert formats.named(formats.TIMM_VIT, options) == {"name": name, "options": {"num_classes": 0}}
     other = formats.named(formats.TIMM_VIT, options | dict(depth=5, img_size=[384, 384]))
     assert other["name"] == "vit_base_patch16_224" and other["options"].keys() >= {"depth", "img_size"}

@@ -155,11 +155,7 @@ def test_tokens_of_a_swin_come_row_by_row():
 
 @pytest.mark.parametrize(
     "arguments,words",
-    [
-        ("tap=99", "tap=99.*from 0 to 1"),
-        ("tap=last", "tap=last.*top"),
-        ("pool=none,format=parquet", "pool=none.*format=npy"),
-    ],
+    [("tap=99", "tap=99.*from 0 to 1"), ("tap=last", "tap=last.*top"), ("pool=none,format=parquet", "pool=none.*format=npy")],
 )
 def test_what_cannot_be_is_refused_at_once(arguments, words, lomar, images, tmp_path):
     with pytest.raises(ConfigError, match=words):
@@ -180,9 +176,7 @@ def test_a_killed_run_leaves_no_file_under_its_name_and_is_repeated(lomar, tmp_p
     with pytest.raises(DataError, match="deep/9.png"):
         run(settings(lomar, folder), str(workdir))
     assert (workdir / "features.npy.part").exists()
-    assert not [
-        name for name in ("features.npy", "labels.npy", "names.txt", "result.json") if (workdir / name).exists()
-    ]
+    assert not [name for name in ("features.npy", "labels.npy", "names.txt", "result.json") if (workdir / name).exists()]
     (folder / NAMES[-1]).write_bytes(whole)
     assert run(settings(lomar, folder), str(workdir))["count"] == 9
     assert np.isfinite(written(workdir)[0]).all()

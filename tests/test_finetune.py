@@ -100,9 +100,7 @@ def test_features_are_the_same_before_and_after_the_hand_over(name, saved):
 def test_what_was_loaded_is_reported(saved):
     _, made, _, report = taken_over(saved("mae"))
     assert "4 missing (fc_norm/bias, fc_norm/scale, head/bias, head/kernel)" in report
-    assert (
-        "2 unexpected (encoder/norm/bias, encoder/norm/scale)" in report and "positions from the fixed table" in report
-    )
+    assert "2 unexpected (encoder/norm/bias, encoder/norm/scale)" in report and "positions from the fixed table" in report
     assert made.encoder.position == "learned" and made.pool == "mean" and not made.encoder.final_norm
 
 
@@ -117,9 +115,14 @@ def test_positions_are_resized_with_the_image(saved):
     assert logits(made, variables, images(config, made)).shape == (2, 16)
 
 
-@pytest.mark.parametrize("name, words", [("simmim", "resized relative_bias 8x8 -> 12x12"),
-                                         ("own bias", "resized block_00/attn/relative_bias 8x8 -> 12x12"),
-                                         ("lomar", "missing")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("simmim", "resized relative_bias 8x8 -> 12x12"),
+        ("own bias", "resized block_00/attn/relative_bias 8x8 -> 12x12"),
+        ("lomar", "missing"),
+    ],
+)
 def test_relative_positions_follow_the_size_and_irpe_needs_nothing(name, words, saved):
     config, made, variables, report = taken_over(saved(name), image_size=(48, 48))
     assert words in report and ("resized" in report) == (name != "lomar")
@@ -160,9 +163,7 @@ def test_another_architecture_is_refused_by_its_sizes(saved, tmp_path):
     with pytest.raises(CheckpointError, match="depths: .absent. -> "):
         run(config, str(tmp_path / "w"))
     config.init_from = saved("mae")
-    with pytest.raises(
-        ConfigError, match="is a run of mae; pretraining with method=simmim goes on from one of its own"
-    ):
+    with pytest.raises(ConfigError, match="is a run of mae; pretraining with method=simmim goes on from one of its own"):
         run(config, str(tmp_path / "w"))
 
 
@@ -263,9 +264,7 @@ def test_a_run_without_a_final_norm_is_probed_without_one(tuned, tmp_path):
 
 def test_images_are_normalised_as_the_run_had_them_wherever_they_come_from(saved, tmp_path):
     own = inherit(TrackedConfig(tuning(saved("lomar"))), tmp_path).data
-    other = inherit(
-        TrackedConfig(tuning(saved("lomar"), data__source="folder", data__path="/my/images")), tmp_path
-    ).data
+    other = inherit(TrackedConfig(tuning(saved("lomar"), data__source="folder", data__path="/my/images")), tmp_path).data
     moved = inherit(TrackedConfig(tuning(saved("lomar"), data__data_dir="/new")), tmp_path).data
     said = inherit(TrackedConfig(tuning(saved("lomar"), data__mean=(0.1,))), tmp_path).data
     for data in (own, other, moved):
@@ -351,14 +350,34 @@ def test_a_pretraining_run_cannot_be_evaluated_as_a_classifier(saved, tmp_path):
         run(config, str(tmp_path / "w"))
 
 
-PRESETS = ("lomar_b", "mae_b", "mae_l", "mae_h", "localmim_b_100", "localmim_b", "localmim_l", "localmim_swin_b",
-           "localmim_swin_l", "sample")  # fmt: skip
+PRESETS = (
+    "lomar_b",
+    "mae_b",
+    "mae_l",
+    "mae_h",
+    "localmim_b_100",
+    "localmim_b",
+    "localmim_l",
+    "localmim_swin_b",
+    "localmim_swin_l",
+    "sample",
+)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_resolve_to_the_published_rates(preset):
     o = load(f"{REPO}/configs/finetune.py:preset={preset}").optim
     peak = o.lr or o.base_lr * 1024 / 256
-    want = {"lomar_b": 2e-3, "mae_b": 2e-3, "mae_l": 4e-3, "mae_h": 4e-3, "localmim_b_100": 4e-3, "localmim_b": 2e-3,
-            "localmim_l": 3e-3, "localmim_swin_b": 4e-3, "localmim_swin_l": 4e-3, "sample": 1e-3}  # fmt: skip
+    want = {
+        "lomar_b": 2e-3,
+        "mae_b": 2e-3,
+        "mae_l": 4e-3,
+        "mae_h": 4e-3,
+        "localmim_b_100": 4e-3,
+        "localmim_b": 2e-3,
+        "localmim_l": 3e-3,
+        "localmim_swin_b": 4e-3,
+        "localmim_swin_l": 4e-3,
+        "sample": 1e-3,
+    }
     assert peak == pytest.approx(want[preset]) and (o.b1, o.b2, o.weight_decay) == (0.9, 0.999, 0.05)

@@ -19,11 +19,20 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 BATCH = 2
 # config and arguments: how many cells (patches, squares, units) of an image, or of all its windows, are hidden
 SPECS = {
-    "lomar_vitb:toy": 2 * 20, "lomar_vitb:toy,arch=asymmetric": 2 * 20, "localmim_vitb:toy,scales=2-2-1-0.5": 48,
-    "localmim_swinb:toy": 3, "mae_vitb:toy": 48, "mae_vitb:toy,windows=3": 3 * 18, "greenmim_swinb:toy": 3,
-    "simmim_vitb:toy": 10, "simmim_vitb:toy,windows=2": 2 * 20, "simmim_swinb:toy": 10, "maskfeat_vitb:toy": 25,
-    "beit_vitb:toy": 24, "beit_vitb:toy,windows=3": 3 * 20,
-}  # fmt: skip
+    "lomar_vitb:toy": 2 * 20,
+    "lomar_vitb:toy,arch=asymmetric": 2 * 20,
+    "localmim_vitb:toy,scales=2-2-1-0.5": 48,
+    "localmim_swinb:toy": 3,
+    "mae_vitb:toy": 48,
+    "mae_vitb:toy,windows=3": 3 * 18,
+    "greenmim_swinb:toy": 3,
+    "simmim_vitb:toy": 10,
+    "simmim_vitb:toy,windows=2": 2 * 20,
+    "simmim_swinb:toy": 10,
+    "maskfeat_vitb:toy": 25,
+    "beit_vitb:toy": 24,
+    "beit_vitb:toy,windows=3": 3 * 20,
+}
 
 
 @pytest.fixture(scope="module", params=SPECS)
@@ -53,9 +62,7 @@ def pixels(made, masks, images):
         seen = np.zeros((BATCH, *made.encoder.grid), bool)
         for b, v in np.ndindex(*masks.corners.shape[:2]):
             row, column = np.asarray(masks.corners[b, v])
-            seen[b, row : row + window, column : column + window] |= ~np.asarray(masks.hidden[b, v]).reshape(
-                window, window
-            )
+            seen[b, row : row + window, column : column + window] |= ~np.asarray(masks.hidden[b, v]).reshape(window, window)
         visible = np.repeat(np.repeat(seen, patch, 1), patch, 2)
         return ~visible, visible
     cell = made.cell if isinstance(made, MaskedPrediction) else made.encoder.unit

@@ -105,8 +105,10 @@ def test_no_strength_no_change():
     np.testing.assert_allclose(jitter.colour_jitter(jnp.asarray(images), jax.random.key(0), 0.0), images, atol=1e-7)
 
 
-@pytest.mark.parametrize("channels, strength, words", [(4, 0.4, "not 4"), (2, 0.4, "not 2"), (3, -0.1, "strength -0.1"),
-                                                       (3, float("nan"), "strength nan")])  # fmt: skip
+@pytest.mark.parametrize(
+    "channels, strength, words",
+    [(4, 0.4, "not 4"), (2, 0.4, "not 2"), (3, -0.1, "strength -0.1"), (3, float("nan"), "strength nan")],
+)
 def test_what_cannot_be_done_is_refused(channels, strength, words):
     with pytest.raises(ConfigError, match=words):
         jitter.colour_jitter(jnp.zeros((1, 2, 2, channels)), jax.random.key(0), strength)

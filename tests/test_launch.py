@@ -13,15 +13,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["launch/tpu_pod.sh", "launch/gpu_node.sh", "launch/slurm.sbatch"]
-OWNED = SCRIPTS + [
-    "launch/README.md",
-    "LICENSE",
-    "pyproject.toml",
-    "requirements.txt",
-    ".ci/run",
-    "Makefile",
-    ".gitignore",
-]
+OWNED = SCRIPTS + ["launch/README.md", "LICENSE", "pyproject.toml", "requirements.txt", ".ci/run", "Makefile", ".gitignore"]
 TPU, GPU, SLURM = SCRIPTS
 TWO_HOSTS = ["--hosts", "2", "--host-id", "1", "--coordinator", "gpu0:12355"]
 # Whatever a shell could take apart: spaces, both quotes, expansions, an empty word.

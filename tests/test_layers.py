@@ -18,8 +18,14 @@ LAYERS = {
     8: "main benchmark visualise attention convert.__main__",
 }
 LAYER = {part: number for number, parts in LAYERS.items() for part in parts.split()}
-SAME_LAYER = {("run", "probe"), ("run", "features"), ("run", "evaluate"), ("evaluation", "build"), ("supervised", "build"),
-              ("transfer", "build")}  # fmt: skip  # besides layer 0, whose files may import each other
+SAME_LAYER = {
+    ("run", "probe"),
+    ("run", "features"),
+    ("run", "evaluate"),
+    ("evaluation", "build"),
+    ("supervised", "build"),
+    ("transfer", "build"),
+}  # besides layer 0, whose files may import each other
 HEAVY = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections")
 FILES = sorted((REPO / "mim_jax").rglob("*.py"))
 CODE = [f for f in FILES if f.name != "__init__.py"]
@@ -81,9 +87,7 @@ def test_imports_only_lower_layers(file):
         assert part in LAYER, f"{name_of(file)}:{line} imports mim_jax.{part}, which has no layer"
         lower = LAYER[part] < LAYER[own]
         siblings = part == own or LAYER[part] == LAYER[own] == 0 or (own, part) in SAME_LAYER
-        assert lower or siblings, (
-            f"{name_of(file)}:{line}: {own} (layer {LAYER[own]}) imports {part} (layer {LAYER[part]})"
-        )
+        assert lower or siblings, f"{name_of(file)}:{line}: {own} (layer {LAYER[own]}) imports {part} (layer {LAYER[part]})"
 
 
 def test_layer_zero_has_no_cycle():

@@ -26,8 +26,18 @@ MODES += [("rpe", "simple", *SETTINGS[3]), ("absolute", "asymmetric", True, "pap
 
 def objective(position, arch, norm_pix, pairing, views):
     encoder = ViT(grid=GRID, patch=PATCH, width=24, depth=2, heads=2, position=position)
-    return LoMaR(encoder=encoder, window=3, views=views, mask_ratio=0.6, pairing=pairing, arch=arch, norm_pix=norm_pix,
-                 decoder_width=16, decoder_depth=1, decoder_heads=2)  # fmt: skip
+    return LoMaR(
+        encoder=encoder,
+        window=3,
+        views=views,
+        mask_ratio=0.6,
+        pairing=pairing,
+        arch=arch,
+        norm_pix=norm_pix,
+        decoder_width=16,
+        decoder_depth=1,
+        decoder_heads=2,
+    )
 
 
 def pictures(seed=0):
@@ -145,8 +155,9 @@ def test_cutting_before_the_embedding_is_cutting_after_it(position, arch):
     np.testing.assert_allclose(before, after[:, :2], rtol=0, atol=2e-6 * np.abs(after).max())
 
 
-@pytest.mark.parametrize("arg, embedded", [("size=448", 9 * 49), ("size=224", 196), ("size=224,views=8", 196),
-                                           ("size=448,views=20", 784)])  # fmt: skip
+@pytest.mark.parametrize(
+    "arg, embedded", [("size=448", 9 * 49), ("size=224", 196), ("size=224,views=8", 196), ("size=448,views=20", 784)]
+)
 def test_only_the_cheaper_of_windows_and_grid_is_embedded(arg, embedded):
     """448 px of the paper: 9 windows of 7x7 hold 441 of 784 patches. Counted in the traced program."""
     config = load(str(REPO / f"configs/lomar_vitb.py:{arg}"))

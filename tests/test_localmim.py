@@ -33,8 +33,9 @@ def encoder(kind, **options):
 
 
 def objective(kind, target="hog", **options):
-    settings = dict(taps=TAPS, scales=SCALES[kind], decoder_width=(16, 8, 12), decoder_heads=2, target=target, bins=5,
-                    mask_ratio=0.6)  # fmt: skip
+    settings = dict(
+        taps=TAPS, scales=SCALES[kind], decoder_width=(16, 8, 12), decoder_heads=2, target=target, bins=5, mask_ratio=0.6
+    )
     return LocalMIM(encoder=encoder(kind), **{**settings, **options})
 
 
@@ -129,9 +130,7 @@ def test_every_visible_unit_changes_predictions_of_every_tap(case):
 
 
 def test_hidden_pixels_get_no_gradient_and_visible_ones_do(case):
-    square = lambda x, m: sum(
-        jnp.square(p).sum() for p in case.made.apply({"params": case.params}, x, m, method="predict")
-    )
+    square = lambda x, m: sum(jnp.square(p).sum() for p in case.made.apply({"params": case.params}, x, m, method="predict"))
     gradient = jax.jit(jax.grad(square))(case.images, case.masks)
     size = np.abs(np.asarray(patchify(gradient, case.made.encoder.unit))).sum(-1).reshape(BATCH, -1)
     hidden = np.asarray(case.masks.hidden)
@@ -260,17 +259,18 @@ def test_a_decoupled_stage_learns_as_from_its_own_loss_alone(coupled_and_not):
         np.testing.assert_allclose(found[3], own, rtol=0, atol=1e-5 * np.abs(own).max() + 1e-9, err_msg=path)
         if len(segment(path)) > 1:
             whole = coupled[path][3]
-            assert np.abs(found[3] - whole).max() > 1e-2 * np.abs(whole).max(), (
-                f"{path} is trained by one loss either way"
-            )
+            assert np.abs(found[3] - whole).max() > 1e-2 * np.abs(whole).max(), f"{path} is trained by one loss either way"
 
 
 def test_a_top_tap_is_the_encoders_output_and_trains_its_norm(coupled_and_not):
     for case in coupled_and_not:
         made = case.made
         assert not [path for path in flatten(case.params) if path.startswith("norm_2/")]
-        look = jax.jit(lambda p, made=made, case=case: made.apply({"params": p}, case.images, case.masks,
-                                                                    method="predict", mutable="intermediates")[1])  # fmt: skip
+        look = jax.jit(
+            lambda p, made=made, case=case: made.apply(
+                {"params": p}, case.images, case.masks, method="predict", mutable="intermediates"
+            )[1]
+        )
         latent = np.asarray(look(case.params)["intermediates"]["latent_2"][0])
         scale, bias = (np.asarray(case.params["encoder"]["norm"][key]) for key in ("scale", "bias"))
         plain = (latent - bias) / scale
@@ -323,9 +323,7 @@ def test_biases_on_the_gradients_are_drawn_per_tap_and_never_trained():
     fresh = flatten(jax.jit(case.made.init)(jax.random.key(3), case.images, case.masks)["params"])
     biases = np.stack([fresh[f"hog_bias_{j}"] for j in range(3)])
     assert biases.shape == (3, 2) and (np.abs(biases) <= 1 / 3).all() and len(np.unique(biases)) == 6
-    assert {path for path in fresh if any(re.search(p, path) for p in case.made.frozen)} == {
-        f"hog_bias_{j}" for j in range(3)
-    }
+    assert {path for path in fresh if any(re.search(p, path) for p in case.made.frozen)} == {f"hog_bias_{j}" for j in range(3)}
     targets = case.apply(case.images, method="targets")
     given = [case.params[f"hog_bias_{j}"] for j in range(3)]
     wanted = jax.jit(hog, static_argnums=(1, 2))(case.images, case.made.cells, 5, given)

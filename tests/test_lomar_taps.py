@@ -20,9 +20,7 @@ TAPS = (0, 2)
 def parts():
     """-> objective(decouple), parameters, images, masks."""
     encoder = ViT(grid=(5, 6), patch=4, width=24, depth=4, heads=2)
-    make = lambda decouple: LoMaR(
-        encoder=encoder, window=3, views=2, mask_ratio=0.6, taps=TAPS, decouple_stages=decouple
-    )
+    make = lambda decouple: LoMaR(encoder=encoder, window=3, views=2, mask_ratio=0.6, taps=TAPS, decouple_stages=decouple)
     images = jax.random.normal(jax.random.key(0), (2, 20, 24, 3))
     masks = make(False).masks(jax.random.key(1), 2)
     shapes = jax.eval_shape(lambda: make(False).init(jax.random.key(0), images, masks))["params"]
@@ -73,10 +71,16 @@ def test_without_taps_nothing_is_added(parts):
     np.testing.assert_allclose(loss, make(False).apply({"params": params}, images, masks)[1]["loss_tap2"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ("taps=3-1", "ascending"), ("taps=1-1", "each once"), ("taps=11", "0 and 10"), ("decouple", "none"),
-    ("taps=2,arch=asymmetric", "arch=simple"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("taps=3-1", "ascending"),
+        ("taps=1-1", "each once"),
+        ("taps=11", "0 and 10"),
+        ("decouple", "none"),
+        ("taps=2,arch=asymmetric", "arch=simple"),
+    ],
+)
 def test_taps_that_cannot_be(arguments, words):
     with pytest.raises(ConfigError, match=words):
         build.objective(TrackedConfig(load(f"{REPO}/configs/lomar_vitb.py:{arguments}")))

@@ -111,10 +111,16 @@ def test_shares_are_beta_distributed(alpha):
     np.testing.assert_allclose(found, scipy.stats.beta(alpha, alpha).cdf(points), rtol=0, atol=2.2 / np.sqrt(n))
 
 
-@pytest.mark.parametrize("settings, none, cutmix", [
-    (dict(probability=0.3), 0.7, 0.15), (dict(switch=0.2), 0.0, 0.2), (dict(switch=1.0), 0.0, 1.0),
-    (dict(cutmix=0.0, switch=1.0), 0.0, 0.0), (dict(mixup=0.0, switch=0.0), 0.0, 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, none, cutmix",
+    [
+        (dict(probability=0.3), 0.7, 0.15),
+        (dict(switch=0.2), 0.0, 0.2),
+        (dict(switch=1.0), 0.0, 1.0),
+        (dict(cutmix=0.0, switch=1.0), 0.0, 0.0),
+        (dict(mixup=0.0, switch=0.0), 0.0, 1.0),
+    ],
+)
 def test_which_of_the_two_is_drawn_as_often_as_stated(settings, none, cutmix):
     settings = {k: v for k, v in {**PUBLISHED, **settings}.items() if k != "group"}
     n = 4000
@@ -167,12 +173,18 @@ def test_mixed_targets_are_the_recorded_ones(golden):
     np.testing.assert_allclose(mixing.blend(targets, jnp.full((1, 1, 1), 0.3), len(labels)), want, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings, words", [
-    (dict(mixup=-0.1), "mixing.mixup=-0.1"), (dict(cutmix=float("nan")), "mixing.cutmix=nan"),
-    (dict(probability=1.1), "mixing.probability=1.1"), (dict(switch=-1), "mixing.switch=-1"),
-    (dict(group=5), "mixing.group=5 does not divide the batch of 12"), (dict(group=24), "mixing.group=24"),
-    (dict(group=-3), "mixing.group=-3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(mixup=-0.1), "mixing.mixup=-0.1"),
+        (dict(cutmix=float("nan")), "mixing.cutmix=nan"),
+        (dict(probability=1.1), "mixing.probability=1.1"),
+        (dict(switch=-1), "mixing.switch=-1"),
+        (dict(group=5), "mixing.group=5 does not divide the batch of 12"),
+        (dict(group=24), "mixing.group=24"),
+        (dict(group=-3), "mixing.group=-3"),
+    ],
+)
 def test_settings_that_cannot_be_used_are_refused(settings, words):
     images, targets = batch()
     with pytest.raises(ConfigError, match=words):

@@ -8,10 +8,14 @@ from mim_jax.convert import layouts, names
 
 RNG = np.random.default_rng(0)
 VIT = names.localmim_vit_rules((4, 2, 1, 0.5))
-CASES = [("localmim_vit_tiny_hog9", VIT, 16), ("traj_localmim_vit", VIT, 16),
-         ("localmim_swin_tiny_hog9", names.LOCALMIM_SWIN_RULES, 4),
-         ("swin_classifier_tiny", names.SWIN_CLASSIFIER_RULES, 4),
-         ("simmim_vit_tiny", names.SIMMIM_VIT_RULES, 16), ("simmim_swin_tiny", names.SIMMIM_SWIN_RULES, 2)]  # fmt: skip
+CASES = [
+    ("localmim_vit_tiny_hog9", VIT, 16),
+    ("traj_localmim_vit", VIT, 16),
+    ("localmim_swin_tiny_hog9", names.LOCALMIM_SWIN_RULES, 4),
+    ("swin_classifier_tiny", names.SWIN_CLASSIFIER_RULES, 4),
+    ("simmim_vit_tiny", names.SIMMIM_VIT_RULES, 16),
+    ("simmim_swin_tiny", names.SIMMIM_SWIN_RULES, 2),
+]
 OURS = {  # a parameter of every kind: released name, our path, our shape
     "localmim_vit_tiny_hog9": {
         "patch_embed.proj.weight": ("encoder/patch_embed/kernel", (768, 48)),
@@ -106,15 +110,32 @@ def test_released_parameters_have_our_names_and_shapes(case, rules, golden):
 
 
 @pytest.mark.parametrize("case, rules", [row[:2] for row in CASES])
-@pytest.mark.parametrize("name", ["encoder.strange", "decoder.0.blocks.0.attn.strange.x", "decoder.0.pred.9.weight",
-                                  "norm.7.weight", "encoder.norm.7.weight", "hog_enc.0.conv.strange"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.strange",
+        "decoder.0.blocks.0.attn.strange.x",
+        "decoder.0.pred.9.weight",
+        "norm.7.weight",
+        "encoder.norm.7.weight",
+        "hog_enc.0.conv.strange",
+    ],
+)
 def test_a_name_that_nobody_knows_is_refused(case, rules, name, golden):
     with pytest.raises(KeyError, match=name):
         names.from_released(released(golden, case) | {name: np.zeros(3)}, rules)
 
 
-EXAMPLES = {r"(\d+)": "3", r"(\d)": "1", r"(norm\d)": "norm2", r"(gamma_\d)": "gamma_1", "([qv]_bias)": "v_bias",
-            r"(attn|mlp)": "mlp", r"(\w+)": "fc1", "(embed|pred)": "pred"}  # fmt: skip
+EXAMPLES = {
+    r"(\d+)": "3",
+    r"(\d)": "1",
+    r"(norm\d)": "norm2",
+    r"(gamma_\d)": "gamma_1",
+    "([qv]_bias)": "v_bias",
+    r"(attn|mlp)": "mlp",
+    r"(\w+)": "fc1",
+    "(embed|pred)": "pred",
+}
 RULES = {key: value for key, value in vars(names).items() if key.endswith("_RULES")} | {"LOCALMIM_VIT_RULES": VIT}
 
 
@@ -151,10 +172,21 @@ def test_the_last_tap_may_lie_below_the_top():
     assert names.our_name("norm.1.weight", names.localmim_vit_rules((2, 1))) == ("encoder/norm/scale", "same")
 
 
-@pytest.mark.parametrize("layout, shape", [("same", (3, 2)), ("squeeze", (1, 3, 2)), ("linear", (3, 2)),
-                                           ("conv1", (3, 2, 1, 1)), ("patch", (5, 3, 4, 4)), ("deconv", (3, 5, 2, 2)),
-                                           ("merge", (12,)), ("merge_linear", (6, 12)), ("shuffle", (12,)),
-                                           ("shuffle_linear", (12, 5, 1, 1))])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout, shape",
+    [
+        ("same", (3, 2)),
+        ("squeeze", (1, 3, 2)),
+        ("linear", (3, 2)),
+        ("conv1", (3, 2, 1, 1)),
+        ("patch", (5, 3, 4, 4)),
+        ("deconv", (3, 5, 2, 2)),
+        ("merge", (12,)),
+        ("merge_linear", (6, 12)),
+        ("shuffle", (12,)),
+        ("shuffle_linear", (12, 5, 1, 1)),
+    ],
+)
 def test_every_layout_has_its_inverse(layout, shape):
     array = RNG.normal(size=shape).astype(np.float32)
     ours = layouts.to_ours(array, layout)
@@ -167,9 +199,7 @@ def test_a_pixel_shuffle_becomes_the_order_of_patches():
     """Channel c of pixel (p, q) of a unit is released at (c p q) and stands here at (p q c)."""
     released, x = RNG.normal(size=(3 * 2 * 2, 5, 1, 1)), RNG.normal(size=5)
     pixels = (released[:, :, 0, 0] @ x).reshape(3, 2, 2)
-    np.testing.assert_allclose(
-        (x @ layouts.to_ours(released, "shuffle_linear")).reshape(2, 2, 3), pixels.transpose(1, 2, 0)
-    )
+    np.testing.assert_allclose((x @ layouts.to_ours(released, "shuffle_linear")).reshape(2, 2, 3), pixels.transpose(1, 2, 0))
     np.testing.assert_array_equal(layouts.to_ours(pixels.reshape(-1), "shuffle"), pixels.transpose(1, 2, 0).reshape(-1))
 
 
@@ -179,9 +209,7 @@ def test_deconvolution_kernels_give_a_token_its_four_cells():
     cells = (x @ layouts.to_ours(kernel, "deconv")).reshape(2, 2, 5)
     for p, q in np.ndindex(2, 2):
         np.testing.assert_allclose(cells[p, q], x @ kernel[:, :, p, q], rtol=1e-12)
-    np.testing.assert_allclose(
-        x @ layouts.to_ours(kernel[:, :, :1, :1].swapaxes(0, 1), "conv1"), cells[0, 0], rtol=1e-12
-    )
+    np.testing.assert_allclose(x @ layouts.to_ours(kernel[:, :, :1, :1].swapaxes(0, 1), "conv1"), cells[0, 0], rtol=1e-12)
 
 
 def test_merging_in_our_order_is_merging_in_the_released_order():

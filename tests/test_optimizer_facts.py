@@ -45,8 +45,10 @@ def ours(golden, case, rules, name):
 
 
 def test_every_recorded_table_is_read_below():
-    kinds = (r"pretrain/add_weight_decay|pretrain/frozen|(pretrain|finetune)/optimizer|lr_sched\w*",
-             r"finetune/\w+/layer_decay_[\d.]+(/groups)?")  # fmt: skip
+    kinds = (
+        r"pretrain/add_weight_decay|pretrain/frozen|(pretrain|finetune)/optimizer|lr_sched\w*",
+        r"finetune/\w+/layer_decay_[\d.]+(/groups)?",
+    )
     for facts in FACTS.values():
         assert len(facts) >= 10 and all(any(re.fullmatch(kind, key) for kind in kinds) for key in facts)
 
@@ -119,8 +121,15 @@ def test_layers_of_a_swin_are_counted_over_its_stages():
     assert layer_id("encoder/stage_0/block_00/attn/relative_bias", depths) == 1
     assert layer_id("encoder/stage_2/block_17/mlp/fc1/kernel", depths) == 22
     assert layer_id("encoder/stage_2/merge/reduction/kernel", depths) == 22  # with the stage's last block
-    rest = ("encoder/norm/scale", "norm_0/scale", "fc_norm/bias", "head/kernel", "decoder_0/mask_token",
-            "decoder_1/block_00/attn/qkv/kernel", "decoder_1/embed/kernel")  # fmt: skip
+    rest = (
+        "encoder/norm/scale",
+        "norm_0/scale",
+        "fc_norm/bias",
+        "head/kernel",
+        "decoder_0/mask_token",
+        "decoder_1/block_00/attn/qkv/kernel",
+        "decoder_1/embed/kernel",
+    )
     assert {layer_id(path, depths) for path in rest} == {25}
     assert {layer_id(path, 12) for path in rest} == {13}
     with pytest.raises(IndexError):

@@ -9,9 +9,22 @@ import pytest
 from recorded import Case
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-CASES = ("lomar_tiny", "lomar_tiny_b4_w7", "lomar_vit_classifier_tiny_gap", "vit_abs_classifier_tiny_gap", "traj_lomar",
-         "hog", "localmim_vit_tiny_hog9", "localmim_swin_tiny_hog9", "swin_classifier_tiny", "traj_localmim_vit",
-         "traj_decouple", "mae_tiny", "simmim_vit_tiny", "simmim_swin_tiny")  # fmt: skip
+CASES = (
+    "lomar_tiny",
+    "lomar_tiny_b4_w7",
+    "lomar_vit_classifier_tiny_gap",
+    "vit_abs_classifier_tiny_gap",
+    "traj_lomar",
+    "hog",
+    "localmim_vit_tiny_hog9",
+    "localmim_swin_tiny_hog9",
+    "swin_classifier_tiny",
+    "traj_localmim_vit",
+    "traj_decouple",
+    "mae_tiny",
+    "simmim_vit_tiny",
+    "simmim_swin_tiny",
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -80,8 +93,7 @@ def test_accumulation_and_layer_decay_follow_the_recorded_format(tmp_path):
     with np.load(GOLDEN / "traj_lomar.npz") as archive:
         meta = json.loads(str(archive["meta"]))
     groups = {
-        name: {**group, "lr_scale": 0.5 if "blocks.2." in name else group["lr_scale"]}
-        for name, group in meta["groups"].items()
+        name: {**group, "lr_scale": 0.5 if "blocks.2." in name else group["lr_scale"]} for name, group in meta["groups"].items()
     }
     decayed = parity.compare(changed("traj_lomar", tmp_path / "decayed.npz", meta={"groups": groups}))
     assert decayed["errors"]["group/blocks.2.mlp.fc1.weight"] == 0  # decay .5 read off the last block

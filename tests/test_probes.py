@@ -184,8 +184,9 @@ def cached(n, seed, random_labels=False):
 
 @pytest.mark.parametrize("kind", ["linear", "attentive"])
 def test_the_learning_rate_is_chosen_without_the_test_split(kind):
-    settings = ProbeSettings(CLASSES, epochs=25, warmup_epochs=1, batch_size=64, base_lrs=(0.01, 10.0, 40.0),
-                             kind=kind, queries=4)  # fmt: skip
+    settings = ProbeSettings(
+        CLASSES, epochs=25, warmup_epochs=1, batch_size=64, base_lrs=(0.01, 10.0, 40.0), kind=kind, queries=4
+    )
     flat = lambda s: s if kind == "attentive" else {**s, "features": s["features"].mean(1)}
     train, validation, test = (flat(cached(n, seed)) for seed, n in enumerate((512, 256, 256)))
     found = probe(train, validation, test, settings)
@@ -226,9 +227,7 @@ def test_few_shot_judges_features_and_its_draws_differ():
     found = {n: few.fewshot(bank, queries, CLASSES, n, draws=4, l2=1.0) for n in (1, 20)}
     assert found[20].mean() > found[1].mean() > 0.25 and found[20].mean() > 0.6 and found[1].std() > 0
     assert (few.fewshot(bank, queries, CLASSES, 1, draws=4, l2=1.0) == found[1]).all()
-    assert few.summary(np.array([0.25])) == (0.25, 0.0) and few.summary(np.array([0.0, 1.0]))[1] == pytest.approx(
-        0.5**0.5
-    )
+    assert few.summary(np.array([0.25])) == (0.25, 0.0) and few.summary(np.array([0.0, 1.0]))[1] == pytest.approx(0.5**0.5)
 
 
 def sample_probe(arguments="toy", **changes):
@@ -239,8 +238,21 @@ def sample_probe(arguments="toy", **changes):
 
 
 def few_shot_evaluator(classes=16, **changes):
-    e = dict(type="fewshot", on=True, train_split="train_tiles", test_split="validation", shots=(1, 5), draws=2, l2=30.0,
-             pool="mean", batch_size=256, every_steps=1, every_epochs=0.0, every_examples=0, every_percent=0.0)  # fmt: skip
+    e = dict(
+        type="fewshot",
+        on=True,
+        train_split="train_tiles",
+        test_split="validation",
+        shots=(1, 5),
+        draws=2,
+        l2=30.0,
+        pool="mean",
+        batch_size=256,
+        every_steps=1,
+        every_epochs=0.0,
+        every_examples=0,
+        every_percent=0.0,
+    )
     config = sample_probe("toy,features=streamed")
     config.evals = ConfigDict(dict(fewshot={**e, **changes}))
     config = TrackedConfig(config)

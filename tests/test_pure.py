@@ -76,9 +76,7 @@ def test_keep_and_spread_are_each_others_transpose(shape):
     # the gradients are those of the plain gather and scatter
     np.testing.assert_array_equal(back(kept)[0], spread_out)
     np.testing.assert_array_equal(forth(everything)[0], kept)
-    plain = jax.vjp(lambda x: jnp.take_along_axis(x, which.ids.reshape(2, 3, *[1] * (len(shape) - 2)), 1), everything)[
-        1
-    ]
+    plain = jax.vjp(lambda x: jnp.take_along_axis(x, which.ids.reshape(2, 3, *[1] * (len(shape) - 2)), 1), everything)[1]
     np.testing.assert_array_equal(back(kept)[0], plain(kept)[0])
 
 
@@ -281,8 +279,14 @@ def test_layer_decay_and_the_decay_rule_of_fine_tuning_are_the_recorded_ones(tab
 def test_adamw_applies_scales_and_decay_by_path():
     block = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     params = {"encoder": {"block_00": block}, "cls_token": jnp.ones((1, 1, 2))}
-    tx = adamw(lambda _: 0.1, b1=0.9, b2=0.95, weight_decay=0.5, no_decay=("cls_token",),
-               lr_scales=lambda path: 0.25 if "block_00" in path else 1.0)  # fmt: skip
+    tx = adamw(
+        lambda _: 0.1,
+        b1=0.9,
+        b2=0.95,
+        weight_decay=0.5,
+        no_decay=("cls_token",),
+        lr_scales=lambda path: 0.25 if "block_00" in path else 1.0,
+    )
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zero, tx.init(params), params)
     flat = tree.flatten(updates)
@@ -309,8 +313,11 @@ def numpy_lars(params, gradients, lrs, momentum=0.9, trust=0.001, decay=0.0):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_lars_is_the_plain_one(decay):
     rng = np.random.default_rng(1)
-    params = {"kernel": rng.normal(0, 0.01, (6, 4)).astype(np.float32), "bias": np.zeros(4, np.float32),
-              "zero": np.zeros((3, 2), np.float32)}  # fmt: skip
+    params = {
+        "kernel": rng.normal(0, 0.01, (6, 4)).astype(np.float32),
+        "bias": np.zeros(4, np.float32),
+        "zero": np.zeros((3, 2), np.float32),
+    }
     gradients = [{k: rng.normal(size=v.shape).astype(np.float32) for k, v in params.items()} for _ in range(20)]
     lr = warmup_cosine(6.4, 20, 5)
     want = numpy_lars(params, gradients, [float(lr(i)) for i in range(20)], decay=decay)
@@ -443,8 +450,12 @@ def test_the_linear_probe_learns_what_is_there_and_nothing_else(random_labels):
 
 def test_any_flipped_bit_changes_the_fingerprint():
     rng = np.random.default_rng(4)
-    values = {"a": rng.normal(size=(3, 4)).astype(np.float32), "b": {"c": np.arange(5, dtype=np.int32)},
-              "d": rng.normal(size=7).astype(jnp.bfloat16), "e": np.array([True, False])}  # fmt: skip
+    values = {
+        "a": rng.normal(size=(3, 4)).astype(np.float32),
+        "b": {"c": np.arange(5, dtype=np.int32)},
+        "d": rng.normal(size=7).astype(jnp.bfloat16),
+        "e": np.array([True, False]),
+    }
     want = fingerprints(jax.tree.map(jnp.asarray, values))
     assert set(want) == {"a", "b/c", "d", "e"} and want == fingerprints(jax.tree.map(jnp.asarray, values))
     for name, at in (("a", ("a",)), ("b/c", ("b", "c")), ("d", ("d",))):
@@ -484,8 +495,11 @@ print(found + [fingerprints({"x": x})])
 
 # converters
 
-CONVERTED = [("lomar_tiny", names.LOMAR_RULES, 8), ("lomar_vit_classifier_tiny_gap", names.CLASSIFIER_RULES, 8),
-             ("vit_abs_classifier_tiny_gap", names.CLASSIFIER_RULES, 8)]  # fmt: skip
+CONVERTED = [
+    ("lomar_tiny", names.LOMAR_RULES, 8),
+    ("lomar_vit_classifier_tiny_gap", names.CLASSIFIER_RULES, 8),
+    ("vit_abs_classifier_tiny_gap", names.CLASSIFIER_RULES, 8),
+]
 
 
 @pytest.mark.parametrize("case, rules, patch", CONVERTED)

@@ -101,9 +101,18 @@ def sharpness(x, pixels, level, sign):
     return blurred + factor(level, sign) * (x - blurred)
 
 
-VALUES = {"AutoContrast": autocontrast, "Equalize": equalize, "Invert": lambda x, *_: 255 - x, "Posterize": posterize,
-          "Solarize": solarize, "SolarizeAdd": solarize_add, "Color": colour, "Contrast": contrast,
-          "Brightness": brightness, "Sharpness": sharpness}  # fmt: skip
+VALUES = {
+    "AutoContrast": autocontrast,
+    "Equalize": equalize,
+    "Invert": lambda x, *_: 255 - x,
+    "Posterize": posterize,
+    "Solarize": solarize,
+    "SolarizeAdd": solarize_add,
+    "Color": colour,
+    "Contrast": contrast,
+    "Brightness": brightness,
+    "Sharpness": sharpness,
+}
 GEOMETRY = {  # where a pixel at (x, y) from the corner comes from
     "Rotate": lambda x, y, v: (
         W / 2 + math.cos(v * math.pi / 6) * (x - W / 2) - math.sin(v * math.pi / 6) * (y - H / 2),
@@ -218,12 +227,19 @@ def test_layers_follow_one_another():
     assert tuple(found[0, 0]) == tuple(255 - v for v in FILL)
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(layers=0), "randaugment.layers=0"), (dict(layers=1.5), "randaugment.layers=1.5"),
-    (dict(magnitude=11), "randaugment.magnitude=11"), (dict(magnitude=float("nan")), "magnitude=nan"),
-    (dict(std=-1), "randaugment.std=-1"), (dict(fill=(1, 2)), r"fills with \(1, 2\)"),
-    (dict(fill=(0.5,)), r"fills with \(0.5,\)"), (dict(fill=(256,)), r"fills with \(256,\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(layers=0), "randaugment.layers=0"),
+        (dict(layers=1.5), "randaugment.layers=1.5"),
+        (dict(magnitude=11), "randaugment.magnitude=11"),
+        (dict(magnitude=float("nan")), "magnitude=nan"),
+        (dict(std=-1), "randaugment.std=-1"),
+        (dict(fill=(1, 2)), r"fills with \(1, 2\)"),
+        (dict(fill=(0.5,)), r"fills with \(0.5,\)"),
+        (dict(fill=(256,)), r"fills with \(256,\)"),
+    ],
+)
 def test_settings_outside_their_range_are_refused(change, words):
     with pytest.raises(DataError, match=words):
         RandAugment(**{**dict(layers=2, magnitude=9.0, std=0.5, fill=FILL), **change})

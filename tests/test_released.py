@@ -78,8 +78,13 @@ def test_a_released_pretraining_gives_the_recorded_loss(case):
     for path, array in want.items():
         np.testing.assert_array_equal(params[path], array, err_msg=path)
     images = port.case.images()
-    masks = port.masks() if "input/mask" in port.case else \
-        port.masks("rand/") if case == "mae_tiny" else port.masks("rand/", len(images))  # fmt: skip
+    masks = (
+        port.masks()
+        if "input/mask" in port.case
+        else port.masks("rand/")
+        if case == "mae_tiny"
+        else port.masks("rand/", len(images))
+    )
     if case == "localmim_swin_tiny_hog9":
         made = made.clone(mask_ratio=port.objective.mask_ratio)  # the released sampler hides one more
     recorded = port.case.get("fixcoords/loss/total")  # LocalMIM's Swin at the true places of its tokens
@@ -104,9 +109,7 @@ def test_a_fine_tuned_release_is_evaluated_as_it_is(case, tmp_path):
     params, report = pretrained_params(config, made, build.example(config, made), sharding.make_mesh())
     assert "missing" not in report and "unexpected" not in report and config.data.source == "imagenet2012"
     pixels = build.normaliser(config)(np.full((1, 1, 1, 3), 255, np.uint8))
-    np.testing.assert_allclose(
-        pixels[0, 0, 0], (1 - np.array(importing.IMAGENET_MEAN)) / importing.IMAGENET_STD, rtol=1e-6
-    )
+    np.testing.assert_allclose(pixels[0, 0, 0], (1 - np.array(importing.IMAGENET_MEAN)) / importing.IMAGENET_STD, rtol=1e-6)
     recorded = Case(GOLDEN / f"{case}.npz")
     logits = jit(lambda p, x: made.apply({"params": p}, x, method="logits"))(tree.nest(params), recorded.images())
     np.testing.assert_allclose(logits, recorded["out/logits"], rtol=0, atol=2e-6 * np.abs(recorded["out/logits"]).max())
@@ -131,9 +134,10 @@ def test_released_to_ours_to_released_is_bit_equal(case):
         assert array.dtype == state[name].dtype
 
 
-@pytest.mark.parametrize("case, words", [
-    ("lomar_tiny", "LoMaR's encoder"), ("localmim_vit_tiny_hog9", "LocalMIM's encoder, a ViT"), ("mae_tiny", "MAE's encoder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "case, words",
+    [("lomar_tiny", "LoMaR's encoder"), ("localmim_vit_tiny_hog9", "LocalMIM's encoder, a ViT"), ("mae_tiny", "MAE's encoder")],
+)
 def test_an_encoder_that_was_written_alone_is_read_again(case, words):
     found = release(state_of(case), options_of(case))
     params = found.params()
@@ -174,12 +178,24 @@ REAL = {  # name: --from, (config, model), rules, which of our parameters are no
     "mae L": ("mae", lambda: pretraining("mae_vitb.py:variant=L/16"), names.MAE_RULES, "^$"),
     "simmim B": ("simmim", lambda: pretraining("simmim_vitb.py"), names.SIMMIM_VIT_RULES, "^$"),
     "lomar B, tuned": ("lomar", lambda: classifier("lomar_vitb.py", "mean", depth=12), names.CLASSIFIER_RULES, "^$"),
-    "mae B, tuned": ("mae", lambda: classifier("mae_vitb.py", "mean", depth=12, position="learned"),
-                     names.CLASSIFIER_RULES, "^$"),
-    "localmim L, tuned": ("localmim", lambda: classifier("localmim_vitb.py:variant=L/16", "mean", depth=24, position="learned"),
-                          names.CLASSIFIER_RULES, "^$"),
-    "localmim Swin-B, tuned": ("localmim", lambda: classifier("localmim_swinb.py", "mean", depths=(2, 2, 18, 2)),
-                               names.SWIN_CLASSIFIER_RULES, "^$"),
+    "mae B, tuned": (
+        "mae",
+        lambda: classifier("mae_vitb.py", "mean", depth=12, position="learned"),
+        names.CLASSIFIER_RULES,
+        "^$",
+    ),
+    "localmim L, tuned": (
+        "localmim",
+        lambda: classifier("localmim_vitb.py:variant=L/16", "mean", depth=24, position="learned"),
+        names.CLASSIFIER_RULES,
+        "^$",
+    ),
+    "localmim Swin-B, tuned": (
+        "localmim",
+        lambda: classifier("localmim_swinb.py", "mean", depths=(2, 2, 18, 2)),
+        names.SWIN_CLASSIFIER_RULES,
+        "^$",
+    ),
     "mae L, encoder": ("mae", lambda: pretraining("mae_vitb.py:variant=L/16"), names.MAE_RULES, NO_HEAD),
     "localmim L": ("localmim", lambda: pretraining("localmim_vitb.py:variant=L/16"), LOCAL, "^$"),
     "localmim B, pixels": ("localmim", lambda: pretraining("localmim_vitb.py:target=pixels"), LOCAL, "^$"),
@@ -191,12 +207,20 @@ REAL = {  # name: --from, (config, model), rules, which of our parameters are no
     "timm": ("timm", lambda: classifier("mae_vitb.py", "cls", position="learned"), names.TIMM_VIT_RULES, "^$"),
     "timm, mean": ("timm", lambda: classifier("mae_vitb.py", "mean", position="learned"), names.TIMM_VIT_RULES, "^$"),
     "timm Swin": ("timm", lambda: pretraining("greenmim_swinb.py", **SHALLOW), names.TIMM_SWIN_RULES, NO_HEAD),
-    "timm Swin, head": ("timm", lambda: classifier("greenmim_swinb.py", "normed", **SHALLOW),
-                        names.TIMM_SWIN_RULES + names.TIMM_SWIN_HEAD, "^$"),
-    "timm Swin, old, head": ("timm", lambda: classifier("greenmim_swinb.py", "normed", **SHALLOW),
-                             names.SWIN_RULES + names.HEAD, "^$"),
+    "timm Swin, head": (
+        "timm",
+        lambda: classifier("greenmim_swinb.py", "normed", **SHALLOW),
+        names.TIMM_SWIN_RULES + names.TIMM_SWIN_HEAD,
+        "^$",
+    ),
+    "timm Swin, old, head": (
+        "timm",
+        lambda: classifier("greenmim_swinb.py", "normed", **SHALLOW),
+        names.SWIN_RULES + names.HEAD,
+        "^$",
+    ),
     "timm Swin, old": ("timm", lambda: pretraining("greenmim_swinb.py", **SHALLOW), names.SWIN_RULES, NO_HEAD),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -241,8 +265,13 @@ def test_tables_that_a_file_carries_are_compared_and_not_believed():
     mask = np.where(WindowLayout.of((8, 8), 1, 4, shifted=True).apart(), -100.0, 0.0)
     table = sincos_table(16, (4, 4), cls=True)[None]
     sobel = np.stack([fixed.SOBEL, fixed.SOBEL.T])[:, None]
-    for name, good in {"a.relative_position_index": index, "layers.0.blocks.1.attn_mask": mask, "pos_embed": table,
-                       "decoder.1.pos_embed": table[:, 1:], "hog_enc.0.conv.weight": sobel}.items():  # fmt: skip
+    for name, good in {
+        "a.relative_position_index": index,
+        "layers.0.blocks.1.attn_mask": mask,
+        "pos_embed": table,
+        "decoder.1.pos_embed": table[:, 1:],
+        "hog_enc.0.conv.weight": sobel,
+    }.items():
         assert fixed.explain(name, good, size)[1], name
         wrong = np.array(good)
         wrong.reshape(-1)[3] += 1
@@ -269,8 +298,10 @@ def test_a_table_of_a_larger_window_is_cut_where_the_stage_is_smaller_and_a_smal
     found = release_and_fit(state, Options("simmim"), resize=False)
     importing.require_fit(found, wanted)
     cut = found.arrays["encoder/stage_3/block_01/attn/relative_bias"][1]
-    np.testing.assert_array_equal(bias_matrix(jnp.asarray(cut), (7, 7)), bias_matrix(jnp.asarray(large), (14, 14))
-                                  .reshape(32, 14, 14, 14, 14)[:, 3:10, 3:10, 3:10, 3:10].reshape(32, 49, 49))  # fmt: skip
+    np.testing.assert_array_equal(
+        bias_matrix(jnp.asarray(cut), (7, 7)),
+        bias_matrix(jnp.asarray(large), (14, 14)).reshape(32, 14, 14, 14, 14)[:, 3:10, 3:10, 3:10, 3:10].reshape(32, 49, 49),
+    )
     assert next(row.words for row in found.rows if row.released == last) == "windows of 7x7, the middle of 14x14"
     state[last] = small = large[: 13 * 13]
     with pytest.raises(ConfigError, match="windows of 7x7 tokens, the model's are of 14x14"):
@@ -339,9 +370,7 @@ def test_frozen_biases_of_hog_stay_frozen(tmp_path):
 
 def test_half_precision_is_widened_and_a_common_prefix_dropped():
     state = state_of("lomar_tiny")
-    halves = {
-        f"module.{name}": x.astype(ml_dtypes.bfloat16 if "norm" in name else np.float16) for name, x in state.items()
-    }
+    halves = {f"module.{name}": x.astype(ml_dtypes.bfloat16 if "norm" in name else np.float16) for name, x in state.items()}
     found = release(halves, Options("lomar")).params()
     assert {x.dtype.name for x in found.values()} == {"float32"}
     np.testing.assert_array_equal(
@@ -381,33 +410,59 @@ def lomar(**changes):
 
 
 REFUSED = {  # words of the message: --from, heads, tensors
-    "it has no 'blocks.0.attn.rpe_k.lookup_table_weight'; the tensors look like --from=mae (MAE's pretraining":
-        ("lomar", 0, lambda: state_of("mae_tiny")),
+    "it has no 'blocks.0.attn.rpe_k.lookup_table_weight'; the tensors look like --from=mae (MAE's pretraining": (
+        "lomar",
+        0,
+        lambda: state_of("mae_tiny"),
+    ),
     "the tensors look like --from=lomar (LoMaR's pretraining)": ("mae", 3, lambda: state_of("lomar_tiny")),
     "look like --from=simmim (SimMIM's pretraining of a Swin)": ("localmim", 0, lambda: state_of("simmim_swin_tiny")),
-    "nothing here corresponds to its 'blocks.1.attn.strange' (3,)":
-        ("lomar", 0, lambda: lomar(**{"blocks.1.attn.strange": np.zeros(3, np.float32)})),
+    "nothing here corresponds to its 'blocks.1.attn.strange' (3,)": (
+        "lomar",
+        0,
+        lambda: lomar(**{"blocks.1.attn.strange": np.zeros(3, np.float32)}),
+    ),
     "'blocks.2.mlp.fc2.weight' has shape (48, 96), here (96, 48), where encoder/block_02/mlp/fc2/kernel is (192, 48); as "
-    "LoMaR's pretraining the tensors tell a ViT of width 48, depth 3, 3 heads, patch 8 for 64x64 px":
-        ("lomar", 0, lambda: lomar(**{"blocks.2.mlp.fc2.weight": np.zeros((48, 96), np.float32)})),
-    "the file lacks 'blocks.1.norm2.weight' for encoder/block_01/norm2/scale (48,): it is incomplete":
-        ("lomar", 0, lambda: lomar(**{"blocks.1.norm2.weight": None})),
+    "LoMaR's pretraining the tensors tell a ViT of width 48, depth 3, 3 heads, patch 8 for 64x64 px": (
+        "lomar",
+        0,
+        lambda: lomar(**{"blocks.2.mlp.fc2.weight": np.zeros((48, 96), np.float32)}),
+    ),
+    "the file lacks 'blocks.1.norm2.weight' for encoder/block_01/norm2/scale (48,): it is incomplete": (
+        "lomar",
+        0,
+        lambda: lomar(**{"blocks.1.norm2.weight": None}),
+    ),
     "'blocks.0.norm1.bias' (48,) is of type int64": ("lomar", 0, lambda: lomar(**{"blocks.0.norm1.bias": np.zeros(48, int)})),
-    "'cls_token' has values that are no finite":
-        ("lomar", 0, lambda: lomar(cls_token=np.full((1, 1, 48), np.nan, np.float32))),
+    "'cls_token' has values that are no finite": ("lomar", 0, lambda: lomar(cls_token=np.full((1, 1, 48), np.nan, np.float32))),
     "the tensors do not tell the number of heads of a ViT 48 wide": ("mae", 0, lambda: state_of("mae_tiny")),
     "--heads=4, but 'blocks.0.attn.rpe_k.lookup_table_weight' says 3": ("lomar", 4, lambda: state_of("lomar_tiny")),
-    "give --mean and --std of 3 numbers each, for instance --mean=.5,.5,.5":
-        ("timm", 3, lambda: state_of("vit_abs_classifier_tiny_gap")),
-    "'pos_embed' has the shape (65, 48); it should have 3 axes":
-        ("mae", 3, lambda: {**state_of("mae_tiny"), "pos_embed": np.zeros((65, 48), np.float32)}),
-    "'blocks.0.attn.rpe_k.lookup_table_weight' has the shape (1, 0, 50)":
-        ("lomar", 0, lambda: lomar(**{"blocks.0.attn.rpe_k.lookup_table_weight": np.zeros((1, 0, 50), np.float32)})),
-    "it has no 'decoder.3.pred.bias'": ("localmim", 3, lambda: {
-        k: x for k, x in state_of("localmim_vit_tiny_hog9").items() if not k.startswith("decoder.3.pred")}),
-    "has no place for a cls token":
-        ("mae", 3, lambda: {**state_of("mae_tiny"), "pos_embed": np.zeros((1, 64, 48), np.float32)}),
-}  # fmt: skip
+    "give --mean and --std of 3 numbers each, for instance --mean=.5,.5,.5": (
+        "timm",
+        3,
+        lambda: state_of("vit_abs_classifier_tiny_gap"),
+    ),
+    "'pos_embed' has the shape (65, 48); it should have 3 axes": (
+        "mae",
+        3,
+        lambda: {**state_of("mae_tiny"), "pos_embed": np.zeros((65, 48), np.float32)},
+    ),
+    "'blocks.0.attn.rpe_k.lookup_table_weight' has the shape (1, 0, 50)": (
+        "lomar",
+        0,
+        lambda: lomar(**{"blocks.0.attn.rpe_k.lookup_table_weight": np.zeros((1, 0, 50), np.float32)}),
+    ),
+    "it has no 'decoder.3.pred.bias'": (
+        "localmim",
+        3,
+        lambda: {k: x for k, x in state_of("localmim_vit_tiny_hog9").items() if not k.startswith("decoder.3.pred")},
+    ),
+    "has no place for a cls token": (
+        "mae",
+        3,
+        lambda: {**state_of("mae_tiny"), "pos_embed": np.zeros((1, 64, 48), np.float32)},
+    ),
+}
 
 
 @pytest.mark.parametrize("words", REFUSED)
@@ -457,10 +512,7 @@ def test_a_folder_that_cannot_be_written_is_left_as_it_was(tmp_path, monkeypatch
 
 def test_what_comes_before_every_name_is_taken_off():
     state = {f"_orig_mod.module.{name}": array for name, array in state_of("lomar_tiny").items()}
-    assert (
-        release(state, Options("lomar")).params().keys()
-        == release(state_of("lomar_tiny"), Options("lomar")).params().keys()
-    )
+    assert release(state, Options("lomar")).params().keys() == release(state_of("lomar_tiny"), Options("lomar")).params().keys()
 
 
 def test_a_tables_places_fit_an_image_that_is_no_square():

@@ -13,9 +13,7 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
 def test_readme_tables_are_the_recorded_results():
-    done = subprocess.run(
-        [sys.executable, "results/make_tables.py", "--check"], cwd=REPO, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "results/make_tables.py", "--check"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -41,17 +39,31 @@ def cells(text):
 
 
 def cost(config, method, side, gflop, megabytes):
-    return {"config": f"configs/{config}", "method": method, "image_size": [side, side], "parameters": 85_600_000,
-            "flops_per_image": gflop * 1e9, "activation_bytes_per_image": megabytes and megabytes * 1e6}  # fmt: skip
+    return {
+        "config": f"configs/{config}",
+        "method": method,
+        "image_size": [side, side],
+        "parameters": 85_600_000,
+        "flops_per_image": gflop * 1e9,
+        "activation_bytes_per_image": megabytes and megabytes * 1e6,
+    }
 
 
 def test_the_table_of_costs(record):
     assert make_tables.costs() is None
     header = {"device": "cpu", "compute_dtype": "float32", "batch_size": 8, "remat": False, "git": "a" * 40}
-    record("costs_cpu.json", {**header, "results": [
-        cost("mae_vitb.py:size=448", "mae", 448, 300, 900), cost("lomar_vitb.py:size=448", "lomar", 448, 200, 400),
-        cost("mae_vitb.py", "mae", 224, 50, None), cost("simmim_vitb.py:size=384,toy", "simmim", 384, 70, 10),
-    ]})  # fmt: skip
+    record(
+        "costs_cpu.json",
+        {
+            **header,
+            "results": [
+                cost("mae_vitb.py:size=448", "mae", 448, 300, 900),
+                cost("lomar_vitb.py:size=448", "lomar", 448, 200, 400),
+                cost("mae_vitb.py", "mae", 224, 50, None),
+                cost("simmim_vitb.py:size=384,toy", "simmim", 384, 70, 10),
+            ],
+        },
+    )
     gpu = {**header, "device": "GPU", "compute_dtype": "bfloat16", "remat": True, "git": "b" * 40}
     record("costs_GPU.json", {**gpu, "results": [cost("mae_vitb.py:size=448", "mae", 448, 300, 123)]})
     head, rows = cells(make_tables.costs())
@@ -67,13 +79,7 @@ def test_the_table_of_costs(record):
 
 def test_the_table_of_baselines(record):
     assert make_tables.baselines() is None
-    common = {
-        "random_encoder_test": 0.48,
-        "knn_random": 0.35,
-        "flops_per_image": 12e9,
-        "parameters": 2e6,
-        "git": "c" * 40,
-    }
+    common = {"random_encoder_test": 0.48, "knn_random": 0.35, "flops_per_image": 12e9, "parameters": 2e6, "git": "c" * 40}
 
     def save(budget, method, seed, probe, knn, steps, rate=50):
         values = {"probe_test": probe, "knn_test": knn, "steps": steps, "images_per_second": rate, "seed": seed}
@@ -100,8 +106,10 @@ def test_the_table_of_fine_tuning(record):
 
     def save(method, kind, seed, top1, steps):
         common = {"method": method, "kind": kind, "batch_size": 32, "test_examples": 674, "pretrain_steps": 2900}
-        record(f"finetune_{method}_{kind}_seed{seed}.json", {
-            **common, "seed": seed, "test_top1": top1, "steps": steps, "git": "a" * 40, "pretrain_git": "b" * 40})  # fmt: skip
+        record(
+            f"finetune_{method}_{kind}_seed{seed}.json",
+            {**common, "seed": seed, "test_top1": top1, "steps": steps, "git": "a" * 40, "pretrain_git": "b" * 40},
+        )
 
     for seed, gain in ((0, 0.1), (1, 0.2)):
         save("lomar", "pretrained", seed, 0.5 + gain, 500)
@@ -120,20 +128,26 @@ def test_the_table_of_fine_tuning(record):
 def test_the_sentence_on_448_px(record):
     assert make_tables.ratios() is None
     result = lambda name, **values: {"config": f"configs/{name}_vitb.py:size=448", **values}
-    record("costs_448px_cpu.json", {"results": [
-        result("lomar", flops_per_image=100, activation_bytes_per_image=10),
-        result("mae", flops_per_image=150, activation_bytes_per_image=25)]})  # fmt: skip
-    record("benchmark_448px_cpu.json", {"batch_size": 2, "cores": 2, "results": [
-        result("lomar", step_median_s=2.0), result("mae", step_median_s=4.2)]})  # fmt: skip
+    record(
+        "costs_448px_cpu.json",
+        {
+            "results": [
+                result("lomar", flops_per_image=100, activation_bytes_per_image=10),
+                result("mae", flops_per_image=150, activation_bytes_per_image=25),
+            ]
+        },
+    )
+    record(
+        "benchmark_448px_cpu.json",
+        {"batch_size": 2, "cores": 2, "results": [result("lomar", step_median_s=2.0), result("mae", step_median_s=4.2)]},
+    )
     said = make_tables.ratios()
     assert "1.50 times the FLOPs" in said and "2.5 times the memory" in said and "2.10 times as long" in said
 
 
 def test_markers(monkeypatch):
     """A page has the tables that it has markers for; a marker without its end, or of no table, is an error."""
-    monkeypatch.setattr(
-        make_tables, "TABLES", {"speed": lambda: "new", "costs": lambda: "dear", "baselines": lambda: None}
-    )
+    monkeypatch.setattr(make_tables, "TABLES", {"speed": lambda: "new", "costs": lambda: "dear", "baselines": lambda: None})
     place = "<!-- {0} -->\nold\n<!-- /{0} -->\n".format
     fill = lambda text: make_tables.fill(text, "page")
     assert fill(place("speed")) == place("speed").replace("old", "new")

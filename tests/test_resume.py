@@ -20,8 +20,14 @@ STEPS = 12
 
 
 def command(workdir):
-    flags = ["--config=configs/lomar_vitb.py:toy", f"--config.total_steps={STEPS}", "--config.evals.knn.on=False",
-             "--config.evals.reconstruct.on=False", "--config.log.tensorboard=False", f"--workdir={workdir}"]  # fmt: skip
+    flags = [
+        "--config=configs/lomar_vitb.py:toy",
+        f"--config.total_steps={STEPS}",
+        "--config.evals.knn.on=False",
+        "--config.evals.reconstruct.on=False",
+        "--config.log.tensorboard=False",
+        f"--workdir={workdir}",
+    ]
     return [sys.executable, "-m", "mim_jax.main", *flags]
 
 
@@ -75,9 +81,7 @@ def saved(tmp_path):
     """A folder with the checkpoints of steps 1 and 2 of a small state -> (workdir, state, shardings)."""
     mesh = sharding.make_mesh(jax.devices()[:1])
     where = sharding.replicated(mesh)
-    states = [
-        {"params": {"a": jnp.arange(64.0) * s, "b": {"c": jnp.ones((3, 5)) * s}}, "step": jnp.int32(s)} for s in (1, 2)
-    ]
+    states = [{"params": {"a": jnp.arange(64.0) * s, "b": {"c": jnp.ones((3, 5)) * s}}, "step": jnp.int32(s)} for s in (1, 2)]
     states = [jax.device_put(s, where) for s in states]
     manager = checkpoint.Checkpoints(str(tmp_path), every=1, keep=3, keep_every=0)
     for state in states:

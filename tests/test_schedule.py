@@ -53,8 +53,9 @@ def test_the_warm_up_is_a_straight_line(start):
     close(lr(12.5), 3e-3)
 
 
-@pytest.mark.parametrize("peak, total, warmup, min_lr", [(2.4e-3, 1000, 50, 0.0), (1e-3, 777, 33.3, 1e-6), (2, 300, 0, 0.5),
-                                                         (3e-4, 400, 400, 0.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "peak, total, warmup, min_lr", [(2.4e-3, 1000, 50, 0.0), (1e-3, 777, 33.3, 1e-6), (2, 300, 0, 0.5), (3e-4, 400, 400, 0.0)]
+)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_from_zero_the_cosine_is_bit_for_bit_the_plain_formula(peak, total, warmup, min_lr, compiled):
     def plain(step):

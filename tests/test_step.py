@@ -43,8 +43,9 @@ class Rig:
             images, masks = plain(batch, key)
             return images + jnp.where(batch["label"][:, None, None, None] < 0, jnp.nan, 0.0), masks
 
-        self.step = make_step(self.made, tx, mesh, where, prepare=prepare if self.poison else plain, seed=0, lr=lr,
-                              accumulation=self.accumulation)  # fmt: skip
+        self.step = make_step(
+            self.made, tx, mesh, where, prepare=prepare if self.poison else plain, seed=0, lr=lr, accumulation=self.accumulation
+        )
 
     def run(self, steps=3, bad=()):
         history = []

@@ -27,9 +27,7 @@ def apart(a, b):
 
 @pytest.mark.parametrize("nbins", [9, 18])
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize(
-    "edge, degrees", [(X, 90), (Y, 0), (X - Y, 135), (X + Y, 45), (X + 2 * Y, 26.6), (2 * X - Y, 116.6)]
-)
+@pytest.mark.parametrize("edge, degrees", [(X, 90), (Y, 0), (X - Y, 135), (X + Y, 45), (X + 2 * Y, 26.6), (2 * X - Y, 116.6)])
 def test_strokes_run_along_the_edge(edge, degrees, sign, nbins):
     image = np.float32(np.tanh(sign * edge / 2))[None, :, :, None]
     histograms = np.asarray(jit_hog(image, (16,), nbins)[0][0])

@@ -29,8 +29,15 @@ class Shape:
     def swin(self, **options) -> Swin:
         side = 2 ** (len(self.depths) - 1)
         grid = (self.units[0] * side, self.units[1] * side)
-        return Swin(grid=grid, patch=PATCH, width=8, depths=self.depths, heads=(1, 2, 2, 4)[: len(self.depths)],
-                    window=self.window, **options)  # fmt: skip
+        return Swin(
+            grid=grid,
+            patch=PATCH,
+            width=8,
+            depths=self.depths,
+            heads=(1, 2, 2, 4)[: len(self.depths)],
+            window=self.window,
+            **options,
+        )
 
 
 SHAPES = {
@@ -102,9 +109,7 @@ def reference(swin: Swin, params, images, hidden):
             heads = swin.heads[i]
             split = lambda t, heads=heads: t.reshape(b, -1, heads, t.shape[-1] // heads).swapaxes(1, 2)
             q, k, v = map(split, jnp.split(linear(norm(x, block["norm1"]), block["attn"]["qkv"]), 3, -1))
-            logits = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1]) + block["attn"]["relative_bias"][index].transpose(
-                2, 0, 1
-            )
+            logits = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1]) + block["attn"]["relative_bias"][index].transpose(2, 0, 1)
             weights = jax.nn.softmax(jnp.where(together & shown, logits, -1e9))
             x = x + linear((weights @ v).swapaxes(1, 2).reshape(x.shape), block["attn"]["proj"])
             h = linear(norm(x, block["norm2"]), block["mlp"]["fc1"])
@@ -181,9 +186,7 @@ class Case:
         return look(run)
 
     def written_out(self, kept):
-        return look(
-            lambda params, images, hidden: shown_only(reference(self.swin, params, images, hidden), hidden, kept)
-        )
+        return look(lambda params, images, hidden: shown_only(reference(self.swin, params, images, hidden), hidden, kept))
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -254,8 +257,7 @@ def main_case():
 
 def test_recomputation_changes_no_gradient(main_case):
     c = main_case
-    same(c.visible_only(c.swin.clone(remat=True), c.kept)(c.params, c.images, c.hidden),
-         c.sparse(c.params, c.images, c.hidden))  # fmt: skip
+    same(c.visible_only(c.swin.clone(remat=True), c.kept)(c.params, c.images, c.hidden), c.sparse(c.params, c.images, c.hidden))
 
 
 def test_bfloat16_is_close(main_case):
@@ -275,8 +277,7 @@ def test_bfloat16_is_close(main_case):
 def test_training_mode_drops_branches(main_case):
     c = main_case
     swin = c.swin.clone(drop_path=0.5)
-    run = jax.jit(lambda key, train: swin.apply({"params": c.params}, c.images, train, rngs={"dropout": key}),
-                    static_argnums=1)  # fmt: skip
+    run = jax.jit(lambda key, train: swin.apply({"params": c.params}, c.images, train, rngs={"dropout": key}), static_argnums=1)
     first, again, other = (np.asarray(run(jax.random.key(k), True)) for k in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
@@ -292,8 +293,10 @@ def test_merging_takes_four_neighbours_column_by_column():
     four = (four - four.mean(-1, keepdims=True)) / np.sqrt(four.var(-1, keepdims=True) + 1e-6)
     merge = Merge()
     for start in (0, 6):
-        params = {"norm": {"scale": jnp.ones(12), "bias": jnp.zeros(12)},
-                  "reduction": {"kernel": jnp.eye(12)[:, start : start + 6]}}  # fmt: skip
+        params = {
+            "norm": {"scale": jnp.ones(12), "bias": jnp.zeros(12)},
+            "reduction": {"kernel": jnp.eye(12)[:, start : start + 6]},
+        }
         found = merge.apply({"params": params}, x)
         np.testing.assert_allclose(found, four[..., start : start + 6], atol=1e-5)
 
@@ -313,8 +316,16 @@ def test_the_bias_matrix_is_a_gather_by_offset(window):
         np.testing.assert_array_equal(found[:, q, k], table[row])
 
 
-LAYOUTS = [((2, 2), 8, 4, True), ((3, 6), 2, 3, True), ((3, 6), 1, 3, True), ((6, 2), 2, 6, True), ((2, 4), 2, 4, False),
-           ((4, 6), 1, 2, True), ((7, 7), 1, 7, True), ((3, 5), 2, 2, True)]  # fmt: skip
+LAYOUTS = [
+    ((2, 2), 8, 4, True),
+    ((3, 6), 2, 3, True),
+    ((3, 6), 1, 3, True),
+    ((6, 2), 2, 6, True),
+    ((2, 4), 2, 4, False),
+    ((4, 6), 1, 2, True),
+    ((7, 7), 1, 7, True),
+    ((3, 5), 2, 2, True),
+]
 
 
 @pytest.mark.parametrize("arguments", LAYOUTS)
@@ -355,9 +366,7 @@ def test_a_grid_no_larger_than_the_window_is_one_window(units, side, window):
     assert layout.window == layout.grid and layout.shift == (0, 0) and layout.apart() is None
 
 
-@pytest.mark.parametrize(
-    "window, windows, shifts", [(7, (7, 7, 7, 7), (3, 3, 3, 0)), (14, (14, 14, 14, 7), (7, 7, 0, 0))]
-)
+@pytest.mark.parametrize("window, windows, shifts", [(7, (7, 7, 7, 7), (3, 3, 3, 0)), (14, (14, 14, 14, 7), (7, 7, 0, 0))])
 def test_windows_of_the_published_models_at_224_px(window, windows, shifts):
     layouts = [WindowLayout.of((7, 7), 8 >> i, window, shifted=True) for i in range(4)]
     assert [layout.grid[0] for layout in layouts] == [56, 28, 14, 7]

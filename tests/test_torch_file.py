@@ -17,8 +17,19 @@ from mim_jax.config import ConfigError
 from mim_jax.convert.torch_file import read
 
 RNG = np.random.default_rng(0)
-STORAGE = {"float32": "Float", "float64": "Double", "float16": "Half", "bfloat16": "BFloat16", "int64": "Long", "int32": "Int",
-           "int16": "Short", "int8": "Char", "uint8": "Byte", "bool": "Bool", "complex64": "ComplexFloat"}  # fmt: skip
+STORAGE = {
+    "float32": "Float",
+    "float64": "Double",
+    "float16": "Half",
+    "bfloat16": "BFloat16",
+    "int64": "Long",
+    "int32": "Int",
+    "int16": "Short",
+    "int8": "Char",
+    "uint8": "Byte",
+    "bool": "Bool",
+    "complex64": "ComplexFloat",
+}
 Global = collections.namedtuple("Global", "module name")
 Call = collections.namedtuple("Call", "function args")  # REDUCE
 New = collections.namedtuple("New", "kind state")  # NEWOBJ, then BUILD
@@ -115,23 +126,21 @@ def test_windows_on_one_storage(path):
     part = lambda offset, size, stride: a.tensor(base, storage, offset, size, stride)
     parameter = Call(utils("_rebuild_parameter"), (part(0, (4, 6), (6, 1)), True, collections.OrderedDict()))
     tagged = (utils("_rebuild_tensor_v2"), Global("torch", "Tensor"), part(0, (24,), (1,)).args, {"tag": 1})
-    top = {"all": parameter, "turned": part(0, (6, 4), (1, 6)), "part": part(7, (2, 3), (12, 2)),
-           "repeated": part(3, (2, 5), (0, 1)), "tagged": Call(Global("torch._tensor", "_rebuild_from_type_v2"), tagged),
-           "step": 3, "nothing": None}  # fmt: skip
-    grid = base.reshape(4, 6)
-    want = {
-        "all": grid,
-        "turned": grid.T,
-        "part": grid[1::2, 1::2],
-        "repeated": np.stack([base[3:8]] * 2),
-        "tagged": base,
+    top = {
+        "all": parameter,
+        "turned": part(0, (6, 4), (1, 6)),
+        "part": part(7, (2, 3), (12, 2)),
+        "repeated": part(3, (2, 5), (0, 1)),
+        "tagged": Call(Global("torch._tensor", "_rebuild_from_type_v2"), tagged),
+        "step": 3,
+        "nothing": None,
     }
+    grid = base.reshape(4, 6)
+    want = {"all": grid, "turned": grid.T, "part": grid[1::2, 1::2], "repeated": np.stack([base[3:8]] * 2), "tagged": base}
     same(read(a.save(path, top)), want)
 
 
-@pytest.mark.parametrize(
-    "keys", [("model",), ("state_dict",), ("module",), ("model_ema",), ("model", "state_dict"), ()]
-)
+@pytest.mark.parametrize("keys", [("model",), ("state_dict",), ("module",), ("model_ema",), ("model", "state_dict"), ()])
 def test_the_weights_of_a_training_checkpoint(path, keys):
     weight, a = RNG.normal(size=(2, 2)).astype(np.float32), Archive()
     state = Call(Global("collections", "OrderedDict"), ())
@@ -159,11 +168,14 @@ def test_a_pickled_module_has_the_names_of_its_state_dict(path):
     conv = module("Conv2d", {"w": w, "b": b, "unused": None})
     inner = module("Sequential", {}, _modules={"conv": conv, "relu": module("ReLU", {})})
     buffers = {"table": table, "hidden": hidden}
-    top = module(
-        "Encoder", {}, _buffers=buffers, _non_persistent_buffers_set=passing, _modules={"blocks": inner, "tied": conv}
-    )
-    want = {"table": arrays[2], "blocks.conv.w": arrays[0], "blocks.conv.b": arrays[1], "tied.w": arrays[0],
-            "tied.b": arrays[1]}  # fmt: skip
+    top = module("Encoder", {}, _buffers=buffers, _non_persistent_buffers_set=passing, _modules={"blocks": inner, "tied": conv})
+    want = {
+        "table": arrays[2],
+        "blocks.conv.w": arrays[0],
+        "blocks.conv.b": arrays[1],
+        "tied.w": arrays[0],
+        "tied.b": arrays[1],
+    }
     same(read(a.save(path, top)), want)
     same(read(a.save(path, {"model": top, "epoch": 1})), want)
 
@@ -195,9 +207,7 @@ ATTACKS = {
     "call": lambda command: Call(SYSTEM, (command,)),
     "build": lambda command: New(Global("subprocess", "Popen"), {"args": command}),
     "eval": lambda command: Call(Global("builtins", "eval"), (f"__import__('os').system({command!r})",)),
-    "getattr": lambda command: Call(
-        Call(Global("builtins", "getattr"), (Global("os", "path"), "os.system")), (command,)
-    ),
+    "getattr": lambda command: Call(Call(Global("builtins", "getattr"), (Global("os", "path"), "os.system")), (command,)),
     "key": lambda command: {Call(SYSTEM, (command,)): 1},
 }
 
@@ -233,9 +243,7 @@ def test_a_window_beyond_its_storage_is_refused(path, offset, size, stride):
     refused(path, "'w'.*reaches beyond.*24 bytes", {"w": a.tensor(x, None, offset, size, stride)}, a)
 
 
-@pytest.mark.parametrize(
-    "offset, size, stride", [(-1, (6,), (1,)), (5, (6,), (-1,)), (0, (2,), (1, 1)), (0, ("6",), (1,))]
-)
+@pytest.mark.parametrize("offset, size, stride", [(-1, (6,), (1,)), (5, (6,), (-1,)), (0, (2,), (1, 1)), (0, ("6",), (1,))])
 def test_a_window_that_is_none_is_refused(path, offset, size, stride):
     a, x = Archive(), np.ones(6, np.float32)
     refused(path, "'w' has size", {"w": a.tensor(x, None, offset, size, stride)}, a)
@@ -264,17 +272,20 @@ def test_what_contains_itself_is_refused(path, key):
     refused(path, "contains itself", None, **{"data.pkl": looped})
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "starts with b''"),
-    (b"<!DOCTYPE html><html>", "starts with b'<!DOCTYPE"),
-    (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "bare pickle.*torch.save"),
-    (pickle.dumps({"w": np.ones(3)}), "bare pickle"),
-    (b"PK\x03\x04" + bytes(200), "damaged or incomplete"),
-    ((10**6).to_bytes(8, "little") + b'{"w": ', "damaged or incomplete.*header"),
-    (b"\x05\0\0\0\0\0\0\0{oops", "damaged or incomplete.*header"),
-    (safetensors({"w": np.ones(3, np.float32)})[:-1], "damaged or incomplete.*not fully covered"),
-    (safetensors({"w": np.ones(3, np.float32)}, lie=-4), "damaged or incomplete.*shape"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "starts with b''"),
+        (b"<!DOCTYPE html><html>", "starts with b'<!DOCTYPE"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "bare pickle.*torch.save"),
+        (pickle.dumps({"w": np.ones(3)}), "bare pickle"),
+        (b"PK\x03\x04" + bytes(200), "damaged or incomplete"),
+        ((10**6).to_bytes(8, "little") + b'{"w": ', "damaged or incomplete.*header"),
+        (b"\x05\0\0\0\0\0\0\0{oops", "damaged or incomplete.*header"),
+        (safetensors({"w": np.ones(3, np.float32)})[:-1], "damaged or incomplete.*not fully covered"),
+        (safetensors({"w": np.ones(3, np.float32)}, lie=-4), "damaged or incomplete.*shape"),
+    ],
+)
 def test_other_files_are_refused(path, content, message):
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=f"(?s)weights.pth'.*{message}"):

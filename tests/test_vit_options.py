@@ -25,9 +25,7 @@ def random_like(shapes, seed=0):
 
 
 def parameters(made, *inputs, seed=0, **options):
-    return {
-        "params": random_like(jax.eval_shape(lambda: made.init(jax.random.key(0), *inputs, **options))["params"], seed)
-    }
+    return {"params": random_like(jax.eval_shape(lambda: made.init(jax.random.key(0), *inputs, **options))["params"], seed)}
 
 
 def slow_bias(table, grid, places, cls=True):
@@ -78,9 +76,7 @@ def test_attention_adds_the_bias_and_has_none_on_keys(own):
     bias = RelativeBias(None, GRID, GRID) if own else RelativeBias(None, GRID, GRID).shared(table)
     variables = parameters(made, x, bias=bias)
     p = variables["params"]
-    assert set(p) == {"qkv", "q_bias", "v_bias", "proj"} | ({"relative_bias"} if own else set()) and set(p["qkv"]) == {
-        "kernel"
-    }
+    assert set(p) == {"qkv", "q_bias", "v_bias", "proj"} | ({"relative_bias"} if own else set()) and set(p["qkv"]) == {"kernel"}
     places = [divmod(i, GRID[1]) for i in range(20)]
     matrix = slow_bias(np.asarray(p["relative_bias"] if own else table), GRID, places)
     want = slow_attention(p, np.asarray(x[0]), 2, matrix)
@@ -119,9 +115,7 @@ def test_one_table_for_all_layers_or_one_for_each():
     table = p["relative_bias"]
     copied = {key: value for key, value in p.items() if key != "relative_bias"}
     for i in range(2):
-        copied[f"block_{i:02d}"] = {**p[f"block_{i:02d}"]} | {
-            "attn": {**p[f"block_{i:02d}"]["attn"], "relative_bias": table}
-        }
+        copied[f"block_{i:02d}"] = {**p[f"block_{i:02d}"]} | {"attn": {**p[f"block_{i:02d}"]["attn"], "relative_bias": table}}
     x = pictures()
     np.testing.assert_array_equal(shared.apply({"params": p}, x), each.apply({"params": copied}, x))
 
@@ -150,9 +144,7 @@ def test_a_part_of_the_image_keeps_its_places(position):
     crops = x[:, 2:8, 4:8]
     whole = visible(jnp.zeros((2, 6), bool), 6)
     found, _ = made.apply(variables, crops, whole, ids=ids, method="encode_visible")
-    masked = made.apply(
-        variables, crops, jnp.zeros((2, 3, 2), bool), jnp.zeros((1, 1, 8)), ids=ids, method="encode_masked"
-    )
+    masked = made.apply(variables, crops, jnp.zeros((2, 3, 2), bool), jnp.zeros((1, 1, 8)), ids=ids, method="encode_masked")
     for part in (found, masked):
         np.testing.assert_allclose(part, want, rtol=0, atol=3e-6 * float(jnp.abs(want).max()))
 
@@ -172,8 +164,13 @@ def test_mae_in_windows_is_lomars_asymmetric_ablation():
         np.testing.assert_allclose(flatten(gradients)[path], g, rtol=0, atol=1e-5, err_msg=path)
 
 
-@pytest.mark.parametrize("options, match", [(dict(position="rotary"), "encoder.position is 'rotary'"),
-                                            (dict(position="rpe", qkv_bias="k"), "encoder.qkv_bias is 'k'")])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        (dict(position="rotary"), "encoder.position is 'rotary'"),
+        (dict(position="rpe", qkv_bias="k"), "encoder.qkv_bias is 'k'"),
+    ],
+)
 def test_an_option_that_nobody_knows_is_refused(options, match):
     with pytest.raises(ConfigError, match=match):
         parameters(vit(**options), pictures())

@@ -29,8 +29,9 @@ def test_hidden_counts_are_truncated_in_floating_point(window, ratio, count):
 
 
 @pytest.mark.parametrize("pairing", ["paper", "released"])
-@pytest.mark.parametrize("grid, window, views", [((14, 14), 7, 4), ((8, 8), 7, 2), ((6, 9), 5, 2), ((9, 6), 4, 3),
-                                                 ((5, 5), 5, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    "grid, window, views", [((14, 14), 7, 4), ((8, 8), 7, 2), ((6, 9), 5, 2), ((9, 6), 4, 3), ((5, 5), 5, 1)]
+)
 def test_windows_stay_on_the_grid_and_hide_the_exact_number(grid, window, views, pairing):
     settings = dict(window=window, views=views, mask_ratio=0.8, pairing=pairing)
     windows.check(grid, window, views, 0.8, pairing)

@@ -108,8 +108,12 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("python -m mim_jax.convert", description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = argparse.ArgumentParser(
+        "python -m mim_jax.convert",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--workdir", required=True, help="folder of the run: made with --from, read with --to")
     way = p.add_mutually_exclusive_group(required=True)
     way.add_argument("--from", dest="source", choices=LICENCES, help="whose released weights to take in")
@@ -121,16 +125,12 @@ def parser() -> argparse.ArgumentParser:
         "--mean", type=numbers, default=(), help="of its images in [0, 1]; default ImageNet's, but for beit and timm"
     )
     p.add_argument("--std", type=numbers, default=())
-    p.add_argument(
-        "--pool", default="", help="of timm's ViT classifiers without fc_norm: cls, or normed (global_pool='avg')"
-    )
+    p.add_argument("--pool", default="", help="of timm's ViT classifiers without fc_norm: cls, or normed (global_pool='avg')")
     p.add_argument("--licence", default="", help="of the weights, where --from does not tell")
     p.add_argument("--tokenizer", default="", help="for BEiT's pretraining: the encoder of DALL-E's dVAE")
     p.add_argument("--out", default="", help="with --to: the file to write, or the folder of hf")
     p.add_argument("--encoder_only", action="store_true", help="with --to: leave heads and decoders out")
-    p.add_argument(
-        "--weights", default="", help="with --to: trained, or average for the moving average; default trained"
-    )
+    p.add_argument("--weights", default="", help="with --to: trained, or average for the moving average; default trained")
     return p
 
 

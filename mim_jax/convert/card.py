@@ -6,8 +6,12 @@ import textwrap
 from mim_jax.convert.written import Written
 
 HF_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", "README.md")
-LIBRARY = {"timm": "timm", "hf": "Hugging Face transformers", "safetensors": "the code released for this method",
-           "npz": "any program that reads numpy's files"}  # fmt: skip
+LIBRARY = {
+    "timm": "timm",
+    "hf": "Hugging Face transformers",
+    "safetensors": "the code released for this method",
+    "npz": "any program that reads numpy's files",
+}
 
 SHOWN = ("job", "method", "total_epochs", "total_steps", "total_examples", "batch_size", "image_size", "encoder", "optim",
          "seed")  # fmt: skip
@@ -22,10 +26,7 @@ def write(facts: dict[str, str], written: Written, file) -> str:
     length = f"step {facts['step']}" if facts["step"] else ""
     length += f", {int(facts['examples']):,} images seen" if facts["examples"] else ""
     length += f"; planned: {facts['planned_epochs']} epochs" if facts["planned_epochs"] else ""
-    trained = {
-        "pretrain": f"pretrained by {facts['method']}",
-        "finetune": f"pretrained by {facts['method']}, fine-tuned",
-    }
+    trained = {"pretrain": f"pretrained by {facts['method']}", "finetune": f"pretrained by {facts['method']}, fine-tuned"}
     rows = {
         "Weights": f"`{file.name}`: {len(written.tensors)} tensors, {total:,} numbers, for {LIBRARY[to]}",
         "Training": f"{trained.get(facts['job'], facts['job'])}; {length}",
@@ -45,10 +46,7 @@ def write(facts: dict[str, str], written: Written, file) -> str:
     lines += ["", "## Loading", "", "```python", USAGE[to](written, file), "```", "", NOTES[to](facts, written)]
     if left := get("left_out"):
         lines += ["", f"Not in the file: {', '.join(f'`{path}`' for path in tops(left))}."]
-    for words, key in {
-        "model" if imported else "training": "config",
-        "pretraining before it": "pretraining_config",
-    }.items():
+    for words, key in {"model" if imported else "training": "config", "pretraining before it": "pretraining_config"}.items():
         if config := get(key):
             said = [name for name in (*SHOWN, config.get("method", "")) if config.get(name)]
             rows = ",\n".join(f" {json.dumps(name)}: {json.dumps(config[name])}" for name in said)
@@ -59,11 +57,7 @@ def write(facts: dict[str, str], written: Written, file) -> str:
 def front_matter(facts) -> list[str]:
     """What Hugging Face's pages read."""
     name = facts["licence"].lower().replace(" ", "-")
-    known = (
-        [f"license: {name}"]
-        if name in LICENCE_IDS
-        else ["license: other", f"license_name: {json.dumps(facts['licence'])}"]
-    )
+    known = [f"license: {name}"] if name in LICENCE_IDS else ["license: other", f"license_name: {json.dumps(facts['licence'])}"]
     return ["---", "library_name: transformers", *known, "tags:", "- masked-image-modelling", "---", ""]
 
 
@@ -75,16 +69,21 @@ def tops(paths) -> list[str]:
 def normalisation(facts) -> str:
     if facts["normalise"] == "image":
         return "each image standardised by its own mean and deviation (over pixels and channels)"
-    return f"RGB in [0, 1], then (x - {facts['mean']}) / {facts['std']}" if facts["channels"] == "3" else (
-        f"values in [0, 1], then (x - {facts['mean']}) / {facts['std']}")  # fmt: skip
+    return (
+        f"RGB in [0, 1], then (x - {facts['mean']}) / {facts['std']}"
+        if facts["channels"] == "3"
+        else (f"values in [0, 1], then (x - {facts['mean']}) / {facts['std']}")
+    )
 
 
 def licence(facts) -> str:
     origin = json.loads(facts["origin"])
     if not origin:
         return facts["licence"]
-    return (f"{facts['licence']}, that of the weights it started from: `{origin['file']}` ({origin['from']}, "
-            f"sha256 {origin['sha256'][:12]})")  # fmt: skip
+    return (
+        f"{facts['licence']}, that of the weights it started from: `{origin['file']}` ({origin['from']}, "
+        f"sha256 {origin['sha256'][:12]})"
+    )
 
 
 # -- code that loads the file -----------------------------------------------------------------------------------------
@@ -101,8 +100,11 @@ def timm_usage(written: Written, file) -> str:
               "model = timm.create_model(", *(f"    {line}" for line in call), ")",
               f'model.load_state_dict(load_file("{file.name}"), strict=True)']  # fmt: skip
     if "norm2_eps" in m:
-        lines += ["for name, module in model.named_modules():", '    if name.endswith(".norm2"):',
-                  f"        module.eps = {m['norm2_eps']:g}"]  # fmt: skip
+        lines += [
+            "for name, module in model.named_modules():",
+            '    if name.endswith(".norm2"):',
+            f"        module.eps = {m['norm2_eps']:g}",
+        ]
     if "fc_norm_eps" in m:
         lines.append(f"model.norm.eps = {m['fc_norm_eps']:g}")
     if m.get("norm_after_mean"):
@@ -117,8 +119,10 @@ def timm_notes(facts, written: Written) -> str:
     notes = [f"`model(images)` of normalised images [b c h w] are {given}."]
     if facts["job"] == "pretrain" and not m["name"].startswith("swin"):
         mean = "use_fc_norm=False" if m["name"].startswith("beit") else "fc_norm=False"
-        notes += [f"Here they are the cls token after the final norm; `global_pool='avg', {mean}` in place of "
-                  "`global_pool='token'` gives the mean of the patch tokens after it."]  # fmt: skip
+        notes += [
+            f"Here they are the cls token after the final norm; `global_pool='avg', {mean}` in place of "
+            "`global_pool='token'` gives the mean of the patch tokens after it."
+        ]
     return " ".join([*notes, "`model.forward_features(images)` are all tokens."])
 
 
@@ -138,9 +142,7 @@ def safetensors_usage(written: Written, file) -> str:
 
 
 def safetensors_notes(facts, written: Written) -> str:
-    notes = [
-        "Names and layouts are those of the code released for the method; fixed position tables are not in the file."
-    ]
+    notes = ["Names and layouts are those of the code released for the method; fixed position tables are not in the file."]
     if any(".rpe_k." in name for name in written.tensors):
         notes.append("What iRPE computes, and a reference forward that needs numpy alone: docs/irpe_vit.md of mim_jax.")
     return " ".join(notes)

@@ -43,9 +43,7 @@ def export(run: str, to: str, out: str, encoder_only: bool = False, weights: str
     if "encoder" not in config:
         raise ConfigError(f"'{run}': its checkpoint does not say of which encoder it is; give the pretraining run")
     files = places(to, out)
-    params = {
-        path: np.asarray(x) for path, x in pretrained.load_params(folder, sharding.make_mesh(), part=part).items()
-    }
+    params = {path: np.asarray(x) for path, x in pretrained.load_params(folder, sharding.make_mesh(), part=part).items()}
     try:
         return write(files, to, params, runs, encoder_only, weights)
     except (OSError, SafetensorError) as error:
@@ -116,8 +114,11 @@ def describe(runs: list[dict], to: str, written: Written, encoder_only: bool, we
     meta, config = runs[0], ConfigDict(runs[0]["config"])
     imported, (licence, origin) = bool(meta.get("origin")), origin_of(meta)
     method = origin["from"] if imported else config.get("method") or meta.get("ancestor", {}).get("method", "unknown")
-    pooling = POOLING[config.pool] if config.job == "finetune" else (
-        "none: after the final norm, by mean" + (" or cls" if "depths" not in config.encoder else ""))  # fmt: skip
+    pooling = (
+        POOLING[config.pool]
+        if config.job == "finetune"
+        else ("none: after the final norm, by mean" + (" or cls" if "depths" not in config.encoder else ""))
+    )
     earlier = without_places(runs[1]["config"]) if len(runs) > 1 and not runs[1].get("origin") else {}
     facts = dict(
         format="pt", written_by="mim_jax", layout=to, encoder_only=encoder_only, weights=weights, method=method,
@@ -133,9 +134,7 @@ def describe(runs: list[dict], to: str, written: Written, encoder_only: bool, we
 
 def model_of(config: dict) -> dict:
     """The part of an imported config that its tensors tell."""
-    return {
-        key: config[key] for key in ("job", "encoder", "image_size", "channels", "pool", "classes") if key in config
-    }
+    return {key: config[key] for key in ("job", "encoder", "image_size", "channels", "pool", "classes") if key in config}
 
 
 def without_places(config: dict) -> dict:
@@ -149,9 +148,7 @@ def as_json(values: dict) -> bytes:
 
 
 def save_safetensors(file, tensors, facts):
-    save_file(
-        {name: np.asarray(x, order="C") for name, x in tensors.items()}, file, facts
-    )  # it takes the memory as it lies
+    save_file({name: np.asarray(x, order="C") for name, x in tensors.items()}, file, facts)  # it takes the memory as it lies
 
 
 def save_npz(file, tensors, facts):

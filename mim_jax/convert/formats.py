@@ -20,10 +20,14 @@ from mim_jax.models.posembed import sincos_table
 TIMM_VIT = {  # what timm builds under these names; other models are the first one with other numbers
     f"vit_{name}_patch{patch}_224": dict(patch_size=patch, embed_dim=width, depth=depth, num_heads=heads)
     for name, patch, width, depth, heads in (
-        ("base", 16, 768, 12, 12), ("base", 8, 768, 12, 12), ("large", 16, 1024, 24, 16), ("huge", 14, 1280, 32, 16),
-        ("small", 16, 384, 12, 6), ("tiny", 16, 192, 12, 3),
+        ("base", 16, 768, 12, 12),
+        ("base", 8, 768, 12, 12),
+        ("large", 16, 1024, 24, 16),
+        ("huge", 14, 1280, 32, 16),
+        ("small", 16, 384, 12, 6),
+        ("tiny", 16, 192, 12, 3),
     )
-}  # fmt: skip
+}
 TIMM_BEIT = {
     "beit_base_patch16_224": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
     "beit_large_patch16_224": dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16),
@@ -33,7 +37,7 @@ TIMM_SWIN = {
         patch_size=4, embed_dim=width, depths=[2, 2, middle, 2], num_heads=[heads * 2**i for i in range(4)], window_size=7
     )
     for name, width, middle, heads in (("base", 128, 18, 4), ("large", 192, 18, 6), ("tiny", 96, 6, 3))
-}  # fmt: skip
+}
 EVERYWHERE = dict(img_size=[224, 224], in_chans=3, mlp_ratio=4.0)  # what all of these have
 TIMM_SWIN_EPS = 1e-5  # of the norms of timm's Swin; its ViTs have 1e-6, as ours
 
@@ -46,8 +50,9 @@ def timm(config, params: dict, encoder_only: bool = False) -> Written:
     """
     e, tuned = config.encoder, config.job == "finetune"
     if config.job not in ("pretrain", "finetune"):
-        raise ConfigError(f"--to=timm takes pretraining and fine-tuning runs, and this is job={config.job}: give the run it "
-                          "started from")  # fmt: skip
+        raise ConfigError(
+            f"--to=timm takes pretraining and fine-tuning runs, and this is job={config.job}: give the run it started from"
+        )
     if "levels" in e:
         raise ConfigError(f"--to=timm: timm has no image tokenizer; {ANY}")
     if e.get("position") == "rpe":
@@ -59,8 +64,14 @@ def timm(config, params: dict, encoder_only: bool = False) -> Written:
     taken = {path: x for path, x in params.items() if tree.matches((wanted,), path)}
     left = tuple(sorted(params.keys() - taken.keys()))
     classes = taken["head/bias"].shape[0] if "head/bias" in taken else 0
-    options = dict(img_size=list(config.image_size), patch_size=e.patch, in_chans=config.channels, embed_dim=e.width,
-                   mlp_ratio=e.mlp_ratio, num_classes=classes)  # fmt: skip
+    options = dict(
+        img_size=list(config.image_size),
+        patch_size=e.patch,
+        in_chans=config.channels,
+        embed_dim=e.width,
+        mlp_ratio=e.mlp_ratio,
+        num_classes=classes,
+    )
     model = timm_swin(config, taken, options, tuned) if is_swin(config) else timm_vit(config, taken, options, tuned)
     return Written(released(model.pop("params"), model.pop("rules"), e.patch, "--to=timm"), left, model)
 
@@ -74,8 +85,11 @@ def timm_vit(config, params: dict, options: dict, tuned: bool) -> dict:
     if e.layer_scale or beit:  # timm's BEiTs have a layer scale unless told otherwise
         options["init_values"] = e.layer_scale
     if beit:
-        options |= dict(use_abs_pos_emb=False, use_rel_pos_bias=e.position == "layer_bias",
-                        use_shared_rel_pos_bias=e.position == "shared_bias")  # fmt: skip
+        options |= dict(
+            use_abs_pos_emb=False,
+            use_rel_pos_bias=e.position == "layer_bias",
+            use_shared_rel_pos_bias=e.position == "shared_bias",
+        )
         params = bias_without_keys(params) if e.qkv_bias == "all" else params
         rules = names.BEIT_CLASSIFIER_RULES + norm("^norm", "encoder/norm")
         return named(TIMM_BEIT, options) | dict(params=params, rules=rules)
@@ -151,17 +165,9 @@ def tuned_rules(config) -> tuple:
     """Of fine-tuned models, whose released forms pool by the mean or, of ViTs, by the cls token."""
     e = config.encoder
     if config.pool == "normed" and e.get("position") != "rpe":
-        raise ConfigError(
-            f"--to=safetensors knows no released names of a classifier with pool={config.pool}; use --to=timm"
-        )
+        raise ConfigError(f"--to=safetensors knows no released names of a classifier with pool={config.pool}; use --to=timm")
     beit = e.get("position") in ("shared_bias", "layer_bias")
-    return (
-        names.SWIN_CLASSIFIER_RULES
-        if is_swin(config)
-        else names.BEIT_CLASSIFIER_RULES
-        if beit
-        else names.CLASSIFIER_RULES
-    )
+    return names.SWIN_CLASSIFIER_RULES if is_swin(config) else names.BEIT_CLASSIFIER_RULES if beit else names.CLASSIFIER_RULES
 
 
 def safetensors(config, params: dict, encoder_only: bool = False) -> Written:

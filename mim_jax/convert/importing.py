@@ -43,14 +43,19 @@ def completed(options: Options, said: dict[str, str]) -> Options:
     """
     try:
         said = {key: json.loads(said[key]) for key in ("config", "image_size", "mean", "std")} | {
-            key: said[key] for key in ("licence", "normalise")}  # fmt: skip
+            key: said[key] for key in ("licence", "normalise")
+        }
         heads = 0 if "depths" in said["config"]["encoder"] else said["config"]["encoder"]["heads"]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"its metadata say that mim_jax wrote it, but not what it writes ({error!r})") from error
     return dataclasses.replace(
-        options, heads=options.heads or heads, size=options.size or tuple(said["image_size"]),
-        mean=options.mean or tuple(said["mean"]), std=options.std or tuple(said["std"]), said=said,
-    )  # fmt: skip
+        options,
+        heads=options.heads or heads,
+        size=options.size or tuple(said["image_size"]),
+        mean=options.mean or tuple(said["mean"]),
+        std=options.std or tuple(said["std"]),
+        said=said,
+    )
 
 
 @dataclasses.dataclass
@@ -279,9 +284,7 @@ def origin(path, found: Release, options: Options) -> dict:
     """What the checkpoint says of where its weights came from. Raises ConfigError where no licence is known."""
     licence = options.said.get("licence") or LICENCES[options.source] or options.licence
     if options.licence not in ("", licence):
-        raise ConfigError(
-            f"weights of --from={options.source} are under {licence}; leave --licence={options.licence} out"
-        )
+        raise ConfigError(f"weights of --from={options.source} are under {licence}; leave --licence={options.licence} out")
     if not licence:
         raise ConfigError(
             f"the licence of weights of --from={options.source} differs from model to model; say it: --licence='apache-2.0'"

@@ -71,9 +71,9 @@ TIMM_VIT_RULES = (  # layer scales have a name of their own there
     (r"^blocks\.(\d+)\.ls(\d)\.gamma$", "encoder/block_{:02d}/gamma_{}", "same"),
 )
 BEIT_BODY = (*VIT_BODY, (r"^rel_pos_bias\.relative_position_bias_table$", "encoder/relative_bias", "same"))
-BEIT_RULES = BEIT_BODY + norm(r"^norm", "encoder/norm") + (
-    (r"^mask_token$", "mask_token", "same"), *linear(r"^lm_head", "head"),
-)  # fmt: skip
+BEIT_RULES = (
+    BEIT_BODY + norm(r"^norm", "encoder/norm") + ((r"^mask_token$", "mask_token", "same"), *linear(r"^lm_head", "head"))
+)
 BEIT_CLASSIFIER_RULES = BEIT_BODY + norm(r"^fc_norm", "fc_norm") + HEAD  # without the final norm: mean pooling
 
 # -- LocalMIM ---------------------------------------------------------------------------------------------------------
@@ -142,9 +142,11 @@ SIMMIM_HEAD = (
     (r"^decoder\.0\.bias$", "head/bias", "shuffle"),
     *norm(r"^encoder\.norm", "encoder/norm"),
 )
-SIMMIM_VIT_RULES = SIMMIM_HEAD + vit_body(r"^encoder\.") + (
-    (r"^encoder\.rel_pos_bias\.relative_position_bias_table$", "encoder/relative_bias", "same"),
-)  # fmt: skip
+SIMMIM_VIT_RULES = (
+    SIMMIM_HEAD
+    + vit_body(r"^encoder\.")
+    + ((r"^encoder\.rel_pos_bias\.relative_position_bias_table$", "encoder/relative_bias", "same"),)
+)
 SIMMIM_SWIN_RULES = SIMMIM_HEAD + swin_body(r"^encoder\.", "linear", "same")
 LOCALMIM_SWIN_RULES = (
     swin_body(r"^encoder\.", "merge_linear", "merge")

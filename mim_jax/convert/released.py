@@ -47,8 +47,7 @@ class Kind:
 
 
 def mae_decoder(config, shapes) -> dict:
-    return dict(decoder_width=shapes["decoder_embed.weight"][0],
-                decoder_depth=sizes.count(shapes, r"decoder_blocks\.(\d+)\."))  # fmt: skip
+    return dict(decoder_width=shapes["decoder_embed.weight"][0], decoder_depth=sizes.count(shapes, r"decoder_blocks\.(\d+)\."))
 
 
 def lomar(config, shapes) -> dict:
@@ -90,10 +89,13 @@ def localmim(config, shapes) -> dict:
     pixels = all(out == config.channels * (stride / s) ** 2 for out, stride, s in zip(outputs, strides, scales))
     hog = {} if pixels else dict(bins=outputs[0] // config.channels, hog_bias="hog_enc.0.conv.bias" in shapes)
     return dict(
-        taps=blocks, scales=scales, target=("pixels" if pixels else "hog",) * 4,
+        taps=blocks,
+        scales=scales,
+        target=("pixels" if pixels else "hog",) * 4,
         decoder_width=tuple(shapes[f"decoder.{j}.embed.weight"][0] for j in range(4)),
-        decoder_depth=tuple(sizes.count(shapes, rf"decoder\.{j}\.blocks\.(\d+)\.") for j in range(4)), **hog,
-    )  # fmt: skip
+        decoder_depth=tuple(sizes.count(shapes, rf"decoder\.{j}\.blocks\.(\d+)\.") for j in range(4)),
+        **hog,
+    )
 
 
 # -- the formats ------------------------------------------------------------------------------------------------------
@@ -107,8 +109,10 @@ MEAN = ("head.weight", "fc_norm.weight", "pos_embed", VIT)
 
 
 def tuned(source: str, preset: str, **fields) -> Kind:
-    return Kind(source, **{"words": "a fine-tuned ViT", "body": "vit", "config": f"finetune.py:preset={preset}", "pool": "mean",
-                           **fields})  # fmt: skip
+    return Kind(
+        source,
+        **{"words": "a fine-tuned ViT", "body": "vit", "config": f"finetune.py:preset={preset}", "pool": "mean", **fields},
+    )
 
 
 KINDS = (

@@ -8,8 +8,11 @@ from mim_jax.config import SWIN_SIZES, VIT_SIZES
 def describe(config) -> str:
     """`a ViT of width 768, depth 12, 12 heads, patch 16 for 224x224 px (ViT-B)`."""
     e, (h, w) = config.encoder, config.image_size
-    kind, depth = ("Swin", f"depths {tuple(e.depths)}, {tuple(e.heads)} heads, window {e.window}") if "depths" in e else (
-        "ViT", f"depth {e.depth}, {e.heads} heads")  # fmt: skip
+    kind, depth = (
+        ("Swin", f"depths {tuple(e.depths)}, {tuple(e.heads)} heads, window {e.window}")
+        if "depths" in e
+        else ("ViT", f"depth {e.depth}, {e.heads} heads")
+    )
     table = {name: row[:2] for name, row in (SWIN_SIZES if kind == "Swin" else VIT_SIZES).items()}
     depths = tuple(e.depths) if kind == "Swin" else e.depth
     name = next((f" ({kind}-{letter})" for letter, row in table.items() if row == (e.width, depths)), "")

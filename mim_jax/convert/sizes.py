@@ -11,9 +11,13 @@ HEADS = {width: heads for width, _, heads in VIT_SIZES.values()}  # where no ten
 OWN_BIAS, SHARED_BIAS = "blocks.0.attn.relative_position_bias_table", "rel_pos_bias.relative_position_bias_table"
 
 RANKS = (
-    (r"pos_embed$", 3), (r"patch_embed\.proj\.weight$", 4), (r"relative_position_bias_table$", 2),
-    (r"rpe_k\.lookup_table_weight$", 3), (r"(qkv|fc1|fc2|head|head\.fc|embed|encoder_pred)\.weight$", 2), (r"bias$", 1),
-)  # fmt: skip
+    (r"pos_embed$", 3),
+    (r"patch_embed\.proj\.weight$", 4),
+    (r"relative_position_bias_table$", 2),
+    (r"rpe_k\.lookup_table_weight$", 3),
+    (r"(qkv|fc1|fc2|head|head\.fc|embed|encoder_pred)\.weight$", 2),
+    (r"bias$", 1),
+)
 
 
 class Misfit(ConfigError):
@@ -75,14 +79,16 @@ def vit(shapes: dict, prefix: str, heads: int, size) -> tuple[dict, dict]:
     if f"{prefix}blocks.0.attn.q_bias" not in shapes:
         at("blocks.0.attn.qkv.bias")  # a ViT without biases has no counterpart here
     encoder = dict(
-        patch=patch, width=width, depth=count(shapes, rf"{re.escape(prefix)}blocks\.(\d+)\."), heads=known,
+        patch=patch,
+        width=width,
+        depth=count(shapes, rf"{re.escape(prefix)}blocks\.(\d+)\."),
+        heads=known,
         mlp_ratio=at("blocks.0.mlp.fc1.weight")[0] / width,
         qkv_bias="qv" if f"{prefix}blocks.0.attn.q_bias" in shapes else "all",
-    )  # fmt: skip
+    )
     if not any(f"{prefix}blocks.0.{name}" in shapes for name in ("gamma_1", "ls1.gamma")):
         encoder["layer_scale"] = 0.0
-    return encoder, dict(letter=letter_of(width, VIT_SIZES), channels=channels,
-                         size=vit_size(shapes, prefix, patch, size))  # fmt: skip
+    return encoder, dict(letter=letter_of(width, VIT_SIZES), channels=channels, size=vit_size(shapes, prefix, patch, size))
 
 
 def heads_of(shapes: dict, prefix: str, width: int) -> tuple[int, str]:
@@ -161,7 +167,9 @@ def swin_size(shapes: dict, prefix: str, unit: int, patch: int, size) -> tuple[i
         if size is None:
             return (square_side(n, name) * stride,) * 2
         if n != (size[0] // stride) * (size[1] // stride) or any(side % stride for side in size):
-            raise ConfigError(f"--size={size[0]}x{size[1]}: '{name}' is of {n} places of {stride} px; leave --size out here "
-                              "and give the size to the run that starts from this one")  # fmt: skip
+            raise ConfigError(
+                f"--size={size[0]}x{size[1]}: '{name}' is of {n} places of {stride} px; leave --size out here "
+                "and give the size to the run that starts from this one"
+            )
         return size
     return None

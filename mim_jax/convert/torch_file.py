@@ -48,9 +48,7 @@ def read(path) -> dict[str, np.ndarray]:
                     f" current torch: {RESAVE}"
                 )
             else:
-                raise ConfigError(
-                    f"'{path}' starts with {head!r} and is none of: .npz, .safetensors, an archive of torch.save"
-                )
+                raise ConfigError(f"'{path}' starts with {head!r} and is none of: .npz, .safetensors, an archive of torch.save")
     except ConfigError:
         raise
     except OSError as error:
@@ -86,8 +84,9 @@ def _read_zip(path) -> dict[str, np.ndarray]:
         except ValueError as error:
             if "allow_pickle" not in str(error):
                 raise
-            raise ConfigError(f"'{path}' holds Python objects, which could run code when read (allow_pickle): save arrays "
-                              "of numbers alone") from error  # fmt: skip
+            raise ConfigError(
+                f"'{path}' holds Python objects, which could run code when read (allow_pickle): save arrays of numbers alone"
+            ) from error
 
 
 # -- archives of torch.save -------------------------------------------------------------------------------------------
@@ -169,9 +168,7 @@ class TorchArchive:
         arrays = {}
         self.collect(weights(top), "", arrays, ())
         if not arrays:
-            what = (
-                f"keys {list(map(str, top))[:8]}" if isinstance(top, dict) else getattr(top, "name", type(top).__name__)
-            )
+            what = f"keys {list(map(str, top))[:8]}" if isinstance(top, dict) else getattr(top, "name", type(top).__name__)
             raise ConfigError(
                 f"'{self.path}' holds no tensors, neither at its top level ({what}) nor under {', '.join(STATE_KEYS)};"
                 " objects of other classes are not built, whatever the file asks for"
@@ -213,9 +210,7 @@ class TorchArchive:
     def view(self, name: str, storage: Storage, dtype: str | None, offset: int, size, stride) -> np.ndarray:
         """A strided window on a storage; numpy refuses one that reaches outside."""
         if dtype not in TORCH_DTYPES:
-            raise ConfigError(
-                f"'{self.path}': tensor '{name}' is of type {dtype or storage.kind}, which is not read here"
-            )
+            raise ConfigError(f"'{self.path}': tensor '{name}' is of type {dtype or storage.kind}, which is not read here")
         if not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
             raise ConfigError(f"'{self.path}': tensor '{name}' has size {size}, stride {stride} and offset {offset}")
         dtype = np.dtype(dtype)

@@ -18,13 +18,9 @@ def colour_jitter(images, key, strength: float):
       ConfigError: images of other than 3 or 1 channels, or a negative strength.
     """
     if images.shape[-1] not in (1, 3):
-        raise ConfigError(
-            f"colour jitter needs images of 3 channels (RGB) or 1 (gray), not {images.shape[-1]}; set it to 0"
-        )
+        raise ConfigError(f"colour jitter needs images of 3 channels (RGB) or 1 (gray), not {images.shape[-1]}; set it to 0")
     if not 0 <= strength < float("inf"):  # NaN included
-        raise ConfigError(
-            f"colour jitter of strength {strength} is not a number from 0 up; 0 leaves the images as they are"
-        )
+        raise ConfigError(f"colour jitter of strength {strength} is not a number from 0 up; 0 leaves the images as they are")
     factors, order = jax.vmap(lambda key: draw(key, strength))(jax.random.split(key, images.shape[0]))
     return jax.vmap(apply)(images, factors, order)
 

@@ -102,9 +102,7 @@ class TrainBatches:
       DataError: the sizes do not fit together, or the source holds fewer examples than processes.
     """
 
-    def __init__(
-        self, source, *, batch_size, size, crop, seed, process_index=0, process_count=1, prefetch=2, augment=None
-    ):
+    def __init__(self, source, *, batch_size, size, crop, seed, process_index=0, process_count=1, prefetch=2, augment=None):
         _check(batch_size, size, process_index, process_count)
         if source.num_examples < (1 if source.random_access else process_count):
             raise DataError(

@@ -66,12 +66,8 @@ OPERATIONS = {
     "Sharpness": _enhance(ImageEnhance.Sharpness),
     "ShearX": lambda image, share, sign, fill: _affine(image, fill, (1, 0.3 * sign * share, 0, 0, 1, 0)),
     "ShearY": lambda image, share, sign, fill: _affine(image, fill, (1, 0, 0, 0.3 * sign * share, 1, 0)),
-    "TranslateX": lambda image, share, sign, fill: _affine(
-        image, fill, (1, 0, 0.45 * sign * share * image.width, 0, 1, 0)
-    ),
-    "TranslateY": lambda image, share, sign, fill: _affine(
-        image, fill, (1, 0, 0, 0, 1, 0.45 * sign * share * image.height)
-    ),
+    "TranslateX": lambda image, share, sign, fill: _affine(image, fill, (1, 0, 0.45 * sign * share * image.width, 0, 1, 0)),
+    "TranslateY": lambda image, share, sign, fill: _affine(image, fill, (1, 0, 0, 0, 1, 0.45 * sign * share * image.height)),
 }
 NAMES = tuple(OPERATIONS)
 

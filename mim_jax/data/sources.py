@@ -128,18 +128,9 @@ def open_source(name, split, *, path="", data_dir="", channels=3, label_sets=Fal
 
 def _open_sample(split):
     images, labels, skipped = photos.load(split)
-    logging.info(
-        "sample, split %s: %d images of %d px, %d flat ones skipped", split, len(images), images.shape[1], skipped
-    )
+    logging.info("sample, split %s: %d images of %d px, %d flat ones skipped", split, len(images), images.shape[1], skipped)
     return ArraySource(
-        "sample",
-        split,
-        len(images),
-        len(photos.NAMES),
-        photos.NAMES,
-        1,
-        images=tf.constant(images),
-        labels=tf.constant(labels),
+        "sample", split, len(images), len(photos.NAMES), photos.NAMES, 1, images=tf.constant(images), labels=tf.constant(labels)
     )
 
 
@@ -173,10 +164,7 @@ def _class_names(files, root):
     loose = [p for p in files if os.sep not in p]
     if folders and loose:
         logging.warning(
-            "%s holds both class folders and %d loose images (%s, ...): it is read without labels.",
-            root,
-            len(loose),
-            loose[0],
+            "%s holds both class folders and %d loose images (%s, ...): it is read without labels.", root, len(loose), loose[0]
         )
     return () if loose or len(folders) < 2 else tuple(folders)
 

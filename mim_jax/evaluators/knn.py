@@ -48,8 +48,6 @@ class KnnEvaluator:
     def run(self, state):
         variables = state.variables()
         bank, queries = self.bank(variables), self.queries(variables)
-        predicted = knn_predict(
-            bank["features"], bank["label"], queries["features"], self.classes, self.k, self.temperature
-        )
+        predicted = knn_predict(bank["features"], bank["label"], queries["features"], self.classes, self.k, self.temperature)
         accuracy = float((predicted == queries["label"]).mean())
         return {"knn/accuracy": accuracy, "knn/balanced": balanced_accuracy(predicted, queries["label"])}, {}

@@ -63,9 +63,7 @@ def _train(features, labels, settings: ProbeSettings):
             params, stats, opt_state = carry
 
             def loss_fn(p):
-                logits, new = head.apply(
-                    {"params": p, "batch_stats": stats}, features[ids], True, mutable=["batch_stats"]
-                )
+                logits, new = head.apply({"params": p, "batch_stats": stats}, features[ids], True, mutable=["batch_stats"])
                 return optax.softmax_cross_entropy_with_integer_labels(logits, labels[ids]).mean(), new["batch_stats"]
 
             grads, stats = jax.grad(loss_fn, has_aux=True)(params)

@@ -8,8 +8,13 @@ from mim_jax.evaluators.figure import box, panel_grid, to_rgb
 
 BORROWED = "reconstruction: hidden patches take the mean and deviation of the TRUE patch (norm_pix predicts neither)"
 SPREAD = 0.2  # of the gray scale for one standard deviation
-TITLES = {"masked": "masked", "reconstruction": "reconstruction", "reconstruction_own": "own statistics",
-          "codes": "codes", "predicted_codes": "predicted codes"}  # fmt: skip
+TITLES = {
+    "masked": "masked",
+    "reconstruction": "reconstruction",
+    "reconstruction_own": "own statistics",
+    "codes": "codes",
+    "predicted_codes": "predicted codes",
+}
 OWN = "own statistics: the same prediction with the average statistics of the visible patches, nothing borrowed"
 
 

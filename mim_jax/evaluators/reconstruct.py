@@ -19,11 +19,15 @@ def moments(parts: dict) -> dict:
     for name, (prediction, target, inpainted, weight) in parts.items():
         share = (weight / weight.sum(1, keepdims=True))[..., None]
         mean = lambda values, share=share: (values * share).sum(1).mean(-1)
-        found.update({
-            f"{name}/masked_mse": mean(jnp.square(prediction - target)), f"{name}/square": mean(jnp.square(target)),
-            f"{name}/inpainted": mean(jnp.square(inpainted)), f"{name}/product": mean(inpainted * target),
-            f"{name}/target": (target * share).sum(1),
-        })  # fmt: skip
+        found.update(
+            {
+                f"{name}/masked_mse": mean(jnp.square(prediction - target)),
+                f"{name}/square": mean(jnp.square(target)),
+                f"{name}/inpainted": mean(jnp.square(inpainted)),
+                f"{name}/product": mean(inpainted * target),
+                f"{name}/target": (target * share).sum(1),
+            }
+        )
     return found
 
 
@@ -45,9 +49,7 @@ def summarise(found: dict, standardised: dict[str, bool | None]) -> dict[str, fl
             constant = np.square(found[f"{name}/target"].mean(0)).mean()
             errors[name] |= {"zero_mse": m["square"], "constant_mse": m["square"] - constant}
     mean = {key: float(np.mean([e[key] for e in errors.values()])) for key in next(iter(errors.values()))}
-    several = (
-        {f"{name}/{key}": float(x) for name, e in errors.items() for key, x in e.items()} if len(errors) > 1 else {}
-    )
+    several = {f"{name}/{key}": float(x) for name, e in errors.items() for key, x in e.items()} if len(errors) > 1 else {}
     return {**mean, **several}
 
 

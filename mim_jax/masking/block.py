@@ -34,9 +34,7 @@ def check(grid, count: int, min_block: int, min_aspect: float = 0.3):
     if not 1 <= min_block <= count:
         raise ConfigError(f"min_block={min_block} is no block's size; use 1 to count={count} tokens")
     if not 0 < min_aspect <= 1:  # NaN included
-        raise ConfigError(
-            f"min_aspect={min_aspect} is not a ratio above 0 and up to 1; blocks lie in it and its inverse"
-        )
+        raise ConfigError(f"min_aspect={min_aspect} is not a ratio above 0 and up to 1; blocks lie in it and its inverse")
     # The sides are rounded, so that a block fits whose exact height is below rows + 1/2.
     lowest = max(min_aspect, min_block / (columns + 0.5) ** 2)
     highest = min(1 / min_aspect, (rows + 0.5) ** 2 / min_block)

@@ -46,9 +46,7 @@ def check(grid, window: int, views: int, mask_ratio: float, pairing: str):
         )
 
 
-def draw(
-    key, batch_size: int, grid, *, window: int, views: int, mask_ratio: float, pairing: str = "paper"
-) -> WindowMask:
+def draw(key, batch_size: int, grid, *, window: int, views: int, mask_ratio: float, pairing: str = "paper") -> WindowMask:
     """Draws the windows of a batch and what is hidden in them. Static shapes; one global key, any number of devices."""
     corner_key, hide_key = jax.random.split(key)
     corners = (paper_corners if pairing == "paper" else released_corners)(corner_key, batch_size, grid, window, views)

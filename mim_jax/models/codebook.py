@@ -131,9 +131,7 @@ class Tokenizer(nn.Module):
         if not levels or min(levels) < 2:
             raise ConfigError(f"encoder.levels={levels} needs one number or more, each of at least 2")
         if self.classes > MOST_CODES:
-            raise ConfigError(
-                f"encoder.levels={levels} make {self.classes:,} codes; {MOST_CODES:,} are the most: lower some"
-            )
+            raise ConfigError(f"encoder.levels={levels} make {self.classes:,} codes; {MOST_CODES:,} are the most: lower some")
         if self.width < 1 or self.depth < 1:
             raise ConfigError(f"encoder.width={self.width} and encoder.depth={self.depth} must be at least 1")
 

@@ -29,9 +29,7 @@ fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 def conv(features: int, size: int, dtype, name: str | None = None) -> nn.Conv:
     """[b h w c] -> [b h w features]: stride 1, zeros around, with bias."""
-    return nn.Conv(
-        features, (size, size), padding="SAME", dtype=dtype, precision=PRECISION, kernel_init=fan_in, name=name
-    )
+    return nn.Conv(features, (size, size), padding="SAME", dtype=dtype, precision=PRECISION, kernel_init=fan_in, name=name)
 
 
 class Block(nn.Module):
@@ -86,9 +84,7 @@ class DalleEncoder(nn.Module):
                 " each; for images of other channels choose a tokenizer trained on them"
             )
         if self.width < 4 or self.width % 4:
-            raise ConfigError(
-                f"width={self.width} of DALL-E's tokenizer must be a multiple of 4; the released one has 256"
-            )
+            raise ConfigError(f"width={self.width} of DALL-E's tokenizer must be a multiple of 4; the released one has 256")
 
     def setup(self):
         self.input = conv(self.width, 7, self.dtype)

@@ -39,9 +39,7 @@ def bias_matrix(table, window):
     r, c = window
     flipped = table.reshape(2 * r - 1, 2 * c - 1, -1)[::-1, ::-1]  # now key - query
     rows = jnp.stack([flipped[r - 1 - i : 2 * r - 1 - i] for i in range(r)])  # [query row, key row, offset, heads]
-    both = jnp.stack(
-        [rows[:, :, c - 1 - j : 2 * c - 1 - j] for j in range(c)]
-    )  # [query column, row, row, column, heads]
+    both = jnp.stack([rows[:, :, c - 1 - j : 2 * c - 1 - j] for j in range(c)])  # [query column, row, row, column, heads]
     return rearrange(both, "j i k l h -> h (i j) (k l)")
 
 

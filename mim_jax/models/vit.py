@@ -82,9 +82,7 @@ class ViT(nn.Module):
         self.patch_embed = Dense(self.width, self.dtype)
         self.cls_token = self.param("cls_token", token_init, (1, 1, self.width))
         if self.position == "learned":
-            self.pos_embed = self.param(
-                "pos_embed", lambda _: jnp.asarray(sincos_table(self.width, self.grid, cls=True))[None]
-            )
+            self.pos_embed = self.param("pos_embed", lambda _: jnp.asarray(sincos_table(self.width, self.grid, cls=True))[None])
         if self.position == "shared_bias":
             shape = (offsets(self.grid) + CLS_ENTRIES, self.heads)
             self.relative_bias = self.param("relative_bias", nn.initializers.zeros, shape)
@@ -164,9 +162,7 @@ class ViT(nn.Module):
     def with_cls(self, tokens):
         """[r n d] -> [r 1+n d]: the cls token (with its position, where it has one) comes first."""
         cls = self.cls_token + (self.pos_embed[:, :1] if self.position == "learned" else 0)
-        return jnp.concatenate(
-            [jnp.broadcast_to(cls.astype(tokens.dtype), (tokens.shape[0], 1, self.width)), tokens], 1
-        )
+        return jnp.concatenate([jnp.broadcast_to(cls.astype(tokens.dtype), (tokens.shape[0], 1, self.width)), tokens], 1)
 
     def encode(self, tokens, taps: Sequence[int] = (), *, region=None, ids=None, decouple=False, train: bool = False):
         """[r n d] with cls first -> [r n d] after the final norm, and a list of the outputs of the blocks in `taps`.
@@ -208,15 +204,17 @@ class ViT(nn.Module):
         tokens = self.embed_patches(keep(rearrange(patches, "r y x d -> r (y x) d"), visible))
         places = visible.ids if ids is None else jnp.take_along_axis(ids, visible.ids, 1)
         return self.encode(
-            self.with_cls(tokens + self.positions(places)), taps, region=patches.shape[1:3], ids=visible.ids,
-            decouple=decouple, train=train,
-        )  # fmt: skip
+            self.with_cls(tokens + self.positions(places)),
+            taps,
+            region=patches.shape[1:3],
+            ids=visible.ids,
+            decouple=decouple,
+            train=train,
+        )
 
     def encode_masked(self, images, hidden, mask_token, *, ids=None, train: bool = False):
         """[r h w c], bool [r rows columns] of patches, [1 1 d] -> [r 1+n d]: hidden patches enter as the mask token."""
-        tokens = jnp.where(
-            rearrange(hidden, "r y x -> r (y x) 1"), mask_token.astype(self.dtype), self.tokens_of(images)
-        )
+        tokens = jnp.where(rearrange(hidden, "r y x -> r (y x) 1"), mask_token.astype(self.dtype), self.tokens_of(images))
         return self.encode(self.with_cls(tokens + self.positions(ids)), region=hidden.shape[1:], train=train)[0]
 
     def __call__(self, images, train: bool = False):

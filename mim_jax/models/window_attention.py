@@ -64,8 +64,10 @@ class WindowLayout:
         """-> [m n n] bool: pairs that a rolled window holds though the image's border lies between them, or None."""
         if not any(self.shift):
             return None
-        region = [np.searchsorted([g - w, g - s], np.arange(g), "right") for g, w, s in
-                  zip(self.grid, self.window, self.shift, strict=True)]  # fmt: skip
+        region = [
+            np.searchsorted([g - w, g - s], np.arange(g), "right")
+            for g, w, s in zip(self.grid, self.window, self.shift, strict=True)
+        ]
         region = region[0][:, None] * 3 + region[1]  # of the rolled grid
         region = rearrange(region, "(y r) (x c) -> (y x) (r c)", r=self.window[0], c=self.window[1])
         return region[:, :, None] != region[:, None, :]

@@ -74,9 +74,7 @@ class BEiT(BlockPrediction):
     def flops(self) -> int:
         """Forward FLOPs per image, the tokenizer not counted."""
         regions = max(1, self.windows)
-        return self.encoder_flops() + regions * flops.dense(
-            self.hidden_count, self.encoder.width, self.tokenizer.classes
-        )
+        return self.encoder_flops() + regions * flops.dense(self.hidden_count, self.encoder.width, self.tokenizer.classes)
 
     def training_flops(self) -> int:
         return super().training_flops() + self.tokenizer.flops()  # it only runs forward

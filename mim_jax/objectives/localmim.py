@@ -103,8 +103,7 @@ class LocalMIM(Objective):
         e, cell = self.encoder, self.cells[j]
         out = e.channels * (self.bins if self.target_of(j) == "hog" else cell * cell)
         width, depth, heads = (
-            for_taps(name, getattr(self, name), self.taps)[j]
-            for name in ("decoder_width", "decoder_depth", "decoder_heads")
+            for_taps(name, getattr(self, name), self.taps)[j] for name in ("decoder_width", "decoder_depth", "decoder_heads")
         )
         return ScaleDecoder(
             width, depth, heads, out, cls=e.has_cls, remat=e.remat, dtype=self.dtype, scale=self.scales[j], **options
@@ -177,8 +176,7 @@ class LocalMIM(Objective):
         hidden pixels)` completes."""
         e = self.encoder
         hidden = to_cells(rearrange(masks.hidden, "b (y x) -> b y x", y=e.units[0]), e.unit)
-        parts = (self.predict(images, masks), self.targets(images), self.targets(fill(images, hidden)),
-                 self.weights(masks))  # fmt: skip
+        parts = (self.predict(images, masks), self.targets(images), self.targets(fill(images, hidden)), self.weights(masks))
         return {f"tap{j}": part for j, part in enumerate(zip(*parts, strict=True))}
 
     def flops(self) -> int:

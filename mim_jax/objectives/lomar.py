@@ -75,9 +75,14 @@ class LoMaR(Objective):
 
     def masks(self, key, batch_size: int) -> windows.WindowMask:
         return windows.draw(
-            key, batch_size, self.encoder.grid,
-            window=self.window, views=self.views, mask_ratio=self.mask_ratio, pairing=self.pairing,
-        )  # fmt: skip
+            key,
+            batch_size,
+            self.encoder.grid,
+            window=self.window,
+            views=self.views,
+            mask_ratio=self.mask_ratio,
+            pairing=self.pairing,
+        )
 
     def __call__(self, images, masks, train: bool = False):
         """[b h w c], WindowMask -> loss [], metrics."""
@@ -113,9 +118,7 @@ class LoMaR(Objective):
         """[r n d], [r n] -> [r n (p p c)] for each tap and the top: mask tokens go through the encoder."""
         tokens = jnp.where(hidden[..., None], self.mask_token.astype(tokens.dtype), tokens)
         tokens = self.encoder.with_cls(tokens + self.positions(corners, self.encoder.width))
-        top, tapped = self.encoder.encode(
-            tokens, self.taps, region=self.region, decouple=self.decouple_stages, train=train
-        )
+        top, tapped = self.encoder.encode(tokens, self.taps, region=self.region, decouple=self.decouple_stages, train=train)
         lower = [getattr(self, f"head_{j}")(getattr(self, f"norm_{j}")(x)[:, 1:]) for j, x in enumerate(tapped)]
         return [*lower, self.head(top[:, 1:])]
 

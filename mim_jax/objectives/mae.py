@@ -27,9 +27,14 @@ class MAE(PixelPrediction):
         e = self.encoder
         self.check()
         self.decoder = MaskedDecoder(
-            self.decoder_width, self.decoder_depth, self.decoder_heads, e.unit**2 * e.channels, cls=e.has_cls,
-            remat=e.remat, dtype=self.dtype,
-        )  # fmt: skip
+            self.decoder_width,
+            self.decoder_depth,
+            self.decoder_heads,
+            e.unit**2 * e.channels,
+            cls=e.has_cls,
+            remat=e.remat,
+            dtype=self.dtype,
+        )
 
     @property
     def kept(self) -> int:

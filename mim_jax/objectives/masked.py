@@ -138,17 +138,17 @@ class MaskedPrediction(Objective):
         if self.windows:
             corners = rearrange(masks.corners, "b m i -> (b m) i")
             around = jnp.repeat(images, self.windows, 0)
-            paste = lambda image, window, at: jax.lax.dynamic_update_slice(
-                image, window, (*(at * self.encoder.patch), 0)
-            )
+            paste = lambda image, window, at: jax.lax.dynamic_update_slice(image, window, (*(at * self.encoder.patch), 0))
             filled = jax.vmap(paste)(around, filled, corners)
             baseline = self.of_regions(self.targets(filled), windows.WindowMask(corners[:, None], None))
         else:
             baseline = self.targets(filled)
         parts = (
-            self.predict_region(region), self.of_regions(self.targets(images), masks), baseline,
+            self.predict_region(region),
+            self.of_regions(self.targets(images), masks),
+            baseline,
             self.unit_weights(region.hidden),
-        )  # fmt: skip
+        )
         joined = lambda x: rearrange(x, "(b m) n ... -> b (m n) ...", b=images.shape[0])
         return {"window" if self.windows else "image": tuple(joined(part) for part in parts)}
 

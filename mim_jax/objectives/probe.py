@@ -90,9 +90,7 @@ class Probe(Objective):
 
     def head_logits(self, images, train: bool) -> dict:
         inputs = self.inputs(images)
-        return {
-            head.name: getattr(self, f"head_{head.name}")(inputs[head.tap, head.kind], train) for head in self.heads
-        }
+        return {head.name: getattr(self, f"head_{head.name}")(inputs[head.tap, head.kind], train) for head in self.heads}
 
     def logits(self, images, train: bool = False):
         """[b h w c] -> [b classes], or {name of a head: [b classes]} where there are several."""

@@ -130,9 +130,7 @@ def maskfeat_hog(images, nbins: int = 9, cell: int = 8, token: int = 16):
     """
     check_cells(images, (token,))
     if cell < 1 or token % cell:
-        raise ConfigError(
-            f"HOG cells of {cell} pixels do not tile tokens of {token}: choose a cell that divides {token}"
-        )
+        raise ConfigError(f"HOG cells of {cell} pixels do not tile tokens of {token}: choose a cell that divides {token}")
     h, w, c = images.shape[1:]
     first, second = gradients(jax.lax.stop_gradient(images).astype(jnp.float32))
     weight = np.tile(gaussian_window(token), (h // token, w // token)).repeat(c, 1)

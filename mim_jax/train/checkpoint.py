@@ -143,9 +143,7 @@ def is_damage(error: Exception) -> bool:
     passing = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "DEADLINE_EXCEEDED")
     if isinstance(error, PermissionError) or any(word in str(error) for word in passing):
         return False
-    return isinstance(
-        error, (ValueError, KeyError, TypeError, AttributeError, OSError)
-    )  # what orbax raises for bad files
+    return isinstance(error, (ValueError, KeyError, TypeError, AttributeError, OSError))  # what orbax raises for bad files
 
 
 def absolute(path) -> epath.Path:

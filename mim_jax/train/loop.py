@@ -45,9 +45,7 @@ def train(
         stop = checkpoints.should_stop(step)
         if stop or checkpoints.due(step, first) or step == total:
             with clock.measure("save"):
-                checkpoints.save(
-                    step, state, {**meta, "step": step, "examples": step * batch_size, "clock": clock.state()}
-                )
+                checkpoints.save(step, state, {**meta, "step": step, "examples": step * batch_size, "clock": clock.state()})
         if stop and step < total:
             logger.say(f"stopping at step {step} as asked; the same command continues from here")
             return state, results, False

@@ -47,9 +47,7 @@ def adamw(lr, *, b1: float, b2: float, weight_decay: float, no_decay=(), clip_no
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     parts += [
         scale_by_adam(b1, b2),
-        optax.add_decayed_weights(
-            weight_decay, lambda params: tree.map_named(lambda p, x: decays(p, x, no_decay), params)
-        ),
+        optax.add_decayed_weights(weight_decay, lambda params: tree.map_named(lambda p, x: decays(p, x, no_decay), params)),
     ]
     if lr_scales is not None:
         parts.append(scale_by_path(lr_scales))

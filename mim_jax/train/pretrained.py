@@ -23,11 +23,7 @@ def find(source) -> epath.Path:
     if source.name.isdigit() and (source / "state").is_dir():
         return source
     folder = source / "checkpoints"
-    steps = (
-        [int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "state").is_dir()]
-        if folder.is_dir()
-        else []
-    )
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "state").is_dir()] if folder.is_dir() else []
     if not steps:
         raise CheckpointError(
             f"no checkpoint in '{source}': give the folder of a run (it holds checkpoints/), or one step of it"
@@ -67,9 +63,7 @@ def _named(step_folder: epath.Path):
         raise
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
-        raise CheckpointError(
-            f"the checkpoint {step_folder} cannot be read, it is damaged or incomplete ({reason})"
-        ) from error
+        raise CheckpointError(f"the checkpoint {step_folder} cannot be read, it is damaged or incomplete ({reason})") from error
 
 
 def ancestry(meta: dict) -> dict:
@@ -128,9 +122,7 @@ def match_params(wanted: dict, loaded: dict, allow_missing=(), allow_unexpected=
     for kind, allowed in (("missing", allow_missing), ("unexpected", allow_unexpected)):
         bad = [path for path in report[kind] if not tree.matches(allowed, path)]
         if bad:
-            raise CheckpointError(
-                f"the checkpoint has {kind} parameters: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
-            )
+            raise CheckpointError(f"the checkpoint has {kind} parameters: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}")
     fits = {path: x for path, x in loaded.items() if path in wanted}
     words = [f"{len(fits)} loaded"]
     words += [f"{len(report[k])} {k} ({', '.join(report[k][:4])})" for k in ("missing", "unexpected") if report[k]]

@@ -20,9 +20,7 @@ def warmup_cosine(peak: float, total_steps: float, warmup_steps: float, min_lr: 
     return lr
 
 
-def warmup_constant(
-    peak: float, total_steps: float, warmup_steps: float, milestones=(), rate: float = 0.1, start: float = 0.0
-):
+def warmup_constant(peak: float, total_steps: float, warmup_steps: float, milestones=(), rate: float = 0.1, start: float = 0.0):
     """Linear from `start` * peak over the warm-up, then `peak`, multiplied by `rate` at each milestone.
 
     Milestones are shares of the whole run, warm-up included, so that they move with its length. SimMIM (arXiv 2111.09886,
@@ -33,9 +31,7 @@ def warmup_constant(
     """
     for share in milestones:
         if not 0 < share < 1:  # NaN included
-            raise ConfigError(
-                f"optim.milestones={tuple(milestones)}: {share} is not a share of the run between 0 and 1"
-            )
+            raise ConfigError(f"optim.milestones={tuple(milestones)}: {share} is not a share of the run between 0 and 1")
 
     def lr(step):
         step = jnp.asarray(step, jnp.float32)

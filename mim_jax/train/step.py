@@ -33,8 +33,7 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
         params, opt_state, stats = jax.tree.map(partial(jnp.where, finite), new, old)
         bad = jnp.where(finite, 0, 1)
         in_row = (state.skipped_in_row + 1) * bad
-        metrics = {**metrics, "loss": loss, "grad_norm": grad_norm, "skipped_in_row": in_row,
-                   "skipped": state.skipped + bad}  # fmt: skip
+        metrics = {**metrics, "loss": loss, "grad_norm": grad_norm, "skipped_in_row": in_row, "skipped": state.skipped + bad}
         if lr is not None:
             metrics["lr"] = lr(state.step)
         state = TrainState(state.step + 1, params, state.frozen, stats, opt_state, state.skipped + bad, in_row)
@@ -50,9 +49,8 @@ def accumulate(objective, state, images, masks, key, accumulation: int):
 
     def loss_fn(params, stats, images, masks, key):
         (loss, metrics), updated = objective.apply(
-            {"params": merge(params, state.frozen), **stats}, images, masks, True,
-            rngs={"dropout": key}, mutable=list(stats),
-        )  # fmt: skip
+            {"params": merge(params, state.frozen), **stats}, images, masks, True, rngs={"dropout": key}, mutable=list(stats)
+        )
         return loss, (metrics, dict(updated) or stats)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)

@@ -47,9 +47,7 @@ def claim(workdir: epath.Path, config: dict):
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, config)
     except OSError as error:
-        raise ConfigError(
-            f"the workdir '{workdir}' cannot be written ({error.strerror}); choose another --workdir"
-        ) from error
+        raise ConfigError(f"the workdir '{workdir}' cannot be written ({error.strerror}); choose another --workdir") from error
 
 
 def completed(config: dict) -> dict:
@@ -96,9 +94,7 @@ def git_hash() -> str:
     """The commit this code runs from, `+` when the tree differs from it; empty outside a checkout."""
     try:
         here = epath.Path(__file__).parent
-        run = lambda *a: subprocess.run(
-            ["git", "-C", here, *a], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        run = lambda *a: subprocess.run(["git", "-C", here, *a], capture_output=True, text=True, check=True).stdout.strip()
         return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""

@@ -30,11 +30,15 @@ def settings(case: Case, taps: int, channels: int) -> dict:
     named = str(meta.get("target", "")).lower()
     hog = "hog" in named if named else any(key.startswith("param/hog_enc") for key in case.arrays)
     return dict(
-        decoder_width=widths, decoder_depth=depth_of(case, r"decoder\.0\.blocks\.(\d+)\."),
-        decoder_heads=meta.get("decoder_heads", 4), target="hog" if hog else "pixels",
-        bins=case[last].shape[0] // channels if hog else 9, hog_bias=hog and "param/hog_enc.0.conv.bias" in case,
-        norm_pix=meta.get("norm_pix_loss", True), decouple_stages="stage_of_param" in meta,
-    )  # fmt: skip
+        decoder_width=widths,
+        decoder_depth=depth_of(case, r"decoder\.0\.blocks\.(\d+)\."),
+        decoder_heads=meta.get("decoder_heads", 4),
+        target="hog" if hog else "pixels",
+        bins=case[last].shape[0] // channels if hog else 9,
+        hog_bias=hog and "param/hog_enc.0.conv.bias" in case,
+        norm_pix=meta.get("norm_pix_loss", True),
+        decouple_stages="stage_of_param" in meta,
+    )
 
 
 def strided(ours, recorded, meta):
@@ -54,9 +58,7 @@ class LocalPort:
         weights, targets = made.weights(masks), self.apply(images, method="targets")
         for j, weight in enumerate(weights):
             error = np.asarray(seen[f"error_{j}"][0])
-            report.add(
-                f"{prefix}loss/scale{j}", (error * weight).sum() / weight.sum(), case.get(f"{prefix}loss/scale{j}")
-            )
+            report.add(f"{prefix}loss/scale{j}", (error * weight).sum() / weight.sum(), case.get(f"{prefix}loss/scale{j}"))
             if prefix:
                 continue
             report.add(f"loss/per_patch{j}", error, case.get(f"loss/per_patch{j}"))
@@ -106,8 +108,13 @@ class LocalVitPort(LocalPort):
         self.params = names.from_released(case.under("param/"), self.rules)
         if taps[-1] != encoder.depth - 1:
             raise ValueError(f"taps {taps} leave the top of {encoder.depth} blocks untrained; such a case has no port")
-        self.objective = LocalMIM(encoder=encoder, taps=taps, scales=scales, mask_ratio=case.meta["mask_ratio"],
-                                  **settings(case, len(taps), encoder.channels))  # fmt: skip
+        self.objective = LocalMIM(
+            encoder=encoder,
+            taps=taps,
+            scales=scales,
+            mask_ratio=case.meta["mask_ratio"],
+            **settings(case, len(taps), encoder.channels),
+        )
 
     def scale_of(self, j: int) -> float:
         """By the layers of decoder j: two transposed convolutions, one, a convolution alone, or one after a pooling."""
@@ -140,9 +147,7 @@ class LocalVitPort(LocalPort):
         place = np.asarray(which.slot)[rows, kept]
         place = np.concatenate([np.zeros_like(place[:, :1]), 1 + place], 1)
         loss, seen = run_and_look(made, {"params": self.params}, images, masks)
-        embedded = made.apply(
-            {"params": self.params}, images, method=lambda o, x: o.encoder.embed(x) - o.encoder.positions()
-        )
+        embedded = made.apply({"params": self.params}, images, method=lambda o, x: o.encoder.embed(x) - o.encoder.positions())
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))
         self.add_scales(report, images, masks, loss, seen, self.apply(images, masks, method="predict"))
         image = lambda x: np.moveaxis(x, -1, 1)
@@ -204,8 +209,9 @@ class ReleasedCoordinates(Swin):
     places: tuple = ()
 
     def stage(self, i: int, drop_paths):
-        return CoordinateStage(self.units, self.side >> i, self.heads[i], self.window, drop_paths, self.mlp_ratio,
-                               self.eps, self.norm2_eps)  # fmt: skip
+        return CoordinateStage(
+            self.units, self.side >> i, self.heads[i], self.window, drop_paths, self.mlp_ratio, self.eps, self.norm2_eps
+        )
 
     def run_stage(self, i: int, x, visible, train: bool):
         stage, ids = getattr(self, f"stage_{i}"), np.asarray(self.places[i])
@@ -233,8 +239,9 @@ class LocalSwinPort(LocalPort):
         n = encoder.units[0] * encoder.units[1]
         # the released sampler hides int(ratio * n) + 1 units, also where the product is a whole number
         kept = n - int(case.meta["mask_ratio"] * n) - 1
-        self.objective = LocalMIM(encoder=encoder, taps=taps, scales=(1.0,) * len(taps), mask_ratio=1 - (kept + 0.5) / n,
-                                  **options)  # fmt: skip
+        self.objective = LocalMIM(
+            encoder=encoder, taps=taps, scales=(1.0,) * len(taps), mask_ratio=1 - (kept + 0.5) / n, **options
+        )
 
     def masks(self, draws: str, batch_size: int) -> TokenMask:
         """One draw for the whole batch: hidden where the permutation is smallest."""
@@ -325,6 +332,14 @@ def swin_of(case: Case, prefix: str, **options) -> Swin:
     tables = [at(f"layers.{i}.blocks.0.attn.relative_position_bias_table").shape for i in range(stages)]
     mlp = at("layers.0.blocks.0.mlp.fc1.weight").shape[0] / width
     h, w = case.released_images.shape[-2:]
-    return Swin(grid=(h // patch, w // patch), patch=patch, channels=channels, width=width, depths=depths,
-                heads=tuple(heads for _, heads in tables), window=(round(tables[0][0] ** 0.5) + 1) // 2, mlp_ratio=mlp,
-                **options)  # fmt: skip
+    return Swin(
+        grid=(h // patch, w // patch),
+        patch=patch,
+        channels=channels,
+        width=width,
+        depths=depths,
+        heads=tuple(heads for _, heads in tables),
+        window=(round(tables[0][0] ** 0.5) + 1) // 2,
+        mlp_ratio=mlp,
+        **options,
+    )

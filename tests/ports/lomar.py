@@ -21,19 +21,21 @@ class LomarPort:
     def __init__(self, case: Case):
         meta = case.meta
         self.case = case
-        self.objective = LoMaR(encoder=case.encoder(position="rpe"), window=meta["window"], views=meta["num_window"],
-                               mask_ratio=meta["mask_ratio"], norm_pix=meta["norm_pix_loss"], pairing="released")  # fmt: skip
+        self.objective = LoMaR(
+            encoder=case.encoder(position="rpe"),
+            window=meta["window"],
+            views=meta["num_window"],
+            mask_ratio=meta["mask_ratio"],
+            norm_pix=meta["norm_pix_loss"],
+            pairing="released",
+        )
         self.params = names.from_released(case.under("param/"), self.rules)
 
     def masks(self, draws: str, batch_size: int) -> windows.WindowMask:
         """The recorded draws under a prefix, through this project's own pairing and hiding."""
         case, m = self.case, self.objective.views
-        corners = jnp.stack(
-            [jnp.asarray(case[f"{draws}{side}_randperm"][:m], jnp.int32) for side in ("top", "left")], -1
-        )
-        noise = (
-            jnp.asarray(case[f"{draws}noise"]).reshape(m, batch_size, -1).swapaxes(0, 1)
-        )  # recorded row = v*b + image
+        corners = jnp.stack([jnp.asarray(case[f"{draws}{side}_randperm"][:m], jnp.int32) for side in ("top", "left")], -1)
+        noise = jnp.asarray(case[f"{draws}noise"]).reshape(m, batch_size, -1).swapaxes(0, 1)  # recorded row = v*b + image
         count = windows.hidden_count(self.objective.window, self.objective.mask_ratio)
         return windows.WindowMask(windows.pair_as_released(corners, batch_size), windows.hide_smallest(noise, count))
 
@@ -47,9 +49,13 @@ class LomarPort:
         """Windows and masks that follow from the draws, against the recorded ones, row by row."""
         b, m = masks.hidden.shape[:2]
         recorded = self.case.under(prefix)
-        rows = {"row_image": np.tile(np.arange(b), m), "row_window": np.arange(b * m) % m,
-                "row_top": as_rows(masks.corners[..., 0]), "row_left": as_rows(masks.corners[..., 1]),
-                "mask": as_rows(masks.hidden)}  # fmt: skip
+        rows = {
+            "row_image": np.tile(np.arange(b), m),
+            "row_window": np.arange(b * m) % m,
+            "row_top": as_rows(masks.corners[..., 0]),
+            "row_left": as_rows(masks.corners[..., 1]),
+            "mask": as_rows(masks.hidden),
+        }
         for key, ours in rows.items():
             if key in recorded:
                 report.add(prefix + key, ours, recorded[key])

@@ -21,10 +21,13 @@ class MaePort:
         self.case, meta = case, case.meta
         self.params = names.from_released(case.under("param/"), self.rules)
         self.objective = MAE(
-            encoder=case.encoder(position="absolute"), mask_ratio=meta["mask_ratio"], norm_pix=meta["norm_pix_loss"],
-            decoder_width=case["param/decoder_embed.bias"].shape[0], decoder_depth=depth_of(case, r"decoder_blocks\.(\d+)\."),
+            encoder=case.encoder(position="absolute"),
+            mask_ratio=meta["mask_ratio"],
+            norm_pix=meta["norm_pix_loss"],
+            decoder_width=case["param/decoder_embed.bias"].shape[0],
+            decoder_depth=depth_of(case, r"decoder_blocks\.(\d+)\."),
             decoder_heads=meta["decoder_heads"],
-        )  # fmt: skip
+        )
 
     def masks(self, draws: str) -> TokenMask:
         return keep_smallest(jnp.asarray(self.case[f"{draws}noise"]), self.objective.kept)

@@ -53,10 +53,7 @@ class SwinClassifierPort(ClassifierPort):
 
     def check_constants(self, report: Report):
         """The offset of every pair in a window, and the pairs that a rolled window keeps apart."""
-        index, apart = (
-            self.case.get("derived/relative_position_index"),
-            self.case.get("derived/layer0.block1.attn_mask_bool"),
-        )
+        index, apart = (self.case.get("derived/relative_position_index"), self.case.get("derived/layer0.block1.attn_mask_bool"))
         encoder = self.objective.encoder
         layout = WindowLayout.of(encoder.units, encoder.side, encoder.window, shifted=True)
         if index is not None:

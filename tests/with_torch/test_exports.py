@@ -129,10 +129,7 @@ def test_mae_is_that_of_transformers(norm_pix, tmp_path, monkeypatch):
     made = made.clone(norm_pix=norm_pix)
     images = images_of(config)
     masks = made.masks(jax.random.key(0), len(images))
-    run = lambda p: (
-        made.apply({"params": p}, images, masks),
-        made.apply({"params": p}, images, masks, method="predict"),
-    )
+    run = lambda p: (made.apply({"params": p}, images, masks), made.apply({"params": p}, images, masks, method="predict"))
     (loss, _), prediction = jit(run)(params)
     other = loaded(config, params, "hf", tmp_path, monkeypatch)
     found = theirs(other, images, noise=torch.from_numpy(np.asarray(masks.hidden, np.float32)))
@@ -183,9 +180,7 @@ def test_models_of_timm_compute_the_same_here(name):
     other = timm.create_model(**TIMM[name]).eval()
     state = {key: x.numpy() for key, x in other.state_dict().items()}
     rng = np.random.default_rng(0)
-    state = {
-        key: (x + 0.1 * rng.normal(size=x.shape)).astype(np.float32) for key, x in state.items()
-    }  # no zeros, no ones
+    state = {key: (x + 0.1 * rng.normal(size=x.shape)).astype(np.float32) for key, x in state.items()}  # no zeros, no ones
     other.load_state_dict({key: torch.from_numpy(x) for key, x in state.items()})
     half = (0.5,) * 3
     said = dict(size=None if "swin" in name else SMALL_VIT["img_size"], pool="normed" if "after" in name else "")
