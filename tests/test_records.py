@@ -1,0 +1,64 @@
+"""Today's code continues what earlier code saved, and repeats what it computed: bit for bit where the machine is the same.
+
+What is recorded, and how: tests/record_runs.py. Where the environment differs (another CPU, another XLA), the losses must
+still agree to 1e-6, and the leaves of the state in root mean square and mean.
+"""
+
+import json
+import shutil
+
+import pytest
+from record_runs import RECORDS, RUNS, SAVED, STEPS, environment, outcome, renamed, start
+
+# Where the environment differs: relative error of a loss or learning rate, of a gradient norm, of a leaf (in units of its root
+# mean square); absolute error of what an evaluator finds, since one image more or less may be classified rightly. XLA with its
+# optimisations on was off by 6e-7 (a fine-tuning's first loss, by 1.2e-6), 4e-7, 1.3e-6 and 6e-6 at most.
+LOSS, NORM, LEAF, JUDGED = 1e-6, 1e-5, 1e-5, 0.02
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch, request):
+    """The working directory holds the workdir as recorded, and LoMaR's where others start from -> (name, record.json)."""
+    name = request.param
+    for folder in {"lomar", name}:
+        shutil.copytree(RECORDS / folder, tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    return name, json.loads((RECORDS / name / "record.json").read_text())
+
+
+every_run = pytest.mark.parametrize("recorded", RUNS, indirect=True)
+
+
+@every_run
+def test_recorded_checkpoint_is_continued(recorded):
+    name, record = recorded
+    start(name)
+    compare(outcome(name), record, first=SAVED)
+
+
+@every_run
+def test_recorded_run_is_repeated(recorded):
+    name, record = recorded
+    shutil.rmtree(name)
+    start(name)
+    compare(outcome(name), record, first=0)
+
+
+def compare(found: dict, record: dict, first: int):
+    same = environment() == record["environment"]
+    close = lambda value, rel: value if same else pytest.approx(value, rel=rel, abs=1e-12)
+    assert list(found["steps"]) == list(range(first + 1, STEPS + 1))  # a checkpoint that was not found would begin at 1
+    for step, now in found["steps"].items():
+        then = record["steps"][str(step)]
+        assert now["loss"] == close(then["loss"], LOSS), step
+        assert now["lr"] == close(then["lr"], LOSS), step
+        assert now["grad_norm"] == close(then["grad_norm"], NORM), step
+    judged = {renamed(key): value for key, value in record["evaluations"].items()}
+    assert found["evaluations"] == (judged if same else pytest.approx(judged, abs=JUDGED))
+
+    fingerprints, rms, mean = ({renamed(p): x for p, x in record[key].items()} for key in ("fingerprints", "rms", "mean"))
+    assert set(found["fingerprints"]) == set(fingerprints) == set(found["rms"])
+    if same:
+        assert [path for path, bits in fingerprints.items() if found["fingerprints"][path] != bits] == []
+    off = {path: max(abs(found["rms"][path] - rms[path]), abs(found["mean"][path] - mean[path])) for path in rms}
+    assert {path: error for path, error in off.items() if error > LEAF * rms[path]} == {}
