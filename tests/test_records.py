@@ -12,7 +12,7 @@ from record_runs import RECORDS, RUNS, SAVED, STEPS, environment, outcome, renam
 
 # Where the environment differs: relative error of a loss or learning rate, of a gradient norm, of a leaf (in units of its root
 # mean square); absolute error of what an evaluator finds, since one image more or less may be classified rightly. XLA with its
-# optimisations on was off by 6e-7 (a fine-tuning's first loss, by 1.2e-6), 4e-7, 1.3e-6 and 6e-6 at most.
+# optimisations on was off by 6e-7 (the first losses of the fine-tuning: 1.2e-6), 4e-7, 1.3e-6 and 6e-6 at most.
 LOSS, NORM, LEAF, JUDGED = 1e-6, 1e-5, 1e-5, 0.02
 
 
