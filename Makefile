@@ -45,7 +45,7 @@ quickstart: env
 	$(PY) -m mim_jax.main --config=configs/lomar_sample.py --config.seed=$(SEED) --workdir="$(RUN)/pretrain"
 	$(PY) -m mim_jax.visualise --workdir="$(RUN)/pretrain"
 	$(PY) -m mim_jax.main --config=configs/linprobe.py --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/probe"
-	$(PY) results/summarise.py "$(RUN)"
+	$(PY) -m experiments.summarise "$(RUN)"
 
 # What stands beside the quickstart's LoMaR in the README's table, at the same number of images: LocalMIM, both with
 # stages decoupled, and LocalMIM from the top alone.
@@ -61,7 +61,7 @@ compare-%: env
 	$(PY) -m mim_jax.main --config=$(SPEC_$*) --config.seed=$(SEED) --workdir="runs/compare/$*_seed$(SEED)/pretrain"
 	$(PY) -m mim_jax.visualise --workdir="runs/compare/$*_seed$(SEED)/pretrain"
 	$(PY) -m mim_jax.main --config=configs/linprobe.py --config.init_from="runs/compare/$*_seed$(SEED)/pretrain" --config.seed=$(SEED) --workdir="runs/compare/$*_seed$(SEED)/probe"
-	$(PY) results/summarise.py "runs/compare/$*_seed$(SEED)"
+	$(PY) -m experiments.summarise "runs/compare/$*_seed$(SEED)"
 	cp "runs/compare/$*_seed$(SEED)/summary.json" "results/compare_$*_seed$(SEED).json"
 
 # What every full-size config costs at three sizes, compiled but not run. Swins at 384 px need windows that tile it.

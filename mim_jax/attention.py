@@ -9,6 +9,7 @@ second block, hold pairs that may not attend, which alone lifts their NMI: compa
 
 import dataclasses
 import os
+import time
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from absl import app, flags, logging
 
 from mim_jax.config import ConfigDict, ConfigError, TrackedConfig
 from mim_jax.logs import fail
+from mim_jax.provenance import this_run, write_result
 
 WORKDIR = flags.DEFINE_multi_string(
     "workdir", None, "folder of a pretraining run, or one step of it; may be given several times", required=True
@@ -133,12 +135,12 @@ def compare(workdirs, out: str = "", split: str = "", examples: int = 256, batch
     Raises ConfigError before any compute for a folder that holds no pretraining run.
     """
     from mim_jax.train.checkpoint import absolute
-    from mim_jax.train.workdir import git_hash, write_json
 
     if examples < 0 or batch_size < 1:
         raise ConfigError(f"examples={examples} must be 0 (all) or more, batch_size={batch_size} 1 or more")
     if out and not out.endswith(".png"):
         raise ConfigError(f"--out='{out}' must end in .png; the numbers go into a .json beside it")
+    began = time.perf_counter()
     runs = [read_run(workdir, place) for workdir in workdirs]
     curves, seen = [], set()
     for run, name in zip(runs, names_of(runs)):
@@ -151,7 +153,9 @@ def compare(workdirs, out: str = "", split: str = "", examples: int = 256, batch
     png = absolute(out) if out else runs[0].folder.parent.parent / "figures" / "attention_nmi.png"
     png.parent.mkdir(parents=True, exist_ok=True)
     numbers = png.with_suffix(".json")
-    write_json(numbers, {"git": git_hash(), "device": jax.devices()[0].device_kind, "curves": curves})
+    asked = dict(zip(("source", "path", "data_dir"), place), split=split, examples=examples, batch_size=batch_size)
+    asked["workdirs"] = [str(workdir) for workdir in workdirs]
+    write_result(numbers, {"curves": curves}, this_run(asked, time.perf_counter() - began))
     with png.open("wb") as file:
         draw(curves, file)
     print(f"{png}\n{numbers}", flush=True)

@@ -7,18 +7,19 @@ Needs neither TensorFlow nor data: images are random.
 """
 
 import json
-import os
 import resource
 import time
 
 import jax
 import numpy as np
 from absl import app, flags, logging
+from etils import epath
 
 from mim_jax import costs, sharding
 from mim_jax.config import ConfigError, name_of
 from mim_jax.logs import fail
 from mim_jax.models import flops
+from mim_jax.provenance import this_run, write_result
 from mim_jax.train.state import create
 
 CONFIG = flags.DEFINE_multi_string("config", None, "configs/NAME.py[:arguments]; may be given several times", required=True)
@@ -107,8 +108,8 @@ def report(subject: Subject, rate: float) -> dict:
     }
 
 
-def benchmark(specs, setting: costs.Setting, steps: int) -> dict:
-    """Measures the configs in turn -> the whole report."""
+def benchmark(specs, setting: costs.Setting, steps: int) -> tuple[dict, dict]:
+    """Measures the configs in turn -> numbers, settings."""
     subjects = [Subject(spec, setting) for spec in specs]
     widest = costs.widest(subjects)
     encoder = widest.made.encoder
@@ -125,33 +126,33 @@ def benchmark(specs, setting: costs.Setting, steps: int) -> dict:
     results = [report(subject, rate) for subject in subjects]
     first = results[0]["step_median_s"]
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return {
-        **setting.header(widest.dtype, steps),
+    found = {
         "matmul_flops_per_second": rate,
         "peak_memory_bytes": peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "results": results,
         "step_ratio_to_first": [r["step_median_s"] / first for r in results],
     }
+    return found, setting.asked(specs, widest.dtype, steps)
 
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
+    began = time.perf_counter()
     try:
         setting = costs.Setting(BATCH.value, DTYPE.value, REMAT.value)
         if COMPILE_ONLY.value:
-            found, name = costs.report(CONFIG.value, setting), "costs"
+            (found, asked), name = costs.report(CONFIG.value, setting), "costs"
         else:
-            found = benchmark(CONFIG.value, setting, STEPS.value)
+            found, asked = benchmark(CONFIG.value, setting, STEPS.value)
             name = f"benchmark_{'_vs_'.join(name_of(spec) for spec in CONFIG.value)}"
     except ConfigError as error:
         fail(str(error))
-    text = json.dumps(found, indent=1)
-    print(text)
+    origin = this_run(asked, time.perf_counter() - began)
+    print(json.dumps({**found, "provenance": origin}, indent=1))
     if OUT.value != "-":
-        path = OUT.value or f"results/{name}_{found['device'].replace(' ', '-')}.json"
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "w") as f:
-            f.write(text + "\n")
+        path = epath.Path(OUT.value or f"results/{name}_{origin['device']['kind'].replace(' ', '-')}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_result(path, found, origin)
 
 
 if __name__ == "__main__":

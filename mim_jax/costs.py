@@ -4,8 +4,6 @@ So that a config of full size can be judged on any machine: `python -m mim_jax.b
 """
 
 import dataclasses
-import os
-import platform
 import time
 
 import jax
@@ -15,7 +13,6 @@ from mim_jax.config import ConfigError, TrackedConfig, load
 from mim_jax.train.schedule import warmup_cosine
 from mim_jax.train.state import plan
 from mim_jax.train.step import make_step
-from mim_jax.train.workdir import git_hash
 
 
 @dataclasses.dataclass
@@ -30,14 +27,10 @@ class Setting:
     def __post_init__(self):
         sharding.check_batch(self.batch_size, 1, self.mesh)
 
-    def header(self, dtype, steps: int) -> dict:
-        """What a report says of its machine and setting."""
-        return {
-            "device": jax.devices()[0].device_kind, "devices": self.mesh.size, "cores": os.cpu_count(),
-            "machine": platform.machine(), "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
-            "jax": jax.__version__, "git": git_hash(), "batch_size": self.batch_size, "steps": steps,
-            "compute_dtype": str(dtype), "remat": self.remat,
-        }  # fmt: skip
+    def asked(self, specs, dtype, steps: int) -> dict:
+        """The settings of a report, for its provenance."""
+        own = {"batch_size": self.batch_size, "compute_dtype": str(dtype), "remat": self.remat}
+        return {"configs": list(specs), **own, "steps": steps}
 
 
 class Program:
@@ -107,9 +100,10 @@ def widest(programs) -> Program:
     return max(programs, key=lambda p: p.made.encoder.width)
 
 
-def report(specs, setting: Setting) -> dict:
-    """Compiles the configs one after the other -> the whole report; all are built before the first is compiled."""
+def report(specs, setting: Setting) -> tuple[dict, dict]:
+    """Compiles the configs one after the other -> numbers, settings; all are built before the first is compiled."""
     programs = [Program(spec, setting) for spec in specs]
     for program in programs:
         program.compile()
-    return {**setting.header(widest(programs).dtype, 0), "results": [program.costs() for program in programs]}
+    found = {"results": [program.costs() for program in programs]}
+    return found, setting.asked(specs, widest(programs).dtype, steps=0)

@@ -9,9 +9,10 @@ from etils import epath
 from mim_jax import build, evaluation, supervised, tree
 from mim_jax.config import ConfigError
 from mim_jax.logs import Logger
+from mim_jax.provenance import this_run, write_result
 from mim_jax.train import pretrained
 from mim_jax.train.loop import report as report_scalars
-from mim_jax.train.workdir import RESULT, claim, finished, git_hash, write_json
+from mim_jax.train.workdir import RESULT, claim, finished
 from mim_jax.transfer import pretrained_params
 
 
@@ -69,7 +70,6 @@ def evaluate(config, plain: dict, workdir: epath.Path, mesh) -> dict:
         scalars, images = evaluator.run(Loaded(kinds))
         report_scalars(logger, 0, evaluator.name, scalars, images)
         results.update(scalars)
-    results.update(origin, seconds=time.perf_counter() - began, git=git_hash())
-    write_json(workdir / RESULT, results)
+    results.update(origin, seconds=time.perf_counter() - began)
     logger.close()
-    return results
+    return write_result(workdir / RESULT, results, this_run(plain, results["seconds"]))

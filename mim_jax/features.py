@@ -15,8 +15,9 @@ from mim_jax.config import ConfigError, choice
 from mim_jax.evaluators.base import SplitRunner
 from mim_jax.logs import Logger
 from mim_jax.objectives.base import Objective
+from mim_jax.provenance import git_hash, this_run, write_result
 from mim_jax.train import pretrained
-from mim_jax.train.workdir import RESULT, claim, finished, git_hash, write_json
+from mim_jax.train.workdir import RESULT, claim, finished
 
 # The last one gets its name last.
 FILES = {"npy": ("labels.npy", "names.txt", "features.npy"), "parquet": ("features.parquet",)}
@@ -162,8 +163,7 @@ def write_features(config, plain: dict, workdir: epath.Path, mesh) -> dict:
         features = made.apply(variables, normalise(batch["image"]))
         return {"features": features, "label": batch["label"], "id": batch["id"]}
 
-    facts = {**origin, "git": git_hash()}
-    writer = Writer(workdir, source, shape, format, facts) if jax.process_index() == 0 else None
+    writer = Writer(workdir, source, shape, format, {**origin, "git": git_hash()}) if jax.process_index() == 0 else None
     began, first, said, done = time.perf_counter(), None, time.perf_counter(), 0
     for rows in SplitRunner(fn, mesh, *batches).stream(variables):
         if writer:
@@ -177,9 +177,9 @@ def write_features(config, plain: dict, workdir: epath.Path, mesh) -> dict:
     speed = rate(began, first, time.perf_counter(), done)
     if writer:
         writer.close()
-    results = {**facts, "count": done, "shape": list(shape), "dtype": "float32", "files": list(FILES[format]),
+    results = {**origin, "count": done, "shape": list(shape), "dtype": "float32", "files": list(FILES[format]),
                "seconds": time.perf_counter() - began, "images_per_second": speed}  # fmt: skip
-    write_json(workdir / RESULT, results)
+    results = write_result(workdir / RESULT, results, this_run(plain, results["seconds"]))
     logger.say(f"{done} features {list(row)} at {speed:.1f} images/s: {workdir / FILES[format][-1]}")
     logger.close()
     return results

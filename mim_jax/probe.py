@@ -12,8 +12,9 @@ from mim_jax.evaluators.fewshot import fewshot, summary, too_few
 from mim_jax.evaluators.knn import knn_predict
 from mim_jax.evaluators.linear_probe import ProbeSettings, probe
 from mim_jax.logs import Logger
+from mim_jax.provenance import this_run, write_result
 from mim_jax.train.state import init_variables
-from mim_jax.train.workdir import RESULT, claim, write_json
+from mim_jax.train.workdir import RESULT, claim
 from mim_jax.transfer import pretrained_params
 from mim_jax.tree import flatten, nest
 
@@ -95,8 +96,7 @@ def cached_probe(config, plain: dict, workdir: str, mesh) -> dict:
     results.update(seconds=time.perf_counter() - began, chance=1 / classes, test_examples=sources["test"].num_examples)
     logger.scalars(0, results)
     logger.close()
-    write_json(workdir / RESULT, results)
-    return results
+    return write_result(workdir / RESULT, results, this_run(plain, results["seconds"]))
 
 
 def probe_settings(config, classes: int, kind: str) -> ProbeSettings:

@@ -14,10 +14,11 @@ from mim_jax.evaluators.augmented import draw_augmented
 from mim_jax.features import write_features
 from mim_jax.logs import Logger
 from mim_jax.probe import cached_probe
+from mim_jax.provenance import git_hash, this_run, write_result
 from mim_jax.train import checkpoint, loop, pretrained
 from mim_jax.train.state import create, plan
 from mim_jax.train.step import make_step
-from mim_jax.train.workdir import RESULT, claim, git_hash, read_json, write_json
+from mim_jax.train.workdir import RESULT, claim, read_json
 from mim_jax.transfer import inherit, pretrained_params, tokenizer_params
 
 STOPPED = 143  # exit status after SIGTERM, state saved: a scheduler may start the same command again
@@ -128,8 +129,8 @@ def train(config: TrackedConfig, plain: dict, workdir: epath.Path, mesh, job: st
     if not finished:
         logger.close()
         raise SystemExit(STOPPED)
-    results = {**results, "seconds": clock.total(), "steps": total, "git": git_hash(), **clock.shares()}
-    write_json(workdir / RESULT, results)
+    results = {**results, "seconds": clock.total(), "steps": total, **clock.shares()}
+    results = write_result(workdir / RESULT, results, this_run(plain, results["seconds"]))
     logger.say(f"finished in {results['seconds']:.0f} s; checkpoints and logs are in {workdir}")
     logger.close()
     return results

@@ -6,7 +6,7 @@ import pathlib
 import jax
 import pytest
 
-from mim_jax import costs
+from mim_jax import costs, provenance
 from mim_jax.config import ConfigError
 from mim_jax.train.state import plan
 
@@ -53,8 +53,8 @@ def test_compile_only_creates_nothing_and_tells_what_the_running_benchmark_tells
         done = run_python(BENCHMARK.replace("FOLDER", str(tmp_path)).replace("ARGUMENTS", str(arguments)))
         assert done.returncode == 0, done.stderr[-3000:]
         told = json.loads((tmp_path / "results" / f"{name}.json").read_text())
-        header = setting.header(program.dtype, 0 if arguments else 1)
-        assert {key: told[key] for key in header} == {**header, "git": told["git"]}
+        assert told["provenance"]["settings"] == setting.asked([TOY], program.dtype, steps=0 if arguments else 1)
+        assert told["provenance"]["machine"] == provenance.this_run({}, 0)["machine"]
         (result,) = told["results"]
         assert ("step_median_s" in result) == (not arguments)
         assert {key: result[key] for key in cost} == {**cost, "compile_s": result["compile_s"]}

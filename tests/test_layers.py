@@ -7,7 +7,7 @@ import pytest
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 LAYERS = {
-    0: "config tree durations prng sharding clock logs tokens",
+    0: "config tree durations prng sharding clock logs tokens provenance",
     1: "masking targets data",
     2: "models",
     3: "objectives",

@@ -1,19 +1,85 @@
-"""The README's tables are what results/*.json say, and the recorded quickstarts keep what the README promises."""
+"""Results say where they come from, the README's tables are what they say, and quickstarts keep what the README promises."""
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
-from results import make_tables
+from experiments import make_tables, summarise
+from mim_jax import provenance
+from mim_jax.config import flatten
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
+RECORDED = sorted((REPO / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_a_recorded_result_says_where_it_comes_from(path):
+    result = json.loads(path.read_text())
+    assert "provenance" in result
+    for part in provenance.parts(result):
+        assert part.keys() - {"settings_from"} == set(provenance.KEYS)
+        assert re.fullmatch(r"[0-9a-f]{40}\+?|unknown", part["git"])
+        assert all(value not in ("", {}, None) for value in part.values())
+        if "settings_from" in part:  # read from a commit that is named, not from today's config
+            assert part["settings_from"].endswith(f" at {part['git']}") and isinstance(part["settings"], dict)
+    assert any(part["git"] != provenance.UNKNOWN for part in provenance.parts(result))
+
+
+def test_a_new_result_leaves_nothing_unknown(tmp_path):
+    asked = {"seed": 1, "image_size": (32, 32)}
+    result = provenance.write_result(tmp_path / "a.json", {"top1": 0.5}, provenance.this_run(asked, seconds=2.5))
+    assert json.loads((tmp_path / "a.json").read_text()) == result and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert result["top1"] == 0.5 and tuple(result["provenance"]) == provenance.KEYS
+    said = flatten(result["provenance"])
+    assert said.keys() >= {f"versions.{name}" for name in ("python", "jax", "flax", "optax", "numpy")}
+    assert said.keys() >= {"machine.system", "machine.architecture", "machine.cores", "device.kind", "device.count"}
+    assert said["settings.image_size"] == [32, 32] and said["seconds"] == 2.5
+    assert provenance.UNKNOWN not in map(str, said.values())
+    assert re.fullmatch(r"[0-9a-f]{40}\+?|", said["git"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", said["date"])
+
+
+def test_a_summary_says_where_both_runs_come_from(tmp_path):
+    """A probe from before provenance was recorded is not taken for one of today's."""
+    pretrain = {"reconstruct/masked_mse": 0.5, "seconds": 4.0, "steps": 10}
+    probe = dict.fromkeys("probe_test random_encoder_test raw_pixel_test probe_knn random_encoder_knn chance".split(), 0.5)
+    probe |= dict.fromkeys("probe_train probe_test_balanced random_encoder_test_balanced test_examples".split(), 1.0)
+    for name in ("pretrain", "probe"):
+        (tmp_path / name).mkdir()
+    provenance.write_json(tmp_path / "pretrain" / "config.json", {"seed": 3, "method": "mae"})
+    provenance.write_result(tmp_path / "pretrain" / "result.json", pretrain, provenance.this_run({"seed": 3}, 4.0))
+    provenance.write_json(tmp_path / "probe" / "result.json", {**probe, "seconds": 1.0})
+    numbers, said = summarise.summarise(str(tmp_path))
+    assert (numbers["seconds"], numbers["seed"], numbers["masked_mse"]) == (5.0, 3, 0.5)
+    assert said["pretrain"]["settings"] == {"seed": 3} and said["pretrain"]["git"] == provenance.git_hash()
+    assert said["probe"] == {**dict.fromkeys(provenance.KEYS, "unknown"), "seconds": 1.0}
+    assert provenance.parts({"provenance": said}) == list(said.values())
+
+
+def test_one_function_writes_results():
+    """`write_json` is for config.json; nobody else writes JSON files."""
+    code = {
+        str(p.relative_to(REPO)): p.read_text() for folder in ("mim_jax", "experiments") for p in (REPO / folder).rglob("*.py")
+    }
+    assert {name for name, text in code.items() if "write_json(" in text} == {
+        "mim_jax/provenance.py",
+        "mim_jax/train/workdir.py",
+    }
+    assert not [name for name, text in code.items() if "json.dump(" in text]
+
+
+def test_results_hold_no_code():
+    assert {path.suffix for path in (REPO / "results").iterdir()} == {".json", ".png", ".md"}
 
 
 def test_readme_tables_are_the_recorded_results():
-    done = subprocess.run([sys.executable, "results/make_tables.py", "--check"], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.make_tables", "--check"], cwd=REPO, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -28,8 +94,14 @@ def test_recorded_quickstarts_beat_their_baselines():
 @pytest.fixture
 def record(tmp_path, monkeypatch):
     """record("name.json", {...}): a result of its own in place of the recorded ones."""
-    monkeypatch.setattr(make_tables, "HERE", str(tmp_path))
+    monkeypatch.setattr(make_tables, "RESULTS", tmp_path)
     return lambda name, values: (tmp_path / name).write_text(json.dumps(values))
+
+
+def made_by(git, device="cpu", **settings):
+    """The part of a result that the tables read."""
+    said = dict(git=git, device={"kind": device, "count": 1}, machine={"cores": 2, "glibc_tunables": ""}, settings=settings)
+    return {"provenance": {**dict.fromkeys(provenance.KEYS, "unknown"), **said}}
 
 
 def cells(text):
@@ -51,7 +123,7 @@ def cost(config, method, side, gflop, megabytes):
 
 def test_the_table_of_costs(record):
     assert make_tables.costs() is None
-    header = {"device": "cpu", "compute_dtype": "float32", "batch_size": 8, "remat": False, "git": "a" * 40}
+    header = made_by("a" * 40, compute_dtype="float32", batch_size=8, remat=False)
     record(
         "costs_cpu.json",
         {
@@ -64,7 +136,7 @@ def test_the_table_of_costs(record):
             ],
         },
     )
-    gpu = {**header, "device": "GPU", "compute_dtype": "bfloat16", "remat": True, "git": "b" * 40}
+    gpu = made_by("b" * 40, "GPU", compute_dtype="bfloat16", batch_size=8, remat=True)
     record("costs_GPU.json", {**gpu, "results": [cost("mae_vitb.py:size=448", "mae", 448, 300, 123)]})
     head, rows = cells(make_tables.costs())
     assert head[5:7] == ["MB/image (GPU, bfloat16, batch 8, remat)", "MB/image (cpu, float32, batch 8)"]
@@ -79,11 +151,14 @@ def test_the_table_of_costs(record):
 
 def test_the_table_of_baselines(record):
     assert make_tables.baselines() is None
-    common = {"random_encoder_test": 0.48, "knn_random": 0.35, "flops_per_image": 12e9, "parameters": 2e6, "git": "c" * 40}
+    common = {"random_encoder_test": 0.48, "knn_random": 0.35, "flops_per_image": 12e9, "parameters": 2e6}
 
     def save(budget, method, seed, probe, knn, steps, rate=50):
         values = {"probe_test": probe, "knn_test": knn, "steps": steps, "images_per_second": rate, "seed": seed}
-        record(f"baseline_{budget}_{method}_seed{seed}.json", {**common, **values, "train_seconds": 120 + seed})
+        record(
+            f"baseline_{budget}_{method}_seed{seed}.json",
+            {**common, **values, **made_by("c" * 40), "train_seconds": 120 + seed},
+        )
 
     save("images", "lomar", 0, 0.6, 0.5, 2900)
     save("images", "lomar", 1, 0.7, 0.5, 2900)
@@ -105,10 +180,11 @@ def test_the_table_of_fine_tuning(record):
     assert make_tables.finetune() is None
 
     def save(method, kind, seed, top1, steps):
+        runs = {name: made_by(git * 40)["provenance"] for name, git in (("pretrain", "b"), ("finetune", "a"))}
         common = {"method": method, "kind": kind, "batch_size": 32, "test_examples": 674, "pretrain_steps": 2900}
         record(
             f"finetune_{method}_{kind}_seed{seed}.json",
-            {**common, "seed": seed, "test_top1": top1, "steps": steps, "git": "a" * 40, "pretrain_git": "b" * 40},
+            {**common, "seed": seed, "test_top1": top1, "steps": steps, "provenance": runs},
         )
 
     for seed, gain in ((0, 0.1), (1, 0.2)):
@@ -123,6 +199,7 @@ def test_the_table_of_fine_tuning(record):
         ["MAE", "40.0", "–", "–", "–", "–", "0"],
     ]
     assert "500 steps of 32 images after 2900 of pretraining; 674 test tiles" in make_tables.finetune()
+    assert make_tables.finetune().endswith("Commits: aaaaaaaaa, bbbbbbbbb.")
 
 
 def test_the_sentence_on_448_px(record):
@@ -139,10 +216,14 @@ def test_the_sentence_on_448_px(record):
     )
     record(
         "benchmark_448px_cpu.json",
-        {"batch_size": 2, "cores": 2, "results": [result("lomar", step_median_s=2.0), result("mae", step_median_s=4.2)]},
+        {"results": [result("lomar", step_median_s=2.0), result("mae", step_median_s=4.2)], **made_by("", batch_size=2)},
     )
     said = make_tables.ratios()
-    assert "1.50 times the FLOPs" in said and "2.5 times the memory" in said and "2.10 times as long" in said
+    assert (
+        "1.50 times the FLOPs" in said
+        and "2.5 times the memory" in said
+        and "2.10 times as long (batch 2, 2 CPU cores)" in said
+    )
 
 
 def test_markers(monkeypatch):

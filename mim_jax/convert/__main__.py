@@ -31,10 +31,11 @@ def import_weights(src: str, workdir: str, options, tokenizer: str = "") -> str:
     from mim_jax.clock import Clock
     from mim_jax.convert import importing, report, torch_file
     from mim_jax.convert.tokenizer import dalle_params
+    from mim_jax.provenance import git_hash
     from mim_jax.train.checkpoint import Checkpoints, absolute
     from mim_jax.train.pretrained import has_checkpoint
     from mim_jax.train.state import TrainState, split
-    from mim_jax.train.workdir import claim, git_hash
+    from mim_jax.train.workdir import claim
 
     if not workdir:
         raise ConfigError("--workdir is empty; name a folder")

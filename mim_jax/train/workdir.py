@@ -1,14 +1,13 @@
-"""The folder of a run: whose it is, what it ended with, which code wrote it. Any path that etils.epath opens, gs:// too."""
+"""The folder of a run: whose it is, what it ended with. Any path that etils.epath opens, gs:// too."""
 
 import json
-import subprocess
 
-import jax
 from etils import epath
 
 from mim_jax import config as config_lib
 from mim_jax import tree
 from mim_jax.config import ConfigError
+from mim_jax.provenance import write_json
 
 # Keys that may differ between the run a workdir holds and the command that continues it: none changes more than rounding.
 # (A tokenizer's weights are in the checkpoints.)
@@ -80,21 +79,3 @@ def finished(workdir: epath.Path, origin: dict) -> dict | None:
             "Differences (there -> now):\n  " + "\n  ".join(changed)
         )
     return there
-
-
-def write_json(path: epath.Path, values: dict):
-    """Written whole or not at all, by process 0."""
-    if jax.process_index() == 0:
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(values, indent=1))
-        part.replace(path)
-
-
-def git_hash() -> str:
-    """The commit this code runs from, `+` when the tree differs from it; empty outside a checkout."""
-    try:
-        here = epath.Path(__file__).parent
-        run = lambda *a: subprocess.run(["git", "-C", here, *a], capture_output=True, text=True, check=True).stdout.strip()
-        return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""

@@ -1,4 +1,4 @@
-"""`python results/run_finetune.py [--seeds=0,1,2] [--methods=lomar,mae]`: the table of fine-tuning on the embedded sample.
+"""`python -m experiments.run_finetune [--seeds=0,1,2] [--methods=lomar,mae]`: the table of fine-tuning on the embedded sample.
 
 Every method is pretrained (unless runs/finetune/METHOD_seedN/pretrain is there), then fine-tuned by configs/finetune.py's
 recipe for the sample, and the same encoder is trained by the same recipe from random weights: for as many steps, and for so
@@ -9,15 +9,15 @@ of a run.
 
 import argparse
 import json
-import os
+import pathlib
 import subprocess
 import sys
 
-from mim_jax import build, supervised
+from mim_jax import build, provenance, supervised
 from mim_jax.config import TrackedConfig, load
 from mim_jax.transfer import inherit
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+REPO = pathlib.Path(__file__).resolve().parent.parent
 SPECS = {
     "lomar": "configs/lomar_sample.py",
     "localmim": "configs/localmim_sample.py",
@@ -30,12 +30,11 @@ KINDS = ("pretrained", "scratch", "scratch_long")
 def main_program(config: str, *flags: str):
     line = [sys.executable, "-m", "mim_jax.main", f"--config={config}", *flags]
     print(" ".join(line), flush=True)
-    subprocess.run(line, check=True, cwd=os.path.dirname(HERE))
+    subprocess.run(line, check=True, cwd=REPO)
 
 
 def read(*parts: str) -> dict:
-    with open(os.path.join(os.path.dirname(HERE), *parts)) as f:
-        return json.load(f)
+    return json.loads(REPO.joinpath(*parts).read_text())
 
 
 def training_flops(method: str, pretrained: str) -> tuple[float, float]:
@@ -49,11 +48,11 @@ def training_flops(method: str, pretrained: str) -> tuple[float, float]:
 
 
 def record(method: str, kind: str, seed: int):
-    out = os.path.join(HERE, f"finetune_{method}_{kind}_seed{seed}.json")
-    if os.path.exists(out):
+    out = REPO / "results" / f"finetune_{method}_{kind}_seed{seed}.json"
+    if out.exists():
         return
     folder, seeded = f"runs/finetune/{method}_seed{seed}", f"--config.seed={seed}"
-    if not os.path.exists(os.path.join(os.path.dirname(HERE), folder, "pretrain", "result.json")):
+    if not (REPO / folder / "pretrain" / "result.json").exists():
         main_program(SPECS[method], seeded, "--config.evals.nmi.on=False", f"--workdir={folder}/pretrain")
     flags = [seeded, f"--config.init_from={folder}/pretrain", f"--workdir={folder}/{kind}"]
     pretraining = read(folder, "pretrain", "result.json")
@@ -75,11 +74,8 @@ def record(method: str, kind: str, seed: int):
         "seconds": result["seconds"],
         "pretrain_steps": pretraining["steps"],
         "pretrain_seconds": pretraining["seconds"],
-        "git": result["git"],
-        "pretrain_git": pretraining["git"],
     }
-    with open(out, "w") as f:
-        json.dump(summary, f, indent=1)
+    provenance.write_result(out, summary, {"pretrain": provenance.of(pretraining), "finetune": provenance.of(result)})
 
 
 def main():

@@ -1,4 +1,4 @@
-"""`python results/summarise.py RUN`: gathers a quickstart's numbers into RUN/summary.json and prints them.
+"""`python -m experiments.summarise RUN`: gathers a quickstart's numbers into RUN/summary.json and prints them.
 
 RUN holds `pretrain` and `probe`, the folders that the two commands of the quickstart wrote.
 """
@@ -7,6 +7,8 @@ import glob
 import json
 import os
 import sys
+
+from mim_jax import provenance
 
 
 def read(*parts):
@@ -17,7 +19,8 @@ def read(*parts):
         return json.load(f)
 
 
-def summarise(run: str) -> dict:
+def summarise(run: str) -> tuple[dict, dict]:
+    """-> numbers, and the provenance of both runs."""
     pretrain, probe = read(run, "pretrain", "result.json"), read(run, "probe", "result.json")
     config = read(run, "pretrain", "config.json")
     keys = dict(
@@ -33,7 +36,7 @@ def summarise(run: str) -> dict:
         test_examples="test_examples",
     )
     errors = ("masked_mse", "inpainting_mse", "zero_mse")  # BEiT's are shares of wrong codes, where 0 means nothing
-    return {
+    numbers = {
         **{ours: probe[theirs] for ours, theirs in keys.items()},
         **{key: pretrain[f"reconstruct/{key}"] for key in errors if f"reconstruct/{key}" in pretrain},
         "seconds": pretrain["seconds"] + probe["seconds"],
@@ -42,17 +45,14 @@ def summarise(run: str) -> dict:
         "steps": pretrain["steps"],
         "seed": config["seed"],
         "method": config["method"],
-        "settings": config[config["method"]],
-        "git": pretrain["git"],
         "figures": sorted(glob.glob(os.path.join(run, "pretrain", "figures", "*.png"))),
     }
+    return numbers, {"pretrain": provenance.of(pretrain), "probe": provenance.of(probe)}
 
 
 def main(run: str):
-    summary = summarise(run)
     path = os.path.join(run, "summary.json")
-    with open(path, "w") as f:
-        json.dump(summary, f, indent=1)
+    summary = provenance.write_result(path, *summarise(run))
     percent = lambda key: f"{100 * summary[key]:5.1f} %"
     gain = 100 * (summary["probe_test"] - summary["random_encoder_test"])
     print(

@@ -1,4 +1,4 @@
-"""`python results/run_baselines.py [--seed=0] [--methods=mae,beit]`: the README's table of methods on the embedded sample.
+"""`python -m experiments.run_baselines [--seed=0] [--methods=mae,beit]`: the README's table of methods on the embedded sample.
 
 Three parts, each skipped where its file in results/ is there: how fast every method's step is, all in turn in one run
 (baseline_speed_cpu.json); a run of every method on the same number of images (baseline_images_*.json); and one with as many
@@ -8,11 +8,14 @@ they run does not decide. A run ends with the linear probe and kNN of configs/li
 
 import argparse
 import json
-import os
+import pathlib
 import subprocess
 import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+from mim_jax import provenance
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = REPO / "results"
 SPECS = {"lomar": "configs/lomar_sample.py", "localmim": "configs/localmim_sample.py"} | {
     name: f"configs/baseline_sample.py:method={name}"
     for name in ("mae", "simmim", "maskfeat", "beit", "beit_windows", "greenmim")
@@ -22,29 +25,24 @@ STEPS, BATCH = 2900, 16  # of configs/lomar_sample.py
 
 
 def command(module: str, *arguments):
-    line = [sys.executable, *(["-m", module] if not module.endswith(".py") else [module]), *arguments]
+    line = [sys.executable, "-m", module, *arguments]
     print(" ".join(line), flush=True)
-    subprocess.run(line, check=True, cwd=os.path.dirname(HERE))
-
-
-def read(path: str) -> dict:
-    with open(path) as f:
-        return json.load(f)
+    subprocess.run(line, check=True, cwd=REPO)
 
 
 def speed() -> dict:
-    """-> {method: its part of the benchmark}."""
-    path = os.path.join(HERE, "baseline_speed_cpu.json")
-    if not os.path.exists(path):
+    """-> the benchmark of all methods."""
+    path = RESULTS / "baseline_speed_cpu.json"
+    if not path.exists():
         configs = [f"--config={spec}" for spec in SPECS.values()]
         command("mim_jax.benchmark", *configs, f"--batch_size={BATCH}", "--steps=60", f"--out={path}")
-    return dict(zip(SPECS, read(path)["results"], strict=True))
+    return json.loads(path.read_text())
 
 
-def record(method: str, budget: str, steps: int, seed: int, measured: dict):
-    """Pretrains, probes and writes one file of results."""
-    out = os.path.join(HERE, f"baseline_{budget}_{method}_seed{seed}.json")
-    if os.path.exists(out):
+def record(method: str, budget: str, steps: int, seed: int, measured: dict, origin: dict):
+    """Pretrains, probes and writes one file of results. measured, origin: the method's speed, and the provenance of that."""
+    out = RESULTS / f"baseline_{budget}_{method}_seed{seed}.json"
+    if out.exists():
         return
     folder = f"runs/baselines/{budget}_{method}_seed{seed}"
     seeded = f"--config.seed={seed}"
@@ -65,15 +63,11 @@ def record(method: str, budget: str, steps: int, seed: int, measured: dict):
         seeded,
         f"--workdir={folder}/probe",
     )
-    command(os.path.join(HERE, "summarise.py"), folder)
+    command("experiments.summarise", folder)
     rate = {key: measured[key] for key in ("images_per_second", "flops_per_image", "parameters")}
-    summary = (
-        read(os.path.join(os.path.dirname(HERE), folder, "summary.json"))
-        | rate
-        | {"train_seconds": steps * measured["step_median_s"]}
-    )
-    with open(out, "w") as f:
-        json.dump(summary, f, indent=1)
+    summary = json.loads((REPO / folder / "summary.json").read_text())
+    numbers = {**summary, **rate, "train_seconds": steps * measured["step_median_s"]}
+    provenance.write_result(out, numbers, {**provenance.of(summary), "speed": origin})
 
 
 def main():
@@ -82,12 +76,13 @@ def main():
     parser.add_argument("--methods", default=",".join(SPECS))
     parser.add_argument("--budgets", default="images,time")
     flags = parser.parse_args()
-    measured = speed()
+    benchmark = speed()
+    measured = dict(zip(SPECS, benchmark["results"], strict=True))
     for budget in flags.budgets.split(","):
         for method in flags.methods.split(","):
             seconds = STEPS * measured["lomar"]["step_median_s"] / 2
             steps = round(seconds / measured[method]["step_median_s"]) if budget == "time" else STEPS
-            record(method, budget, steps, flags.seed, measured[method])
+            record(method, budget, steps, flags.seed, measured[method], provenance.of(benchmark))
 
 
 if __name__ == "__main__":

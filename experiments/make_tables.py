@@ -1,25 +1,36 @@
-"""`python results/make_tables.py`: writes the tables of README.md and results/README.md from results/*.json, between markers.
+"""`python -m experiments.make_tables`: the tables of README.md and results/README.md, between markers, from results/*.json.
 
 `--check` writes nothing and exits with 1 when a page is not what the files say.
 """
 
-import glob
 import json
 import os
+import pathlib
 import re
 import statistics
 import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-PAGES = (os.path.join(HERE, "..", "README.md"), os.path.join(HERE, "README.md"))
+from mim_jax import provenance
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = REPO / "results"
+PAGES = (REPO / "README.md", RESULTS / "README.md")
 
 
 def load(pattern: str) -> list[dict]:
-    found = []
-    for path in sorted(glob.glob(os.path.join(HERE, pattern))):
-        with open(path) as f:
-            found.append(json.load(f))
-    return found
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+
+
+def commits(runs) -> str:
+    """Of everything the results were made of, as far as it is known."""
+    known = {part["git"][:9] for run in runs for part in provenance.parts(run) if part["git"] != provenance.UNKNOWN}
+    return ", ".join(sorted(known))
+
+
+def setting(run: dict) -> str:
+    """`float32, batch 8` of a benchmark."""
+    asked = run["provenance"]["settings"]
+    return f"{asked['compute_dtype']}, batch {asked['batch_size']}"
 
 
 def table(head, rows) -> str:
@@ -58,7 +69,7 @@ def quickstart() -> str:
         f"probe over the random encoder in each: {', '.join(f'{100 * gain:+.1f}' for gain in gains)} points. "
         f"Seconds of pretraining and probe: {seconds} on two CPU cores, the longer ones while "
         "other work ran beside. "
-        f"Commits: {', '.join(sorted({run['git'][:9] for run in runs}))}."
+        f"Commits: {commits(runs)}."
     )
     return "\n\n".join(
         [
@@ -79,9 +90,10 @@ COMPARED = {
 
 
 def compare() -> str:
-    rows, commits = [], set()
+    rows, every = [], []
     for label, pattern in COMPARED.items():
         runs = load(pattern)
+        every += runs
         gains = [run["probe_test"] - run["random_encoder_test"] for run in runs]
         rows.append(
             [
@@ -93,12 +105,11 @@ def compare() -> str:
                 str(len(runs)),
             ]
         )
-        commits |= {run["git"][:9] for run in runs}
     head = ["", "linear probe, test %", "gain over its random encoder, points", "kNN, test %", "pretraining, s", "seeds"]
-    steps = {run["steps"] for pattern in COMPARED.values() for run in load(pattern)}
+    steps = {run["steps"] for run in every}
     note = (
         f"{', '.join(map(str, steps))} steps of 16 images. Seconds: median, on two CPU cores that other work "
-        f"shared. Commits: {', '.join(sorted(commits))}."
+        f"shared. Commits: {commits(every)}."
     )
     return table(head, rows) + "\n\n" + note
 
@@ -106,15 +117,16 @@ def compare() -> str:
 def speed() -> str:
     rows, notes, shares = [], [], []
     for run in load("benchmark_*.json"):
-        device = f"{run['devices']} x {run['device']}" + (f", {run['cores']} cores" if run["device"] == "cpu" else "")
-        device += ", huge pages" if "hugetlb=1" in run["glibc_tunables"] else ""
+        device, machine = run["provenance"]["device"], run["provenance"]["machine"]
+        place = f"{device['count']} x {device['kind']}" + (f", {machine['cores']} cores" if device["kind"] == "cpu" else "")
+        place += ", huge pages" if "hugetlb=1" in machine["glibc_tunables"] else ""
         for result, ratio in zip(run["results"], run["step_ratio_to_first"], strict=True):
             if result.get("targets_share_of_step"):
                 shares.append(f"`{result['config'].removeprefix('configs/')}` {100 * result['targets_share_of_step']:.1f} %")
             rows.append(
                 [
                     f"`{result['config'].removeprefix('configs/')}`",
-                    f"{device}, {run['compute_dtype']}, batch {run['batch_size']}",
+                    f"{place}, {setting(run)}",
                     f"{result['step_median_s']:.3f} / {result['step_p90_s']:.3f}",
                     f"{ratio:.2f}" if len(run["results"]) > 1 else "",
                     f"{result['images_per_second']:.2f}",
@@ -124,7 +136,7 @@ def speed() -> str:
                     f"{result['compile_s']:.0f}",
                 ]
             )
-        notes.append(f"{run['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s in a plain matrix product ({run['git'][:9]})")
+        notes.append(f"{run['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s in a plain matrix product ({commits([run])})")
     head = [
         "config",
         "machine",
@@ -165,7 +177,8 @@ def costs() -> str | None:
     runs, memory, rows = load("costs*.json"), {}, []
     found = {}  # (side, config) -> what is the same on every device
     for run in runs:
-        column = f"{run['device']}, {run['compute_dtype']}, batch {run['batch_size']}" + (", remat" * run["remat"])
+        origin = run["provenance"]
+        column = f"{origin['device']['kind']}, {setting(run)}" + ", remat" * origin["settings"]["remat"]
         for result in run["results"]:
             key = (max(result["image_size"]), without_size(result["config"]))
             found.setdefault(key, result)
@@ -199,7 +212,7 @@ def costs() -> str | None:
     note = (
         "Parameters: those that are trained. GFLOP: matrix products, forward and backward, by formula. MB: what the compiled "
         "step holds besides its arguments and results, as XLA assigns it there, mostly activations, a share of the "
-        f"gradients too; nothing was run. Commits: {', '.join(sorted({run['git'][:9] for run in runs}))}."
+        f"gradients too; nothing was run. Commits: {commits(runs)}."
     )
     return table(head, rows) + "\n\n" + note
 
@@ -265,7 +278,7 @@ def baselines() -> str | None:
     parts += [
         f"kNN of random encoders: {span(every, 'knn_random', 100, '.1f')} %.",
         f"Seeds: {', '.join(map(str, sorted({run['seed'] for run in every})))}.",
-        f"Commits: {', '.join(sorted({run['git'][:9] for run in every}))}.",
+        f"Commits: {commits(every)}.",
     ]
     return table(head, rows) + "\n\n" + " ".join(parts)
 
@@ -306,12 +319,11 @@ def finetune() -> str | None:
     ]
     first = every[0]
     short = {run["steps"] for run in every if run["kind"] != "scratch_long"}
-    commits = {run[key][:9] for run in every for key in ("git", "pretrain_git")}
     note = (
         f"{', '.join(map(str, sorted(short)))} steps of {first['batch_size']} images after "
         f"{', '.join(map(str, sorted({run['pretrain_steps'] for run in every})))} of pretraining; {first['test_examples']} "
         "test tiles, looked at once per run. LocalMIM and MAE have the same encoder and seeds, so their runs from "
-        f"scratch differ in length only. Commits: {', '.join(sorted(commits))}."
+        f"scratch differ in length only. Commits: {commits(every)}."
     )
     return table(head, rows) + "\n\n" + note
 
@@ -324,10 +336,11 @@ def ratios() -> str | None:
     named = lambda run: {without_size(result["config"]): result for result in run["results"]}
     cost, speed = named(compiled[0]), named(measured[0])
     ratio = lambda found, key: found["mae_vitb.py"][key] / found["lomar_vitb.py"][key]
+    asked, machine = measured[0]["provenance"]["settings"], measured[0]["provenance"]["machine"]
     return (
         f"At 448 px MAE's step needs {ratio(cost, 'flops_per_image'):.2f} times the FLOPs of LoMaR's and "
         f"{ratio(cost, 'activation_bytes_per_image'):.1f} times the memory, and took {ratio(speed, 'step_median_s'):.2f} times "
-        f"as long (batch {measured[0]['batch_size']}, {measured[0]['cores']} CPU cores): its decoder attends over 785 tokens, "
+        f"as long (batch {asked['batch_size']}, {machine['cores']} CPU cores): its decoder attends over 785 tokens, "
         "LoMaR's windows over 50. The paper's hours on GPUs differ by 3.1."
     )
 
@@ -343,7 +356,7 @@ TABLES = {
 }
 
 
-def fill(text: str, page: str) -> str:
+def fill(text: str, page) -> str:
     """The page with its tables made anew. Raises SystemExit for a marker without its end, or of a table that is not there."""
     for name in re.findall(r"<!-- (\w+) -->", text):
         made = TABLES[name]() if name in TABLES else None
@@ -360,14 +373,12 @@ def fill(text: str, page: str) -> str:
 
 def main(check: bool):
     for page in PAGES:
-        with open(page) as f:
-            old = f.read()
+        old = page.read_text()
         new = fill(old, page)
         if check and new != old:
-            raise SystemExit(f"{page} is not what results/*.json say: python results/make_tables.py")
+            raise SystemExit(f"{page} is not what results/*.json say: python -m experiments.make_tables")
         if not check:
-            with open(page, "w") as f:
-                f.write(new)
+            page.write_text(new)
 
 
 if __name__ == "__main__":
