@@ -32,7 +32,7 @@ BIASED = dict(layer_scale=0.1, qkv_bias="qv")
 METHODS = {  # name: (method, position, its settings)
     "mae": ("mae", "absolute", dict(mask_ratio=0.75, norm_pix=True, **WHOLE, **DECODER)),
     "simmim": ("simmim", "shared_bias", dict(mask_ratio=0.6, mask_size=8, norm_pix=False, **WHOLE)),
-    "maskfeat": ("maskfeat", "absolute", dict(mask_ratio=0.4, min_block=5, bins=9, hog_cell=2)),
+    "maskfeat": ("maskfeat", "absolute", dict(mask_ratio=0.4, min_block=5, bins=9, hog_cell=2, gaussian=True)),
     "beit": ("beit", "shared_bias", dict(mask_ratio=0.383, min_block=5, **WHOLE)),
     "beit_windows": ("beit", "shared_bias", dict(mask_ratio=0.6, min_block=5, **WINDOWS)),
     "greenmim": ("mae", "", dict(mask_ratio=0.75, norm_pix=True, **WHOLE, **DECODER)),

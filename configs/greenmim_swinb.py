@@ -16,7 +16,9 @@ Sources of the numbers
     T 96 wide, 2-2-6-2 blocks; B 128, 2-2-18-2; L 192, 2-2-18-2           Swin, arXiv 2103.14030
     mask .75, decoder 512 wide, 1 block, 16 heads on the last stage,
     standardised units of 32 x 32 px                                       paper
-    batch, lr, warm-up, decay: those of localmim_swinb.py                  this project's choice, so that the two compare
+    lr 1.5e-4 per 256, warm-up 40, betas .9 .95, weight decay .05 but for
+    tokens and bias tables                                                 released code (github LayneH/GreenMIM)
+    batch, min lr: those of localmim_swinb.py                              this project's choice, so that the two compare
 
 Measured by this project: no full run yet.
 """
@@ -34,7 +36,9 @@ def get_config(arg=""):
         dict(mask_ratio=a.mask, windows=0, window=7, norm_pix=a.norm_pix, decoder_width=512, decoder_depth=1, decoder_heads=16)
     )
 
-    c.optim = adamw(base_lr=1e-4, min_lr=1e-6, no_decay=("mask_token$", "relative_bias$"), warmup=duration("warmup", epochs=40))
+    c.optim = adamw(
+        base_lr=1.5e-4, min_lr=1e-6, no_decay=("mask_token$", "relative_bias$"), warmup=duration("warmup", epochs=40)
+    )
     return toy(c) if a.toy else c
 
 

@@ -13,11 +13,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 import jax
+from ports.beit import BeitPort
 from ports.classifiers import ClassifierPort
-from ports.hog import HogPort
+from ports.greenmim import GreenmimPort
+from ports.hog import HogPort, MaskfeatHogPort
 from ports.localmim import LocalSwinPort, LocalVitPort
 from ports.lomar import LomarPort
 from ports.mae import MaePort
+from ports.maskfeat import MaskfeatPort
 from ports.simmim import SimmimPort
 from ports.swin_classifier import SwinClassifierPort
 from recorded import Case, Report
@@ -33,11 +36,15 @@ def has(*keys):
 PORTS = (
     ("LoMaR", has("param/encoder_pred.weight", "param/mask_token"), LomarPort),
     ("ViT classifiers", has("param/head.weight", "param/blocks.0.attn.qkv.weight"), ClassifierPort),
+    ("GreenMIM", has("param/decoder_embed.weight", "param/encoder.layers.0.blocks.0.attn.qkv.weight"), GreenmimPort),
     ("MAE", has("param/decoder_embed.weight", "param/decoder_blocks.0.attn.qkv.weight"), MaePort),
     ("SimMIM", has("param/encoder.mask_token", "param/decoder.0.bias"), SimmimPort),
+    ("BEiT", has("param/lm_head.weight", "param/mask_token"), BeitPort),
+    ("MaskFeat", has("param/pred_head.projections.0.weight", "param/mask_token"), MaskfeatPort),
     ("LocalMIM on a ViT", has("param/decoder.0.embed.weight", "param/blocks.0.attn.qkv.weight"), LocalVitPort),
     ("LocalMIM on a Swin", has("param/decoder.0.embed.weight", "param/encoder.patch_embed.norm.weight"), LocalSwinPort),
     ("Swin classifiers", has("param/head.weight", "param/layers.0.blocks.0.attn.qkv.weight"), SwinClassifierPort),
+    ("MaskFeat's HOG", lambda case: any(key.startswith("ambiguous/") for key in case.arrays), MaskfeatHogPort),
     ("HOG", lambda case: any(key.startswith("nbins") for key in case.arrays), HogPort),
 )
 
@@ -54,7 +61,7 @@ def port_of(case: Case):
 def compare(path: str) -> dict:
     """-> {"errors": {key: error}, "failed": [...], "not_compared": [...], "passed": bool}."""
     case = Case(path)
-    report = Report()
+    report = Report(case.parts, case.gaps)
     with jax.default_matmul_precision("highest"):
         port = port_of(case)
         if "lr_sched" in case.meta:

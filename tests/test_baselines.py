@@ -124,6 +124,8 @@ def test_maskfeats_loss_is_about_the_histograms_of_hidden_patches():
     found, target, filled, weight = map(np.asarray, parts)
     np.testing.assert_allclose((np.square(found - target).mean(-1) * weight).sum() / weight.sum(), loss, rtol=1e-5)
     np.testing.assert_allclose(filled, target, rtol=0, atol=1e-5)  # for BEiT hits, 1
+    plain, *_ = random_case("maskfeat_vitb:toy,gaussian=false")
+    assert abs(plain.apply({"params": params}, images, masks)[0] - loss) > 1e-4  # the target without its window
     cell = target.reshape(2, 16, 16, 9)[1, 5, 6]  # row 1, column 0 of the 2 x 2 cells of patch (2, 3)
     whole = np.asarray(maskfeat_hog(images, 9, 2, 4))[1, 2 * 8 + 3].reshape(9, 2, 2)
     np.testing.assert_array_equal(cell, whole[:, 1, 0])
@@ -344,5 +346,9 @@ def test_configs_saved_before_an_option_was_there_mean_what_they_did():
     ):
         del old[section][key]
     assert completed(old) == json.loads(json.dumps(now))
+    now = load(f"{REPO}/configs/maskfeat_vitb.py").to_dict()
+    old = json.loads(json.dumps(now))
+    del old["maskfeat"]["gaussian"]
+    assert completed(old) == json.loads(json.dumps(now)) and now["maskfeat"]["gaussian"] is True
     now = load(f"{REPO}/configs/linprobe.py:features=cached").to_dict()
     assert completed(now) == now, "nothing is added to sections that are something else"

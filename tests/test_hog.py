@@ -14,7 +14,7 @@ from mim_jax.targets.hog import bins, gaussian_window, gradients, hog, maskfeat_
 RNG = np.random.default_rng(0)
 CELLS = (4, 8, 16, 32)
 jit_hog = jax.jit(hog, static_argnums=(1, 2))
-jit_maskfeat = jax.jit(maskfeat_hog, static_argnums=(1, 2, 3))
+jit_maskfeat = jax.jit(maskfeat_hog, static_argnums=(1, 2, 3, 4))
 
 
 def last(images):
@@ -111,7 +111,7 @@ def brute_hog(image, cell, nbins, bias=(0.0, 0.0)):
     return out.reshape(h // cell, w // cell, c * nbins)
 
 
-def brute_maskfeat(image, nbins, cell, token):
+def brute_maskfeat(image, nbins, cell, token, gaussian):
     """[h w c] -> [n (c nbins p p)]."""
     magnitude, bin_of = brute_pixels(image, nbins)
     h, w, c = magnitude.shape
@@ -120,7 +120,8 @@ def brute_maskfeat(image, nbins, cell, token):
     for y, x, i in np.ndindex(h, w, c):
         apart = (y % token - centre) ** 2 + (x % token - centre) ** 2
         n, p, q = y // token * (w // token) + x // token, y % token // cell, x % token // cell
-        out[n, i, bin_of[y, x, i], p, q] += magnitude[y, x, i] * math.exp(-apart / (2 * (token / 2) ** 2))
+        weight = math.exp(-apart / (2 * (token / 2) ** 2)) if gaussian else 1
+        out[n, i, bin_of[y, x, i], p, q] += magnitude[y, x, i] * weight
     out /= np.maximum(np.linalg.norm(out, axis=2, keepdims=True), 1e-12)
     return out.reshape(out.shape[0], -1)
 
@@ -144,13 +145,14 @@ def test_hog_is_brute_force(size, channels, cells, nbins):
     "size, channels, nbins, cell, token",
     [((32, 48), 3, 9, 8, 16), ((16, 8), 1, 18, 2, 8), ((24, 12), 5, 9, 4, 4), ((18, 36), 2, 4, 6, 18)],
 )
-def test_maskfeat_is_brute_force(size, channels, nbins, cell, token):
+@pytest.mark.parametrize("gaussian", [True, False])
+def test_maskfeat_is_brute_force(size, channels, nbins, cell, token, gaussian):
     images = RNG.normal(size=(2, *size, channels)).astype(np.float32)
-    found = jit_maskfeat(images, nbins, cell, token)
+    found = jit_maskfeat(images, nbins, cell, token, gaussian)
     n = size[0] // token * (size[1] // token)
     assert found.shape == (2, n, channels * nbins * (token // cell) ** 2)
     for b in range(2):
-        close(found[b], brute_maskfeat(images[b], nbins, cell, token))
+        close(found[b], brute_maskfeat(images[b], nbins, cell, token, gaussian))
 
 
 def test_maskfeat_of_a_vitb_has_108_values_and_unit_histograms():

@@ -1,4 +1,4 @@
-"""The recorded parameter groups and learning rates of LocalMIM's released code, entry by entry (LoMaR's: test_pure.py)."""
+"""The recorded parameter groups of released code and LocalMIM's learning rates, entry by entry (LoMaR's: test_pure.py)."""
 
 import inspect
 import json
@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from ports.maskfeat import MaskfeatPort
 
 from mim_jax import tree
 from mim_jax.config import load
@@ -25,6 +26,13 @@ TOKENS_AND_TABLES = (r"mask_token$", r"relative_bias$")  # LocalMIM-Swin's pretr
 PRETRAINING = {
     "mimvit": ("localmim_vit_tiny_hog9", names.localmim_vit_rules((4, 2, 1, 0.5)), ()),
     "mimswin": ("localmim_swin_tiny_hog9", names.LOCALMIM_SWIN_RULES, TOKENS_AND_TABLES),
+}
+BASELINES = json.loads((GOLDEN / "opt_facts_beit_maskfeat_greenmim.json").read_text())
+# model: config, recorded case with the same names, rules
+BASELINE_CONFIGS = {
+    "beit": ("beit_vitb", "beit_tiny", names.BEIT_RULES),
+    "maskfeat": ("maskfeat_vitb", "maskfeat_tiny", MaskfeatPort.rules),
+    "greenmim": ("greenmim_swinb", "greenmim_tiny", names.GREENMIM_RULES),
 }
 # model: recorded case, rules, exempt patterns, depth(s)
 FINE_TUNING = {
@@ -65,6 +73,23 @@ def test_the_decay_rule_of_pretraining(model, golden):
     recorded = {key.removeprefix("param/") for key in golden(case) if key.startswith("param/")}
     buffers = {name for name in recorded if name.endswith("relative_position_index")}
     assert recorded == facts.keys() | set(frozen) | buffers  # nothing is trained that the table does not name
+
+
+@pytest.mark.parametrize("table", BASELINES)
+def test_the_optimisers_of_the_baselines_are_the_released_ones(table, golden):
+    """Decay by name, betas and clipping of the full-size configs."""
+    model, clip, b1, b2 = re.fullmatch(r"pretrain/(\w+) \((?:clip_grad ([\d.]+), )?betas ([\d.]+) ([\d.]+)\)", table).groups()
+    config, case, rules = BASELINE_CONFIGS[model]
+    optim, arrays = load(f"{REPO}/configs/{config}.py").optim, golden(case)
+    assert (optim.b1, optim.b2, optim.clip_norm) == (float(b1), float(b2), float(clip or 0))
+    for name, fact in BASELINES[table].items():
+        if f"param/{name}" in arrays:
+            path, array = ours(golden, case, rules, name)
+        else:  # BEiT's positions, off by default and so not in the recorded case
+            assert (model, name) == ("beit", "pos_embed")
+            path, array = "encoder/pos_embed", np.zeros((1, 2, 2))
+        decay = optim.weight_decay if decays(path, array, optim.no_decay) else 0.0
+        assert (decay, 1.0) == (fact["weight_decay"], fact["lr_scale"]), name
 
 
 @pytest.mark.parametrize("model, table", tables(r"finetune/\w+/layer_decay_[\d.]+"))

@@ -3,8 +3,8 @@
 A rule is (pattern, our path, layout); the pattern's groups fill the path's fields in their order. Layouts are linear,
 so gradients convert by the same rules as parameters. Rules serve both directions: outside its groups a pattern is plain text.
 
-Names of LoMaR, LocalMIM, MAE and SimMIM are those of recorded files. Those of GreenMIM, BEiT and timm follow their published
-state dicts as they are commonly described; no file of theirs was seen.
+Names of LoMaR, LocalMIM, MAE, SimMIM, GreenMIM and of BEiT's pretraining are those of recorded files. Those of timm and of a
+fine-tuned BEiT follow their published state dicts as they are commonly described; no file of theirs was seen.
 """
 
 import functools

@@ -9,6 +9,7 @@ from einops import rearrange
 from mim_jax.models import flops
 from mim_jax.models.layers import Dense, token_init
 from mim_jax.objectives.masked import BlockPrediction, Region
+from mim_jax.targets.pixels import masked_mean
 from mim_jax.tokens import keep, visible
 
 
@@ -34,11 +35,13 @@ class BEiT(BlockPrediction):
         if self.is_initializing():  # what only pictures need has parameters too
             self.tokenizer.paint(self.tokenizer.codes(images), self.encoder.grid)
         region = self.region(images, masks)
-        which = visible(~rearrange(region.hidden, "r y x -> r (y x)"), self.hidden_count)  # the hidden ones
+        hidden = rearrange(region.hidden, "r y x -> r (y x)")
+        which = visible(~hidden, self.hidden_count)  # the hidden ones
         scores = self.head(keep(self.encode_masked(region, train), which)).astype(jnp.float32)
         codes = keep(self.of_regions(self.targets(images), masks), which)[..., 0]
-        loss = optax.softmax_cross_entropy_with_integer_labels(scores, codes).mean()
-        return loss, {"accuracy": (scores.argmax(-1) == codes).mean()}
+        counts = keep(hidden, which)  # all of them, but of masks with fewer hidden than `hidden_count`
+        loss = masked_mean(optax.softmax_cross_entropy_with_integer_labels(scores, codes), counts)
+        return loss, {"accuracy": masked_mean(scores.argmax(-1) == codes, counts)}
 
     def predict_region(self, region: Region, train: bool = False):
         """-> [r n classes], the scores of every code."""

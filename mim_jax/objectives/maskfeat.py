@@ -11,12 +11,16 @@ from mim_jax.tokens import to_cells
 
 
 class MaskFeat(BlockPrediction):
-    """int(n * mask_ratio) patches are hidden in blocks, 78 of 196; squared error of the HOG of hidden patches (section 3)."""
+    """int(n * mask_ratio) patches are hidden in blocks, 78 of 196; squared error of the HOG of hidden patches (section 3).
+
+    `gaussian`: pixels count by a Gaussian window over their patch, as in mmpretrain; the authors' released model has none.
+    """
 
     mask_ratio: float = 0.4
     min_block: int = 15
     bins: int = 9
     hog_cell: int = 8
+    gaussian: bool = True
 
     def setup(self):
         self.check()
@@ -42,7 +46,7 @@ class MaskFeat(BlockPrediction):
 
     def targets(self, images):
         """[b h w c] -> [b n (c bins p p)], p x p cells of `hog_cell` px in a patch."""
-        return maskfeat_hog(images, self.bins, self.hog_cell, self.encoder.patch)
+        return maskfeat_hog(images, self.bins, self.hog_cell, self.encoder.patch, self.gaussian)
 
     def reconstruct(self, images, masks, fill):
         """As the base class says, cell by cell instead of patch by patch, row by row: [b n' (c bins)]."""

@@ -122,17 +122,17 @@ def gaussian_window(side: int):
     return np.float32(np.outer(line, line))
 
 
-def maskfeat_hog(images, nbins: int = 9, cell: int = 8, token: int = 16):
+def maskfeat_hog(images, nbins: int = 9, cell: int = 8, token: int = 16, gaussian: bool = True):
     """[b h w c] -> [b n (c nbins p p)], p = token / cell: MaskFeat's target, one vector per token of `token` pixels.
 
-    Pixels count by a Gaussian window over their token, cells are sums, and the order is channel, bin, row and column of
-    the cell within the token.
+    With `gaussian` pixels count by a Gaussian window over their token; cells are sums, and the order is channel, bin, row
+    and column of the cell within the token.
     """
     check_cells(images, (token,))
     if cell < 1 or token % cell:
         raise ConfigError(f"HOG cells of {cell} pixels do not tile tokens of {token}: choose a cell that divides {token}")
     h, w, c = images.shape[1:]
     first, second = gradients(jax.lax.stop_gradient(images).astype(jnp.float32))
-    weight = np.tile(gaussian_window(token), (h // token, w // token)).repeat(c, 1)
+    weight = np.tile(gaussian_window(token), (h // token, w // token)).repeat(c, 1) if gaussian else None
     sums = cell_sums(first, second, nbins, cell, c, weight)
     return rearrange(unit(sums), "b (r p) (s q) c k -> b (r s) (c k p q)", p=token // cell, q=token // cell)

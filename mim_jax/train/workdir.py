@@ -19,6 +19,7 @@ RESULT = "result.json"
 ADDED = (
     ("lomar", "window", {"taps": (), "decouple_stages": False}),
     ("mae", "mask_ratio", {"windows": 0, "window": 7}),
+    ("maskfeat", "mask_ratio", {"gaussian": True}),
     ("encoder", "position", {"qkv_bias": "all", "layer_scale": 0.0}),
     ("encoder", "depths", {"norm_eps": 1e-6}),
     ("optim", "name", {"schedule": "cosine"}),

@@ -1,11 +1,15 @@
 """HOG targets, outside the pixels whose gradient lies on the edge between two bins (recorded as `ambiguous`)."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from recorded import Case, Report
 
-from mim_jax.targets.hog import hog
+from mim_jax.targets.hog import gaussian_window, hog, maskfeat_hog
 
 NOISE = 1e-6  # recorded gradients below are rounding noise of a flat area
 
@@ -40,3 +44,33 @@ def whole(pixels, cell: int):
     """bool [b h w] -> [b rows columns]: whether it holds for all pixels of a cell."""
     b, h, w = pixels.shape
     return pixels.reshape(b, h // cell, cell, w // cell, cell).all((2, 4))
+
+
+class MaskfeatHogPort:
+    """`target/S.gaussG.patchP` of images of S px: with (16) and without (0) the window, tokens of P px.
+
+    The released window stays 16 px wide under larger tokens, where ours grows with them: those are compared cell by cell
+    with ours of 16 px.
+    """
+
+    def __init__(self, case: Case):
+        self.case, self.cell, self.bins = case, case.meta["pool"], case.meta["nbins"]
+
+    def compare(self, report: Report):
+        case = self.case
+        for key in case.under("target/"):
+            size, window, patch = map(int, re.fullmatch(r"(\d+)\.gauss(\d+)\.patch(\d+)", key).groups())
+            images = np.moveaxis(case[f"input/images_{size}"], 1, -1)
+            made = functools.partial(maskfeat_hog, nbins=self.bins, cell=self.cell, gaussian=window > 0)
+            ours = self.cells(jax.jit(functools.partial(made, token=window or patch))(images), size, window or patch)
+            clear = ~rearrange(case[f"ambiguous/{size}"], "b c (y p) (x q) -> b c y x (p q)", p=self.cell, q=self.cell).any(-1)
+            report.add(f"target/{key}", ours[clear], self.cells(case[f"target/{key}"], size, patch)[clear])
+        for key in (key for key in case.arrays if key.startswith("gaussian_window")):
+            ours = gaussian_window(int(key.removeprefix("gaussian_window")))
+            report.add(key, ours / ours.sum(), case[key])
+
+    def cells(self, vectors, size: int, token: int):
+        """[b n (c k p q)] -> [b c rows columns k]: the histogram of every cell of the image."""
+        side = token // self.cell
+        shape = dict(y=size // token, k=self.bins, p=side, q=side)
+        return rearrange(np.asarray(vectors), "b (y x) (c k p q) -> b c (y p) (x q) k", **shape)

@@ -41,11 +41,12 @@ def settings(case: Case, taps: int, channels: int) -> dict:
     )
 
 
-def strided(ours, recorded, meta):
-    """Recordings of pixels keep every 29th value of a vector, or whatever `layout` says."""
-    if recorded is None or ours.shape == recorded.shape:
+def strided(ours, case: Case, key: str):
+    """Recordings of pixels keep every 29th value of a vector, or whatever `layout` says, where the name does not tell."""
+    recorded = case.get(key)
+    if recorded is None or key in case.parts or ours.shape == recorded.shape:
         return ours
-    step = re.search(r"\[\.\.\., ::(\d+)\]", str(meta.get("layout", "")))
+    step = re.search(r"\[\.\.\., ::(\d+)\]", str(case.meta.get("layout", "")))
     return ours[..., :: int(step.group(1)) if step else 29]
 
 
@@ -62,12 +63,10 @@ class LocalPort:
             if prefix:
                 continue
             report.add(f"loss/per_patch{j}", error, case.get(f"loss/per_patch{j}"))
-            predicted, recorded = predictions[j], case.get(f"out/pred{j}")
-            report.add(f"out/pred{j}", strided(predicted, recorded, case.meta), recorded)
+            report.add(f"out/pred{j}", strided(predictions[j], case, f"out/pred{j}"), case.get(f"out/pred{j}"))
             for key in case.under("target/"):
                 if re.fullmatch(rf"[a-z_]+{j}", key):
-                    recorded = case[f"target/{key}"]
-                    report.add(f"target/{key}", strided(targets[j], recorded, case.meta), recorded)
+                    report.add(f"target/{key}", strided(targets[j], case, f"target/{key}"), case[f"target/{key}"])
             recorded = case.get(f"derived/mask{j}")
             if recorded is not None:
                 report.add(f"derived/mask{j}", weight if recorded.ndim == 2 else weight[0], recorded)
@@ -84,8 +83,7 @@ class LocalPort:
                 continue  # it will be listed as not compared
             batch, name = found.groups()
             ours = self.apply(self.case.images()[int(batch)], method="targets")[int(re.search(r"\d+$", name).group())]
-            recorded = self.case[f"target/{key}"]
-            report.add(f"target/{key}", strided(ours, recorded, self.case.meta), recorded)
+            report.add(f"target/{key}", strided(ours, self.case, f"target/{key}"), self.case[f"target/{key}"])
 
     def inputs(self, micro_step: int):
         """(images, masks) of a micro-step of a recorded run."""
@@ -254,14 +252,6 @@ class LocalSwinPort(LocalPort):
         key = f"{prefix}mask_{rows}x{columns}"
         report.add(key, masks.hidden[0], self.case.get(key))
 
-    def coordinates(self, which, stage: int):
-        """-> [k 2]: row and column of every visible token of a stage, unit by unit."""
-        e = self.objective.encoder
-        side = e.side >> stage
-        grid = np.stack(np.meshgrid(*(np.arange(u * side) for u in e.units), indexing="ij"), -1)
-        units = rearrange(grid, "(y i) (x j) c -> (y x) (i j) c", i=side, j=side)
-        return units[np.asarray(which.ids[0])].reshape(-1, 2)
-
     def compare(self, report: Report):
         case, made = self.case, self.objective
         images = case.images()
@@ -270,7 +260,7 @@ class LocalSwinPort(LocalPort):
         which = tokens.visible(masks.hidden, made.kept)
         places = []
         for i in range(len(made.encoder.depths)):
-            true, believed = self.coordinates(which, i), case.get(f"derived/stage{i}.coords_in")
+            true, believed = coordinates(made.encoder, which, i), case.get(f"derived/stage{i}.coords_in")
             report.add(f"derived/stage{i}.coords_true", true, case.get(f"derived/stage{i}.coords_true"))
             believed = true if believed is None else believed
             side = made.encoder.side >> i
@@ -320,6 +310,14 @@ class LocalSwinPort(LocalPort):
         """Tokens of a unit at a tap."""
         stride, _ = self.objective.encoder.tap_shape(tap)
         return (self.objective.encoder.unit // stride) ** 2
+
+
+def coordinates(encoder: Swin, which, stage: int):
+    """-> [k 2]: row and column of every visible token of a stage in the batch's first image, unit by unit."""
+    side = encoder.side >> stage
+    grid = np.stack(np.meshgrid(*(np.arange(u * side) for u in encoder.units), indexing="ij"), -1)
+    units = rearrange(grid, "(y i) (x j) c -> (y x) (i j) c", i=side, j=side)
+    return units[np.asarray(which.ids[0])].reshape(-1, 2)
 
 
 def swin_of(case: Case, prefix: str, **options) -> Swin:
