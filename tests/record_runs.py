@@ -48,7 +48,10 @@ RUNS = {
     "localmim_vit": ("configs/localmim_vitb.py:toy", VIT | FEWER),
     "localmim_swin": ("configs/localmim_swinb.py:toy", PRETRAINING | FEWER),
     "mae": ("configs/mae_vitb.py:toy", VIT),
-    "beit_windows": ("configs/beit_vitb.py:toy,windows=2", VIT),
+    "beit_windows": (
+        "configs/beit_vitb.py:toy,windows=2",
+        VIT | {"optim.no_decay": ("cls_token$", "mask_token$", "relative_bias$")},  # the recipe of the time
+    ),
     "finetune": (
         "configs/finetune.py:preset=lomar_b,average=0.9,toy",  # with mixup, cutmix and layer decay, as the preset has them
         SETTINGS

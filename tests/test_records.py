@@ -14,6 +14,9 @@ from record_runs import RECORDS, RUNS, SAVED, STEPS, environment, outcome, renam
 # mean square); absolute error of what an evaluator finds, since one image more or less may be classified rightly. XLA with its
 # optimisations on was off by 6e-7 (the first losses of the fine-tuning: 1.2e-6), 4e-7, 1.3e-6 and 6e-6 at most.
 LOSS, NORM, LEAF, JUDGED = 1e-6, 1e-5, 1e-5, 0.02
+# Of another environment in effect. BEiT's loss divides by the hidden tokens that count, a number known at run time since
+# masks may hide fewer; XLA rounds its gradient otherwise in the last bit.
+OTHERWISE = {"beit_windows"}
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ every_run = pytest.mark.parametrize("recorded", RUNS, indirect=True)
 def test_recorded_checkpoint_is_continued(recorded):
     name, record = recorded
     start(name)
-    compare(outcome(name), record, first=SAVED)
+    compare(name, record, first=SAVED)
 
 
 @every_run
@@ -41,11 +44,11 @@ def test_recorded_run_is_repeated(recorded):
     name, record = recorded
     shutil.rmtree(name)
     start(name)
-    compare(outcome(name), record, first=0)
+    compare(name, record, first=0)
 
 
-def compare(found: dict, record: dict, first: int):
-    same = environment() == record["environment"]
+def compare(name: str, record: dict, first: int):
+    found, same = outcome(name), environment() == record["environment"] and name not in OTHERWISE
     close = lambda value, rel: value if same else pytest.approx(value, rel=rel, abs=1e-12)
     assert list(found["steps"]) == list(range(first + 1, STEPS + 1))  # a checkpoint that was not found would begin at 1
     for step, now in found["steps"].items():
