@@ -22,12 +22,14 @@ $(STAMP): requirements.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $(STAMP)
 
-# Compilation dominates the tests, so compiled programs are kept between runs, the small ones too.
+# Compilation dominates the tests, so compiled programs are kept between runs, the small ones too. A file's tests stay with
+# one worker, which makes what they share once.
 test: export JAX_PLATFORMS = cpu
 test: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.cache/jax
 test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
+test: export MALLOC_ARENA_MAX = 2
 test: env
-	$(PY) -m pytest tests -n $(WORKERS)
+	$(PY) -m pytest tests -n $(WORKERS) --dist=loadfile
 
 # What timm and transformers compute from exported files, in an environment of its own: PyTorch is a gigabyte.
 test-torch:

@@ -15,16 +15,8 @@ units of 2 x 2 tokens on two stages (GreenMIM), LoMaR's windows of the sample (B
 results/ and the README.
 """
 
-from mim_jax.config import (
-    SAMPLE_TOKENIZER,
-    ConfigDict,
-    arguments,
-    choice,
-    sample_encoder,
-    sample_pretraining,
-    smoke_test,
-    tokenizer_settings,
-)
+from mim_jax.config import ConfigDict, arguments, choice
+from mim_jax.recipes import SAMPLE_TOKENIZER, sample_encoder, sample_pretraining, smoke_test, swin, tokenizer_settings
 
 DECODER = dict(decoder_width=64, decoder_depth=1, decoder_heads=4)
 WHOLE, WINDOWS = dict(windows=0, window=5), dict(windows=3, window=5)
@@ -32,7 +24,7 @@ BIASED = dict(layer_scale=0.1, qkv_bias="qv")
 METHODS = {  # name: (method, position, its settings)
     "mae": ("mae", "absolute", dict(mask_ratio=0.75, norm_pix=True, **WHOLE, **DECODER)),
     "simmim": ("simmim", "shared_bias", dict(mask_ratio=0.6, mask_size=8, norm_pix=False, **WHOLE)),
-    "maskfeat": ("maskfeat", "absolute", dict(mask_ratio=0.4, min_block=5, bins=9, hog_cell=2, gaussian=True)),
+    "maskfeat": ("maskfeat", "absolute", dict(mask_ratio=0.4, min_block=5, bins=9, hog_cell=2, gaussian=True, **WHOLE)),
     "beit": ("beit", "shared_bias", dict(mask_ratio=0.383, min_block=5, **WHOLE)),
     "beit_windows": ("beit", "shared_bias", dict(mask_ratio=0.6, min_block=5, **WINDOWS)),
     "greenmim": ("mae", "", dict(mask_ratio=0.75, norm_pix=True, **WHOLE, **DECODER)),
@@ -44,7 +36,7 @@ def get_config(arg=""):
     method, position, settings = METHODS[choice("method", a.method, METHODS)]
     c = ConfigDict()
     sample_pretraining(c, method=method)
-    c.encoder = sample_encoder(position, **(BIASED if position == "shared_bias" else {})) if position else swin()
+    c.encoder = sample_encoder(position, **(BIASED if position == "shared_bias" else {})) if position else two_stages()
     c[method] = ConfigDict(settings)
     if method == "beit":
         c.tokenizer = tokenizer_settings("trained", **SAMPLE_TOKENIZER)
@@ -57,8 +49,6 @@ def get_config(arg=""):
     return c
 
 
-def swin() -> ConfigDict:
-    """Two stages: 8 x 8 tokens of 96, then 4 x 4 of 192, with about as many parameters as the ViT."""
-    return ConfigDict(
-        dict(patch=4, width=96, depths=(2, 2), heads=(3, 6), window=4, mlp_ratio=4.0, drop_path=0.0, norm_eps=1e-6, sparse=True)
-    )
+def two_stages() -> ConfigDict:
+    """8 x 8 tokens of 96, then 4 x 4 of 192, with about as many parameters as the ViT."""
+    return swin(width=96, depths=(2, 2), heads=(3, 6), window=4)

@@ -31,17 +31,8 @@ Published, fine-tuned top-1 @ hours on 4 A100 (by LoMaR's paper): 800 epochs 83.
 300 epochs 83.4 @ 102. Measured by this project: no full run yet.
 """
 
-from mim_jax.config import (
-    ConfigDict,
-    adamw,
-    arguments,
-    duration,
-    imagenet_pretraining,
-    on_the_sample,
-    smoke_test,
-    tokenizer_settings,
-    vit_encoder,
-)
+from mim_jax.config import ConfigDict, arguments
+from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, tokenizer_settings, vit_encoder
 
 
 def get_config(arg=""):

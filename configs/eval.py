@@ -18,7 +18,8 @@ Source: the shorter side is brought to size / .875 below 256 px and to the size 
 timm's evaluation).
 """
 
-from mim_jax.config import ConfigDict, arguments, choice, duration
+from mim_jax.config import ConfigDict, arguments, choice
+from mim_jax.recipes import duration
 
 SPLITS = {
     "validation": dict(source="", split="validation", optional=False),

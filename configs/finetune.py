@@ -36,7 +36,8 @@ Published, top-1 on ImageNet-1k: LoMaR B 300 / 400 / 800 / 1600 epochs 83.3 / 83
 Measured by this project: on the embedded sample, results/README.md; no full run yet.
 """
 
-from mim_jax.config import ConfigDict, adamw, arguments, choice, duration
+from mim_jax.config import ConfigDict, arguments, choice
+from mim_jax.recipes import adamw, duration
 
 # epochs, warm-up in epochs, base lr per 256 or absolute lr, lowest lr, layer decay, drop path
 PRESETS = {

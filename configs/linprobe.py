@@ -27,7 +27,8 @@ follows ViT's appendix (arXiv 2010.11929), with l2 chosen on the sample's valida
 Published: MAE ViT-B, 1600 epochs 67.8 (cls). Measured by this project: results/.
 """
 
-from mim_jax.config import ConfigDict, arguments, choice, duration, numbers
+from mim_jax.config import ConfigDict, arguments, choice, numbers
+from mim_jax.recipes import duration
 
 
 def get_config(arg=""):

@@ -16,7 +16,8 @@ Data, optimiser and length are those of lomar_sample.py, where their source is t
 README.
 """
 
-from mim_jax.config import ConfigDict, ConfigError, arguments, choice, numbers, sample_encoder, sample_pretraining, smoke_test
+from mim_jax.config import ConfigDict, ConfigError, arguments, choice, numbers
+from mim_jax.recipes import sample_encoder, sample_pretraining, smoke_test
 
 NAMED_TAPS = {"paper": (1, 3), "top": (3,)}
 FINE_TO_COARSE = {1: (1.0,), 2: (1.0, 0.5), 4: (2.0, 2.0, 1.0, 0.5)}

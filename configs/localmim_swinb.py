@@ -32,18 +32,8 @@ Published, fine-tuned top-1 on ImageNet-1k: B 400 epochs 84.0 (pixels), 84.1 (HO
 Measured by this project: no full run yet.
 """
 
-from mim_jax.config import (
-    ConfigDict,
-    adamw,
-    arguments,
-    choice,
-    duration,
-    imagenet_pretraining,
-    numbers,
-    on_the_sample,
-    smoke_test,
-    swin_encoder,
-)
+from mim_jax.config import ConfigDict, arguments, choice, numbers
+from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, swin_encoder
 
 NAMED_TAPS = {"all": (0, 1, 2, 3), "top": (3,)}
 DECODER_WIDTH = (64, 128, 128, 128)  # after each stage

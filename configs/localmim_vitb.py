@@ -27,19 +27,8 @@ Published, fine-tuned top-1 on ImageNet-1k: B 100 epochs 83.3, 1600 epochs 84.0;
 accuracy 3.1x sooner. Measured by this project: no full run yet.
 """
 
-from mim_jax.config import (
-    ConfigDict,
-    ConfigError,
-    adamw,
-    arguments,
-    choice,
-    duration,
-    imagenet_pretraining,
-    numbers,
-    on_the_sample,
-    smoke_test,
-    vit_encoder,
-)
+from mim_jax.config import ConfigDict, ConfigError, arguments, choice, numbers
+from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, vit_encoder
 
 SCALES = {"fine_to_coarse": (4.0, 2.0, 1.0, 0.5), "coarse_to_fine": (0.5, 1.0, 2.0, 4.0), "same": (1.0, 1.0, 1.0, 1.0)}
 

@@ -15,7 +15,8 @@ Arguments
     toy       two steps of a smaller model
 """
 
-from mim_jax.config import ConfigDict, arguments, numbers, sample_encoder, sample_pretraining, smoke_test
+from mim_jax.config import ConfigDict, arguments, numbers
+from mim_jax.recipes import sample_encoder, sample_pretraining, smoke_test
 
 
 def get_config(arg=""):

@@ -31,19 +31,8 @@ Published, fine-tuned top-1 on ImageNet-1k @ hours on 4 A100: 300 epochs 83.3 @ 
 800 epochs 83.8 @ 132, 1600 epochs 84.1 @ 264. Measured by this project: no full run yet.
 """
 
-from mim_jax.config import (
-    ConfigDict,
-    ConfigError,
-    adamw,
-    arguments,
-    choice,
-    duration,
-    imagenet_pretraining,
-    numbers,
-    on_the_sample,
-    smoke_test,
-    vit_encoder,
-)
+from mim_jax.config import ConfigDict, ConfigError, arguments, choice, numbers
+from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, vit_encoder
 
 VIEWS_OF_WINDOW = {5: 8, 7: 4, 9: 3, 11: 2, 14: 1}
 VIEWS_OF_SIZE = {384: 6, 448: 9}  # with 7x7 windows

@@ -23,7 +23,8 @@ Published, fine-tuned top-1 on ImageNet-1k @ hours on 4 A100 (as LoMaR's paper m
 800 epochs 83.3 @ 116, 1600 epochs 83.6 @ 232. Measured by this project: no full run yet.
 """
 
-from mim_jax.config import ConfigDict, adamw, arguments, duration, imagenet_pretraining, on_the_sample, smoke_test, vit_encoder
+from mim_jax.config import ConfigDict, arguments
+from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, vit_encoder
 
 
 def get_config(arg=""):

@@ -21,7 +21,8 @@ Sources of the numbers
 Measured by this project: no full run yet.
 """
 
-from mim_jax.config import ConfigDict, adamw, arguments, duration, imagenet_pretraining, on_the_sample, smoke_test, vit_encoder
+from mim_jax.config import ConfigDict, arguments
+from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, vit_encoder
 
 
 def get_config(arg=""):
@@ -30,7 +31,9 @@ def get_config(arg=""):
     c = ConfigDict()
     imagenet_pretraining(c, method="maskfeat", epochs=a.epochs, batch_size=2048, size=a.size)
     c.encoder = vit_encoder(a.variant, "absolute")
-    c.maskfeat = ConfigDict(dict(mask_ratio=a.mask, min_block=15, bins=9, hog_cell=c.encoder.patch // 2, gaussian=a.gaussian))
+    c.maskfeat = ConfigDict(
+        dict(mask_ratio=a.mask, min_block=15, bins=9, hog_cell=c.encoder.patch // 2, gaussian=a.gaussian, windows=0, window=7)
+    )
     c.data.crop_scale = (0.5, 1.0)
 
     c.optim = adamw(base_lr=2e-4, b2=0.999, clip_norm=0.02, warmup=duration("warmup", epochs=30))

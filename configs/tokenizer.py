@@ -21,13 +21,13 @@ Sources of the numbers
 Measured by this project: on the embedded sample, the targets of BEiT's rows in results/README.md; no full run on ImageNet.
 """
 
-from mim_jax.config import (
+from mim_jax.config import ConfigDict, arguments
+from mim_jax.recipes import (
     SAMPLE_TOKENIZER,
     TOKENIZER,
-    ConfigDict,
     adamw,
-    arguments,
     duration,
+    image_tokenizer,
     imagenet_pretraining,
     on_the_sample,
     sample_pretraining,
@@ -55,7 +55,7 @@ def get_config(arg=""):
 
 def on_imagenet(c, size: int, epochs: int):
     imagenet_pretraining(c, method="tokenizer", epochs=epochs, batch_size=1024, size=size)
-    c.encoder = ConfigDict(dict(patch=16, **TOKENIZER))
+    c.encoder = image_tokenizer(16, **TOKENIZER)
     c.data.crop_scale = (0.08, 1.0)
     c.optim = adamw(base_lr=2.5e-4, warmup=duration("warmup", percent=5.0))
     c.evals.knn.update(duration("every", epochs=5))
@@ -64,5 +64,5 @@ def on_imagenet(c, size: int, epochs: int):
 def on_tiles(c):
     sample_pretraining(c, method="tokenizer")
     c.update(duration("total", steps=2000))
-    c.encoder = ConfigDict(dict(patch=4, **SAMPLE_TOKENIZER))
+    c.encoder = image_tokenizer(4, **SAMPLE_TOKENIZER)
     c.optim.lr = 4e-3

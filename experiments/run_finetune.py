@@ -13,9 +13,14 @@ import pathlib
 import subprocess
 import sys
 
-from mim_jax import build, provenance, supervised
-from mim_jax.config import TrackedConfig, load
-from mim_jax.transfer import inherit
+from mim_jax import provenance
+from mim_jax.assemble.inheritance import inherit
+from mim_jax.assemble.methods import objective
+from mim_jax.config import load
+from mim_jax.jobs.finetune import Finetune, adapt
+from mim_jax.jobs.pretrain import Pretrain
+from mim_jax.runs import saved
+from mim_jax.sections import read as read_section
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 SPECS = {
@@ -39,12 +44,12 @@ def read(*parts: str) -> dict:
 
 def training_flops(method: str, pretrained: str) -> tuple[float, float]:
     """-> FLOPs of a step of the method's pretraining, and of a step of fine-tuning."""
-    config = load(SPECS[method])
-    pretraining = build.objective(TrackedConfig(config)).training_flops() * config.batch_size
-    config = load(RECIPE)
-    config.init_from = pretrained
-    config = inherit(TrackedConfig(config), "")
-    return pretraining, supervised.classifier(config, classes=16).training_flops() * config.batch_size
+    config = read_section(Pretrain, load(SPECS[method]))
+    pretraining = objective(config).training_flops() * config.batch_size
+    settings = load(RECIPE)
+    settings.init_from = pretrained
+    config = read_section(Finetune, adapt(inherit(settings, saved.open(pretrained).config)))
+    return pretraining, config.classifier(classes=16).training_flops() * config.batch_size
 
 
 def record(method: str, kind: str, seed: int):

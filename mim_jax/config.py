@@ -82,135 +82,6 @@ def choice(key: str, value, allowed):
     return value
 
 
-def duration(name: str, *, steps=0, epochs=0.0, examples=0, percent=0.0) -> dict:
-    """The four keys that state one duration; at most one of them may be non-zero (see durations.py)."""
-    return {
-        f"{name}_steps": int(steps),
-        f"{name}_epochs": float(epochs),
-        f"{name}_examples": int(examples),
-        f"{name}_percent": float(percent),
-    }
-
-
-VIT_SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
-SWIN_SIZES = {
-    "T": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7),
-    "B": (128, (2, 2, 18, 2), (4, 8, 16, 32), 7),
-    "L": (192, (2, 2, 18, 2), (6, 12, 24, 48), 14),
-}
-
-
-def vit_encoder(variant: str, position: str) -> ConfigDict:
-    """`c.encoder` of "B/16" and its kin. Raises ConfigError for a variant without letter or patch size."""
-    letter, _, patch = variant.partition("/")
-    width, depth, heads = VIT_SIZES[choice("variant", letter, VIT_SIZES)]
-    if not patch.isdigit() or not int(patch):
-        raise ConfigError(f"variant '{variant}' has no patch size; write for instance variant={letter}/16")
-    return ConfigDict(dict(patch=int(patch), width=width, depth=depth, heads=heads, mlp_ratio=4.0, drop_path=0.0,
-                           position=position, qkv_bias="all", layer_scale=0.0))  # fmt: skip
-
-
-def swin_encoder(variant: str, window: int, sparse: bool = True, norm_eps: float = 1e-6) -> ConfigDict:
-    """`c.encoder` of Swin-T, B, L (arXiv 2103.14030); window 0 is the variant's own."""
-    width, depths, heads, own = SWIN_SIZES[choice("variant", variant, SWIN_SIZES)]
-    return ConfigDict(dict(patch=4, width=width, depths=depths, heads=heads, window=window or own, mlp_ratio=4.0,
-                           drop_path=0.0, norm_eps=norm_eps, sparse=sparse))  # fmt: skip
-
-
-def sample_encoder(position: str, **changes) -> ConfigDict:
-    """`c.encoder` of the ViTs on the embedded sample: 8 x 8 patches of 4 px, 4 blocks."""
-    return ConfigDict(dict(patch=4, width=128, depth=4, heads=4, mlp_ratio=4.0, drop_path=0.0, position=position,
-                           qkv_bias="all", layer_scale=0.0) | changes)  # fmt: skip
-
-
-TOKENIZER = dict(width=384, depth=4, levels=(8, 8, 8, 4, 4))  # what configs/tokenizer.py trains
-SAMPLE_TOKENIZER = dict(width=64, depth=2, levels=(8, 8, 8))  # what configs/tokenizer.py:sample trains
-
-
-def tokenizer_settings(kind: str, **sizes) -> ConfigDict:
-    """`c.tokenizer` of BEiT: "dalle"; or "trained" by configs/tokenizer.py, or "untrained" for smoke tests, of these sizes."""
-    sizes = {} if choice("tokenizer", kind, ("dalle", "trained", "untrained")) == "dalle" else TOKENIZER | sizes
-    return ConfigDict(dict(kind=kind, weights="", **sizes))
-
-
-def adamw(*, base_lr=0.0, lr=0.0, min_lr=0.0, b2=0.95, no_decay=(), clip_norm=0.0, warmup: dict, steps=None) -> ConfigDict:
-    """`c.optim`: AdamW with weight decay .05 and b1 = .9, as every method here has it. After the warm-up the learning rate
-    follows a cosine to `min_lr`, or `steps`: dict(warmup_start, milestones, milestone_rate) of train/schedule.py."""
-    fall = dict(schedule="steps", **steps) if steps else dict(schedule="cosine", min_lr=min_lr)
-    return ConfigDict(dict(name="adamw", base_lr=base_lr, lr=lr, b1=0.9, b2=b2, weight_decay=0.05, no_decay=no_decay,
-                           clip_norm=clip_norm, **fall, **warmup))  # fmt: skip
-
-
-def imagenet_pretraining(c, *, method: str, epochs: float, batch_size: int, size: int):
-    """Fills in what every ImageNet-1k pretraining here has in common; the config adds encoder, method and optimiser.
-
-    RandomResizedCrop (.2, 1) and flip only, bicubic: MAE, LoMaR and LocalMIM alike, each in its appendix.
-    """
-    c.job = "pretrain"
-    c.method = method
-    c.seed = 0
-    c.init_from = ""  # a run whose weights to start from, decoders included
-    c.update(duration("total", epochs=epochs))
-    c.batch_size = batch_size
-    c.accumulation = 1  # micro-batches per step; the batch stays the same
-    c.image_size = (size, size)
-    c.channels = 3
-    c.compute_dtype = "auto"  # bfloat16 on TPU and GPU, float32 on CPU; parameters, norms, softmax, loss: float32
-    c.remat = False  # recompute blocks in the backward pass: less memory, a third more compute
-    c.fsdp = False  # shard tensors above 4 MiB over the devices
-    c.data = ConfigDict(dict(
-        source="imagenet2012", path="", data_dir="", train_split="train", picture_split="validation",
-        crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, jitter=0.0, resize_ratio=0.875,
-        normalise="dataset", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-    ))  # fmt: skip
-    c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", epochs=1)))
-    c.log = ConfigDict(dict(every_steps=50, tensorboard=True))
-    c.evals = ConfigDict()
-    c.evals.knn = dict(type="knn", on=True, train_split="train", test_split="validation", train_examples=64000, pool="mean",
-                       k=20, temperature=0.07, batch_size=512, **duration("every", epochs=20))  # fmt: skip
-    c.evals.fewshot = dict(type="fewshot", on=False, train_split="train[:5%]", test_split="validation", shots=(1, 5, 10),
-                           draws=5, l2=30.0, pool="mean", batch_size=512, **duration("every", epochs=20))  # fmt: skip
-    c.evals.reconstruct = dict(
-        type="reconstruct", on=True, split="validation", examples=1024, pictures=6, batch_size=64, **duration("every", epochs=5)
-    )
-    c.evals.nmi = dict(type="nmi", on=True, split="validation", examples=256, batch_size=64, **duration("every", epochs=20))
-
-
-def sample_pretraining(c, *, method: str):
-    """Fills in what every pretraining on the embedded sample has in common, where configs/lomar_sample.py tells its source."""
-    imagenet_pretraining(c, method=method, epochs=0, batch_size=16, size=32)
-    on_the_sample(c)
-    c.update(duration("total", steps=2900))
-    c.compute_dtype = "float32"
-    c.checkpoint.update(duration("every", steps=500))
-    c.evals.knn.update(dict(train_examples=0, batch_size=256, **duration("every", steps=1000)))
-    c.evals.reconstruct.update(dict(split="test", examples=0, batch_size=256, **duration("every", steps=1000)))
-    c.evals.nmi.update(dict(split="test", **duration("every", steps=1000)))
-    c.optim = adamw(lr=2e-3, warmup=duration("warmup", percent=8.0))
-
-
-def on_the_sample(c):
-    """Replaces the data by gray tiles of 32 px of the embedded sample, each standardised."""
-    c.image_size, c.channels = (32, 32), 1
-    c.data.update(dict(
-        source="sample", picture_split="test", crop_scale=(0.0225, 0.16), crop_ratio=(1.0, 1.0),  # .6 to 1.6 x 32 px of 128
-        resize_ratio=1.0, normalise="image", mean=(0.5,), std=(0.25,),
-    ))  # fmt: skip
-    for judged in (c.evals.knn, c.evals.fewshot):
-        judged.update(dict(train_split="train_tiles", test_split="validation"))
-
-
-def smoke_test(c):
-    """Two steps with everything on: evaluation, pictures, checkpoints."""
-    c.update(duration("total", steps=2))
-    c.optim.update(duration("warmup", steps=1))
-    c.checkpoint.update(duration("every", steps=1))
-    c.log.every_steps = 1
-    c.evals.knn.update(dict(train_examples=128, batch_size=64, **duration("every", steps=2)))
-    c.evals.reconstruct.update(dict(examples=16, pictures=2, batch_size=16, **duration("every", steps=2)))
-    c.evals.nmi.update(dict(examples=16, batch_size=16, **duration("every", steps=2)))
-
-
 def load(spec: str) -> ConfigDict:
     """Loads `path.py:arguments`. Raises ConfigError if the file is missing or an argument is wrong."""
     path, _, arg = spec.partition(":")
@@ -218,7 +89,10 @@ def load(spec: str) -> ConfigDict:
         raise ConfigError(f"no config file '{path}'; the configs of this project are configs/*.py")
     found = importlib.util.spec_from_file_location("experiment_config", path)
     module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    try:
+        found.loader.exec_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{path}: {error}; sizes and published settings are in mim_jax.recipes") from error
     return module.get_config(arg)
 
 
@@ -227,55 +101,6 @@ def name_of(spec: str) -> str:
     path, _, arg = spec.partition(":")
     stem = os.path.splitext(os.path.basename(path))[0]
     return stem + ("_" + arg.replace(",", "_").replace("/", "-") if arg else "")
-
-
-class TrackedConfig:
-    """A read-only view that remembers which keys were read, so that an option nobody reads is an error."""
-
-    def __init__(self, config, _path="", _read=None):
-        object.__setattr__(self, "_config", config)
-        object.__setattr__(self, "_path", _path)
-        object.__setattr__(self, "_read", set() if _read is None else _read)
-
-    def __getattr__(self, key):
-        path = f"{self._path}{key}"
-        if key not in self._config:
-            raise ConfigError(f"the config has no key '{path}'")
-        value = self._config[key]
-        if isinstance(value, ConfigDict):
-            return TrackedConfig(value, path + ".", self._read)
-        self._read.add(path)
-        return value
-
-    def __getitem__(self, key):
-        return getattr(self, key)
-
-    def __contains__(self, key):
-        return key in self._config
-
-    def __setattr__(self, key, value):
-        raise AttributeError("the config is read-only once a run has started")
-
-    def keys(self):
-        return self._config.keys()
-
-    def ignore(self):
-        """Counts every key below as read: they belong to a part that is switched off."""
-        self.mark_read(*flatten(self._config))
-
-    def mark_read(self, *keys):
-        """Counts these keys as read."""
-        self._read.update(self._path + key for key in keys)
-
-    def to_dict(self) -> dict:
-        """The plain tree; does not count as reading."""
-        return self._config.to_dict()
-
-    def require_all_read(self):
-        """Raises ConfigError naming every key that nothing has read."""
-        unread = sorted(set(flatten(self._config)) - self._read)
-        if unread:
-            raise ConfigError(f"the config sets keys that nothing reads: {', '.join(unread)}")
 
 
 def flatten(tree, prefix="") -> dict:

@@ -1,17 +1,20 @@
 """The entry: `python -m mim_jax.main --config=configs/lomar_vitb.py [--config.key=value] [--workdir=...]`.
 
-Flags and the start of processes only; the rest is `run.run(config, workdir)`.
+Flags and the start of processes only; the rest is `jobs/run.py`.
 """
 
 import difflib
+import errno
 import os
+import re
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from mim_jax.config import ConfigDict, ConfigError, load, name_of
-from mim_jax.logs import fail
+from mim_jax.logs import fail, quiet
+from mim_jax.paths import at_home
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:arguments]", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run; default runs/<config name and arguments>")
@@ -45,6 +48,7 @@ def unknown_key(spec: str, argv) -> str:
 def parse(argv):
     """absl's flag parser with one clear line instead of a traceback for what a user typed."""
     try:
+        argv = [re.sub(r"^(--?config=)(~.*)", lambda m: m[1] + at_home(m[2]), arg) for arg in argv]
         spec = typed_spec(argv)
         if spec:
             load(spec)  # absl would wrap what a config says of its arguments into a traceback
@@ -62,17 +66,21 @@ def parse(argv):
 
 
 def main(argv):
-    logging.set_verbosity(logging.WARNING)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow only decodes here; spares a notice at every start
+    quiet()
     from mim_jax import sharding
-    from mim_jax.run import run
+    from mim_jax.jobs.run import run
 
     try:
         sharding.start_processes()
         run(CONFIG.value, WORKDIR.value or os.path.join("runs", name_of(typed_spec(sys.argv))))
     except (ConfigError, FloatingPointError) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C; the same command continues from the last checkpoint", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(f"{error.strerror}: {error.filename or 'a file of the run'}; make room, and the same command continues")
 
 
 if __name__ == "__main__":

@@ -64,10 +64,8 @@ def state_shardings(shapes, mesh, fsdp: bool):
     """A sharding per leaf: replicated, or with FSDP the largest axis that the devices divide, for tensors above 4 MiB."""
 
     def rule(leaf):
-        if not fsdp or leaf.size * leaf.dtype.itemsize < FSDP_MIN_BYTES:
-            return replicated(mesh)
         axes = [i for i, n in enumerate(leaf.shape) if n % mesh.size == 0]
-        if not axes:
+        if not fsdp or not axes or leaf.size * leaf.dtype.itemsize < FSDP_MIN_BYTES:
             return replicated(mesh)
         axis = max(axes, key=lambda i: leaf.shape[i])
         return NamedSharding(mesh, PartitionSpec(*(["data" if i == axis else None for i in range(leaf.ndim)])))

@@ -1,5 +1,7 @@
 """What every test shares: the environment before JAX is imported, the recorded tensors, the command line."""
 
+import ctypes
+import gc
 import os
 import pathlib
 import subprocess
@@ -14,10 +16,21 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # recorded runs use XLA as users do.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 GOLDEN = REPO / "tests" / "golden"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """Compiled programs are dropped after every file: kept, they came to 5.6 GB. Their next use reads them from the disk."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, or the next file's comes on top
 
 
 @pytest.fixture(scope="session")

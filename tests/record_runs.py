@@ -43,6 +43,16 @@ AT_THE_END = {f"evals.{name}.every_steps": 0 for name in ("knn", "reconstruct", 
 PRETRAINING = SETTINGS | AT_THE_END | {"optim.base_lr": 0.03}
 FEWER = {"evals.knn.on": False, "evals.nmi.on": False}  # for those that compile longest
 VIT = PRETRAINING | {"encoder.width": 24}  # a quarter of the bytes
+PROBE = (
+    "configs/linprobe.py:features=streamed,taps=0,head=both,toy",
+    SETTINGS
+    | {
+        "init_from": f"lomar/checkpoints/{SAVED}",
+        "optim.more_base_lrs": (0.3,),
+        "queries": 8,
+        "evals.validation.every_steps": 0,
+    },
+)
 RUNS = {
     "lomar": ("configs/lomar_vitb.py:toy", VIT),
     "localmim_vit": ("configs/localmim_vitb.py:toy", VIT | FEWER),
@@ -58,23 +68,16 @@ RUNS = {
         | {"init_from": f"lomar/checkpoints/{SAVED}", "optim.base_lr": 0.015}
         | {"evals.validation.every_steps": 0, "evals.average.every_steps": 0},
     ),
-    "streamed_probe": (
-        "configs/linprobe.py:features=streamed,taps=0,head=both,toy",
-        SETTINGS
-        | {
-            "init_from": f"lomar/checkpoints/{SAVED}",
-            "optim.more_base_lrs": (0.3,),
-            "queries": 8,
-            "evals.validation.every_steps": 0,
-        },
-    ),
+    # As recorded before its heads got other names, and so other random starts: it is continued, and the next one repeated.
+    "streamed_probe": PROBE,
+    "streamed_probe_anew": PROBE,
 }
 
 
 def start(name: str):
     """Runs, or continues, the recorded run of this name in the folder `name` of the working directory."""
     from mim_jax.config import load
-    from mim_jax.run import run
+    from mim_jax.jobs.run import run
 
     spec, overrides = RUNS[name]
     config = load(f"{REPO}/{spec}")
@@ -85,10 +88,10 @@ def start(name: str):
 def renamed(path: str) -> str:
     """The recorded path of a leaf, or name of an evaluation -> what it is called today.
 
-    None has another name yet. Two may get one: heads of streamed probes, which hold learning rates
-    (head_tap1_linear_lr0.1), and a tokenizer that becomes a teacher (frozen/tokenizer/). No other may.
+    Heads of streamed probes were called by their learning rates (head_tap1_linear_lr0.1), and are by their place among them
+    (head_tap1_linear_0). A tokenizer may become a teacher (frozen/tokenizer/). No other may have another name.
     """
-    return path
+    return re.sub(r"(head_tap\d+_[a-z]+)_lr(0\.1|0\.3)", lambda m: f"{m[1]}_{('0.1', '0.3').index(m[2])}", path)
 
 
 def environment() -> dict:

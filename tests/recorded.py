@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mim_jax import tree
-from mim_jax.convert import names
+from mim_jax.convert import names, tables
+from mim_jax.convert.layouts import to_ours
 from mim_jax.models.vit import ViT
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
@@ -125,6 +126,21 @@ class Case:
         )
 
 
+FIXED_TABLES = tuple(pattern for pattern, *_ in tables.FIXED)  # released names of what is constant here
+
+
+def from_released(state: dict, rules, ignore=FIXED_TABLES) -> dict:
+    """{released name: array} -> our nested tree. Raises KeyError for a name that no rule and no ignore pattern explains."""
+    flat = {}
+    for name, array in state.items():
+        named = names.our_name(name, rules)
+        if named is not None:
+            flat[named[0]] = to_ours(np.asarray(array), named[1])
+        elif not tree.matches(ignore, name):
+            raise KeyError(f"released parameter '{name}' {np.shape(array)} has no counterpart here")
+    return tree.nest(flat)
+
+
 @dataclasses.dataclass
 class Report:
     """{recorded key: error}; `failed` lists what is beyond its tolerance. `parts`, `gaps`: those of the case."""
@@ -200,4 +216,4 @@ def compare_gradients(report: Report, case: Case, made, params, rules, inputs, p
             continue
         # A true gradient of zero is rounding noise in both: the cls bucket of the last block, when only cls is pooled.
         noise = np.abs(expected).max() < 1e-6 * largest
-        report.add(prefix + name, flat[path], names.to_ours(expected, layout), floor=largest if noise else 1e-30)
+        report.add(prefix + name, flat[path], to_ours(expected, layout), floor=largest if noise else 1e-30)

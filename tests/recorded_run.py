@@ -70,11 +70,10 @@ def recorded_optimizer(report: Report, case: Case, port, lr):
     """-> the optimiser that `meta` describes; its groups here are compared with the recorded ones."""
     meta, encoder = case.meta, port.objective.encoder
     opt, groups = meta["optimizer"], meta.get("groups", {})
-    depth = getattr(encoder, "depths", None) or encoder.depth
     scales = {g["lr_scale"] for g in groups.values()}
-    last_block = [g["lr_scale"] for name, g in groups.items() if re.match(last_block_name(depth), name)]
+    last_block = [g["lr_scale"] for name, g in groups.items() if re.match(last_block_name(encoder), name)]
     decay = meta.get("layer_decay") or (last_block[0] if len(scales) > 1 else 1.0)
-    lr_scales = None if decay == 1.0 else (lambda path: optimizer.lr_scale(path, depth, decay))
+    lr_scales = None if decay == 1.0 else (lambda path: optimizer.lr_scale(path, encoder, decay))
     flat = tree.flatten(port.params)
     for name, group in groups.items():
         path, _ = names.our_name(name, port.rules) or ("", "")
@@ -91,11 +90,11 @@ def recorded_optimizer(report: Report, case: Case, port, lr):
     )
 
 
-def last_block_name(depth: int | tuple[int, ...]) -> str:
-    """The pattern of the released names of the encoder's last block: of a ViT's depth, or of a Swin's depths."""
-    if isinstance(depth, int):
-        return rf"blocks\.{depth - 1}\."
-    return rf"(encoder\.)?layers\.{len(depth) - 1}\.blocks\.{depth[-1] - 1}\."
+def last_block_name(encoder) -> str:
+    """The pattern of the released names of the encoder's last block."""
+    if encoder.place == "block":
+        return rf"blocks\.{encoder.layers - 1}\."
+    return rf"(encoder\.)?layers\.{encoder.levels - 1}\.blocks\.{encoder.blocks[-1] - 1}\."
 
 
 def compare_final(report: Report, case: Case, port, params):
@@ -115,8 +114,7 @@ def with_a_gradient(made, name: str, shape):
     keep = np.ones(shape, bool)
     if name.endswith("attn.qkv.bias"):  # a constant added to all keys of an attention cancels in the softmax
         keep[shape[0] // 3 : 2 * shape[0] // 3] = False
-    depth = getattr(made.encoder, "depths", None) or made.encoder.depth
-    last = re.fullmatch(last_block_name(depth) + r"attn\.rpe_k\.lookup_table_weight", name)
+    last = re.fullmatch(last_block_name(made.encoder) + r"attn\.rpe_k\.lookup_table_weight", name)
     if last and getattr(made, "pool", "mean") == "cls":  # all pairs of the cls query share this bucket
         keep[:, irpe.CLS_BUCKET] = False
     return keep

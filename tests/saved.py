@@ -2,14 +2,15 @@
 
 import pathlib
 
+import built
 import jax
 from etils import epath
 
-from mim_jax import build, prng, sharding, tree
+from mim_jax import prng, sharding, tree
 from mim_jax.config import load
-from mim_jax.train.checkpoint import Checkpoints
+from mim_jax.runs.checkpoint import Checkpoints
+from mim_jax.runs.workdir import claimed
 from mim_jax.train.state import create, plan
-from mim_jax.train.workdir import claim
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
@@ -18,21 +19,17 @@ def save_run(spec: str, workdir, **encoder) -> str:
     """Writes a checkpoint of the toy `spec` ("mae_vitb.py:toy") with every parameter drawn anew, zeros included."""
     config = load(f"{REPO}/configs/{spec}")
     config.encoder.update(encoder)
-    made = build.objective(config)
+    made = built.objective(config)
     mesh, key = sharding.make_mesh(), jax.random.key(1)
     fresh, _, where = plan(
-        made,
-        build.optimizer(config, lambda step: 0.0),
-        build.example(config, made),
-        seed=0,
-        mesh=mesh,
-        frozen_patterns=made.frozen,
+        made, built.optimizer(config, lambda step: 0.0), made.example(), seed=0, mesh=mesh, frozen_patterns=made.frozen
     )
     state = create(fresh, where)
     draw = lambda path, x: x + 0.1 * jax.random.normal(prng.named(key, path), x.shape)
     state = state.replace(params=tree.map_named(draw, state.params))
-    claim(epath.Path(workdir), config.to_dict())
+    with claimed(epath.Path(workdir), config.to_dict(), {}):
+        pass
     checkpoints = Checkpoints(str(workdir), every=1, keep=1, keep_every=0)
-    checkpoints.save(1, state, {"step": 1, "config": config.to_dict()})
+    checkpoints.save(1, state, {"step": 1, "config": config.to_dict(), "git": ""})
     checkpoints.close()
     return str(workdir)

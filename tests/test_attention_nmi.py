@@ -9,18 +9,19 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import built
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax import build, sharding, tree
-from mim_jax.config import ConfigError, TrackedConfig, load
-from mim_jax.evaluators.attention import NmiEvaluator, attention_nmi, layer_nmi, layer_weights, nmi_runner
+from mim_jax import sharding, tree
+from mim_jax.config import ConfigError, load
+from mim_jax.evaluators.nmi import attention_nmi, judge, layer_nmi, layer_weights, nmi_runner
+from mim_jax.jobs.run import run
 from mim_jax.models.swin import Swin
 from mim_jax.objectives.localmim import LocalMIM
-from mim_jax.run import run
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 RNG = np.random.default_rng(0)
@@ -146,9 +147,9 @@ def toy():
 @pytest.fixture(scope="module")
 def lomar():
     """-> config, objective, variables of the toy."""
-    config = TrackedConfig(toy())
-    made = build.objective(config)
-    return config, made, made.init(jax.random.key(0), *build.example(config, made))
+    config = toy()
+    made = built.objective(config)
+    return config, made, made.init(jax.random.key(0), *made.example())
 
 
 def test_vit_layers(lomar):
@@ -173,17 +174,17 @@ def padded(images, size):
 def test_the_evaluator_counts_each_example_once(lomar):
     config, made, variables = lomar
     images = RNG.integers(0, 256, (7, 32, 32, 1), np.uint8)
-    normalise, mesh = build.normaliser(config), sharding.make_mesh()
+    normalise, mesh = built.normaliser(config), sharding.make_mesh()
     state = SimpleNamespace(variables=lambda: variables)
-    evaluator = lambda size, n=7: NmiEvaluator(nmi_runner(made, normalise, mesh, lambda: padded(images, size), n))
-    found, pictures = evaluator(4 * mesh.size).run(state)
+    judged = lambda size, n=7: judge(nmi_runner(made, normalise, mesh, lambda: padded(images, size), n), state)
+    found, pictures = judged(4 * mesh.size)
     assert pictures == {} and list(found) == ["nmi/layer_00", "nmi/layer_01", "nmi/mean"]
     whole = jax.jit(lambda: layer_nmi(made, variables, normalise(jnp.asarray(images))))()
     want = [float(x.mean()) for x in whole.values()]
     assert [found["nmi/layer_00"], found["nmi/layer_01"]] == pytest.approx(want, rel=1e-4, abs=1e-7)
     assert found["nmi/mean"] == pytest.approx(np.mean(want), rel=1e-4, abs=1e-7)
     with pytest.raises(RuntimeError, match="7 examples of a split of 8"):
-        evaluator(4 * mesh.size, n=8).run(state)
+        judged(4 * mesh.size, n=8)
 
 
 # the command
@@ -255,7 +256,7 @@ def test_the_command_says_what_is_wrong(workdir, tmp_path, run_python):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "no checkpoint" in done.stderr and str(empty) in done.stderr
     code = f"""
-from mim_jax.attention import compare
+from mim_jax.jobs.attention_curves import compare
 for arguments in (dict(workdirs=[{str(probe)!r}]), dict(out="x.jpg"), dict(examples=-1), dict(workdirs=2 * [{str(workdir)!r}])):
     try:
         compare(**{{"workdirs": [{str(workdir)!r}], "out": {str(out)!r}, **arguments}})

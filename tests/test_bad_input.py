@@ -5,15 +5,15 @@ import json
 import pathlib
 import shutil
 
+import built
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax import build
 from mim_jax.config import ConfigError, load
-from mim_jax.run import run
-from mim_jax.train.checkpoint import CheckpointError
+from mim_jax.jobs.run import run
+from mim_jax.runs.checkpoint import CheckpointError
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 KINDS = ("ConfigError", "DataError", "CheckpointError")  # what main.py turns into one line and exit code 2
@@ -167,7 +167,64 @@ SETTINGS = {
     "path": (dict(data__path="somewhere"), ["data.path", "data.source=folder"]),
     "evaluator": (dict(evals__knn__type="nkn"), ["evals.knn.type", "nkn", "knn"]),
     "pool": (dict(evals__knn__pool="max", evals__knn__on=True), ["pool", "max", "mean"]),
+    # signs, lengths and finiteness, in every section
+    "statistics of bytes": (
+        dict(data__normalise="dataset", data__mean=(123.675,), data__std=(58.395,)),
+        ["data.mean=(123.675,)", "[0, 1]", "divide both by 255"],
+    ),
+    "no deviation": (dict(data__normalise="dataset", data__std=(0.0,)), ["data.std=(0.0,)", "above 0"]),
+    "one size": (dict(image_size=64), ["image_size=64", "2 numbers"]),
+    "negative size": (dict(image_size=(-32, 32)), ["image_size=(-32, 32)"]),
+    "one scale": (dict(data__crop_scale=0.5), ["data.crop_scale=0.5", "2 numbers"]),
+    "no patch": (dict(encoder__patch=0), ["encoder.patch=0", "1 or more"]),
+    "mlp ratio": (dict(encoder__mlp_ratio=0.0), ["encoder.mlp_ratio=0.0"]),
+    "encoder's drop path": (dict(encoder__drop_path=1.5), ["encoder.drop_path=1.5"]),
+    "two patches": (dict(encoder__patch=(4, 4)), ["encoder.patch=(4, 4)", "whole number"]),
+    "pattern": (dict(optim__no_decay=("(",)), ["optim.no_decay", "'('", "regular expression"]),
+    "seed": (dict(seed=2**63), ["seed=9223372036854775808"]),
+    "examples below a batch": (dict(total_steps=0, total_examples=5), ["batch_size=8", "5 images"]),
+    "nan": (dict(optim__base_lr=float("nan")), ["optim.base_lr=nan", "finite"]),
+    "negative lr": (dict(optim__base_lr=-1.0), ["optim.base_lr=-1.0", "0 or more"]),
+    "b1": (dict(optim__b1=1.0), ["optim.b1=1.0", "between 0 and 1"]),
+    "min lr": (dict(optim__min_lr=-1e-6), ["optim.min_lr=-1e-06"]),
+    "keep": (dict(checkpoint__keep=0), ["checkpoint.keep=0", "1 or more"]),
+    "every": (dict(checkpoint__every_steps=-1), ["checkpoint.every_steps=-1", "not a duration"]),
+    "log": (dict(log__every_steps=0), ["log.every_steps=0", "1 or more"]),
+    "neighbours": (dict(evals__knn__k=0), ["evals.knn.k=0", "1 or more"]),
+    "temperature": (dict(evals__knn__temperature=0.0), ["evals.knn.temperature=0.0", "above 0"]),
+    "shots": (dict(evals__fewshot__shots=(0,)), ["evals.fewshot.shots=(0,)"]),
+    "pictures": (dict(evals__reconstruct__pictures=-1), ["evals.reconstruct.pictures=-1"]),
+    "examples": (dict(evals__nmi__examples=-5), ["evals.nmi.examples=-5"]),
+    "resize ratio": (dict(data__resize_ratio=1.5), ["data.resize_ratio=1.5"]),
+    "jitter": (dict(data__jitter=-0.1), ["data.jitter=-0.1"]),
+    "batch above the data": (dict(batch_size=512, total_steps=0, total_epochs=3.0), ["batch_size=512", "total_steps"]),
+    "method's section": (dict(lomar__views=2.5), ["lomar.views=2.5", "whole number"]),
 }
+# of sections that pretraining has not: config, arguments, changes, words
+OTHERS = {
+    "mixing": ("finetune", "preset=sample,toy", dict(mixing__mixup=-1.0), ["mixing.mixup=-1.0"]),
+    "smoothing": ("finetune", "preset=sample,toy", dict(smoothing=1.5), ["smoothing=1.5"]),
+    "drop path": ("finetune", "preset=sample,toy", dict(drop_path=1.0), ["drop_path=1.0"]),
+    "layer decay": ("finetune", "preset=sample,toy", dict(optim__layer_decay=0.0), ["optim.layer_decay=0.0"]),
+    "randaugment": ("finetune", "preset=sample,toy", dict(data__randaugment__layers=-1), ["data.randaugment.layers=-1"]),
+    "probe": ("linprobe", "toy", dict(probe__base_lrs=(0.1, -1.0)), ["probe.base_lrs=(0.1, -1.0)"]),
+    "warm-up of a probe": ("linprobe", "toy", dict(probe__warmup_epochs=5), ["probe.warmup_epochs=5", "2 epochs"]),
+    "momentum": ("linprobe", "features=streamed,toy", dict(optim__momentum=1.0), ["optim.momentum=1.0"]),
+    "features": ("features", "toy", dict(batch_size=0), ["batch_size=0"]),
+    "pool of features": ("features", "toy", dict(pool="max"), ["pool is 'max'", "none"]),
+    "mean of features": ("features", "toy", dict(data__mean=(float("inf"),)), ["data.mean=inf", "finite"]),
+    "judge": ("linprobe", "features=streamed,toy", dict(evals__validation__batch_size=0), ["evals.validation.batch_size=0"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_setting_of_another_section_that_cannot_be_is_named(name, trained, tmp_path):
+    config, arguments, changes, words = OTHERS[name]
+    refused(toy(config, arguments, init_from=str(trained), **changes), tmp_path / "w", *words)
+
+
+def test_a_tokenizers_sizes_are_checked(tmp_path):
+    refused(toy("beit_vitb", tokenizer__width=0), tmp_path / "w", "tokenizer.width=0", "1 or more")
 
 
 VIT, SWIN = "localmim_vitb", "localmim_swinb"
@@ -235,7 +292,7 @@ def test_a_setting_that_localmim_cannot_have_is_named(name, tmp_path):
 def test_arguments_that_make_no_model_are_named_before_any_compute(name, words):
     stem, _, arg = name.partition(":")
     with pytest.raises(ConfigError) as caught:
-        build.objective(load(f"{REPO}/configs/{stem}.py:{arg}"))
+        built.objective(load(f"{REPO}/configs/{stem}.py:{arg}"))
     assert all(word in str(caught.value) for word in words), caught.value
 
 

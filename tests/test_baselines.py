@@ -5,34 +5,39 @@ import json
 import math
 import pathlib
 
+import built
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import jit
 
-from mim_jax import build, tree
-from mim_jax.config import ConfigError, TrackedConfig, load, tokenizer_settings
-from mim_jax.convert import tokenizer as convert
+from mim_jax import tree
+from mim_jax.assemble import methods
+from mim_jax.config import ConfigError, load
+from mim_jax.convert.reading import dalle_weights as convert
+from mim_jax.jobs.pretrain import Pretrain
+from mim_jax.jobs.run import run
 from mim_jax.models.dalle import DalleEncoder
-from mim_jax.run import run
+from mim_jax.recipes import tokenizer_settings
+from mim_jax.runs import workdir
+from mim_jax.runs.saved import CheckpointError, modernised
+from mim_jax.sections import defaults, read
 from mim_jax.targets.hog import maskfeat_hog
-from mim_jax.train.checkpoint import CheckpointError
-from mim_jax.train.pretrained import find, read_meta
-from mim_jax.train.workdir import completed
+from mim_jax.train.experiment import Length, Rate
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
-def built(spec: str, **encoder):
+def loaded(spec: str, **encoder):
     path, _, arg = spec.partition(":")
     config = load(f"{REPO}/configs/{path}.py:{arg}")
     config.encoder.update(encoder)
-    return config, build.objective(TrackedConfig(config))
+    return config, built.objective(config)
 
 
 def shapes_of(config, made):
-    return jax.eval_shape(lambda: made.init(jax.random.key(0), *build.example(config, made)))["params"]
+    return jax.eval_shape(lambda: made.init(jax.random.key(0), *made.example()))["params"]
 
 
 def count_vit(d, depth, patch=16, table=0):
@@ -64,7 +69,7 @@ FULL = {  # parameters, hidden cells of all cells
 
 @pytest.mark.parametrize("spec", FULL)
 def test_full_size_configs_have_the_papers_sizes(spec):
-    config, made = built(spec)
+    config, made = loaded(spec)
     params = tree.flatten(shapes_of(config, made))
     trained = sum(x.size for path, x in params.items() if not path.startswith("tokenizer/"))
     masks = jax.eval_shape(lambda: made.masks(jax.random.key(0), 3))
@@ -85,7 +90,7 @@ def test_full_size_configs_have_the_papers_sizes(spec):
     ],
 )
 def test_swins_have_windows_that_tile_every_stage(spec, window, units):
-    config, made = built(spec)
+    config, made = loaded(spec)
     assert made.encoder.window == window and made.encoder.units == (units, units)
     assert sum(x.size for x in jax.tree.leaves(shapes_of(config, made)["encoder"])) > 86e6
     hidden = int(np.asarray(made.masks(jax.random.key(0), 1).hidden).sum())
@@ -95,7 +100,7 @@ def test_swins_have_windows_that_tile_every_stage(spec, window, units):
 
 def random_case(spec, seed=0):
     """-> objective, params, images, masks; every parameter random."""
-    config, made = built(spec)
+    config, made = loaded(spec)
     images = jax.random.normal(jax.random.key(seed), (2, *config.image_size, config.channels))
     masks = made.masks(jax.random.key(seed + 1), 2)
     rng = np.random.default_rng(seed)
@@ -184,7 +189,7 @@ def beit_with(weights, kind="trained", **sizes):
 
 def test_beit_learns_from_a_tokenizer_that_stays_as_it_was_trained(tokenizer_run, tmp_path):
     run(beit_with(tokenizer_run, width=16, depth=1), str(tmp_path / "run"))
-    saved, source = (read_meta(find(folder))["fingerprints"] for folder in (tmp_path / "run", tokenizer_run))
+    saved, source = (built.meta(folder)["fingerprints"] for folder in (tmp_path / "run", tokenizer_run))
     frozen = {key: x for key, x in saved.items() if key.startswith("frozen/tokenizer/")}
     assert len(frozen) > 10 and all(source[key.replace("frozen/tokenizer", "params/encoder")] == x for key, x in frozen.items())
     assert not [key for key in saved if key.startswith(("opt_state", "params")) and "tokenizer" in key]
@@ -197,7 +202,7 @@ def test_beit_learns_from_a_tokenizer_that_stays_as_it_was_trained(tokenizer_run
     config = beit_with("", width=16, depth=1)  # and in those that another run starts from
     config.init_from = str(tmp_path / "run")
     run(config, str(tmp_path / "next"))
-    again = read_meta(find(tmp_path / "next"))["fingerprints"]
+    again = built.meta(tmp_path / "next")["fingerprints"]
     assert all(again[key] == x for key, x in frozen.items())
 
 
@@ -229,20 +234,20 @@ def test_the_dvae_takes_true_pixels_of_three_channels():
     config = load(f"{REPO}/configs/beit_vitb.py")
     config.data.normalise = "image"
     with pytest.raises(ConfigError, match="data.normalise=image loses"):
-        build.objective(config)
+        built.objective(config)
     config = load(f"{REPO}/configs/beit_vitb.py")
     config.channels, config.data.mean, config.data.std = 1, (0.5,), (0.5,)
     with pytest.raises(ConfigError, match="takes RGB"):
-        build.objective(config)
+        built.objective(config)
 
 
 def test_a_file_of_dvae_weights_becomes_beits_frozen_tokenizer(tmp_path, monkeypatch):
     """At a tiny width: the path from a file with the released names to the state of a run."""
-    from mim_jax import transfer
+    from mim_jax.assemble import methods, weights
 
     tiny = dict(width=4, classes=16)
-    monkeypatch.setattr(build, "DalleEncoder", lambda **fields: DalleEncoder(**fields, **tiny))
-    monkeypatch.setattr(transfer, "dalle_params", lambda path: convert.dalle_params(path, **tiny))
+    monkeypatch.setattr(methods, "DalleEncoder", lambda **fields: DalleEncoder(**fields, **tiny))
+    monkeypatch.setattr(weights, "dalle_params", lambda path: convert.dalle_params(path, **tiny))
     rng = np.random.default_rng(0)
     state = {k: rng.normal(0, 0.5, s).astype(np.float32) for k, (s, _) in convert.released_shapes(**tiny).items()}
     np.savez(tmp_path / "encoder.npz", **state)
@@ -250,7 +255,7 @@ def test_a_file_of_dvae_weights_becomes_beits_frozen_tokenizer(tmp_path, monkeyp
     config.channels = 3
     config.data.update(dict(normalise="dataset", mean=(0.5,) * 3, std=(0.25,) * 3))
     run(config, str(tmp_path / "run"))
-    saved = read_meta(find(tmp_path / "run"))["fingerprints"]
+    saved = built.meta(tmp_path / "run")["fingerprints"]
     assert len([key for key in saved if key.startswith("frozen/tokenizer/")]) == len(state)
 
 
@@ -268,10 +273,10 @@ def test_a_file_of_dvae_weights_becomes_beits_frozen_tokenizer(tmp_path, monkeyp
         ("beit_vitb:toy", {"tokenizer": {"kind": "vqgan"}}, "tokenizer.kind is 'vqgan'"),
         ("mae_vitb:toy", {"mae": {"windows": -1}}, "windows=-1 must be 0"),
         ("simmim_vitb:toy", {"simmim": {"mask_size": 0}}, "mask_size=0 must be"),
-        ("simmim_vitb:toy", {"simmim": {"mask_ratio": math.nan}}, "mask_ratio=nan is not a share"),
-        ("beit_vitb:toy", {"beit": {"mask_ratio": math.nan}}, "mask_ratio=nan is not a share"),
+        ("simmim_vitb:toy", {"simmim": {"mask_ratio": math.nan}}, "mask_ratio=nan is not a finite number"),
+        ("beit_vitb:toy", {"beit": {"mask_ratio": math.nan}}, "mask_ratio=nan is not a finite number"),
         ("maskfeat_vitb:toy", {"maskfeat": {"mask_ratio": 1.5}}, "mask_ratio=1.5 is not a share"),
-        ("mae_vitb:toy", {"mae": {"decoder_dept": 1}}, "mae.decoder_dept is no setting of MAE"),
+        ("mae_vitb:toy", {"mae": {"decoder_dept": 1}}, "nothing reads: mae.decoder_dept. Did you mean 'mae.decoder_depth'"),
     ],
 )
 def test_settings_that_cannot_be_are_named(spec, overrides, match):
@@ -280,12 +285,12 @@ def test_settings_that_cannot_be_are_named(spec, overrides, match):
     for section, values in overrides.items():
         config[section].update(values)
     with pytest.raises(ConfigError, match=match):
-        build.objective(TrackedConfig(config))
+        built.objective(config)
 
 
 def test_squares_do_not_matter_to_windows():
-    built("simmim_vitb:windows=4,variant=B/14")
-    built("simmim_vitb:windows=4,size=240")
+    loaded("simmim_vitb:windows=4,variant=B/14")
+    loaded("simmim_vitb:windows=4,size=240")
 
 
 def test_squares_smaller_than_units_are_evaluated_and_drawn_as_squares():
@@ -315,40 +320,53 @@ def test_a_baseline_that_completes_perfectly_has_no_error(spec):
 def test_simmims_learning_rate_falls_at_seven_eighths_of_the_run():
     config = load(f"{REPO}/configs/simmim_vitb.py")
     per_epoch = 2048 * 100  # images: 100 steps
-    lr, peak, warmup = build.schedule(config, 80_000, per_epoch)
-    assert peak == pytest.approx(4e-4) and warmup == 1000
+    rate = Rate(built.settings(config).optim, Length(80_000, config.batch_size, 1, per_epoch))
+    lr = rate.function()
+    assert rate.peak == pytest.approx(4e-4) and rate.warmup == 1000
     values = [float(lr(step)) for step in (0, 500, 1000, 69_999, 70_000, 79_999)]
     np.testing.assert_allclose(values, [2e-6, (4e-4 + 2e-6) / 2, 4e-4, 4e-4, 4e-5, 4e-5], rtol=1e-5)
 
 
 def test_beits_recipe_jitters_colours_and_others_do_not():
     config = load(f"{REPO}/configs/beit_vitb.py:toy")
-    made, normalise = build.objective(config), build.normaliser(config)
-    batch = build.synthetic_batch(config, 4)
-    images, masks = build.pretraining_input(config, made, normalise)(batch, jax.random.key(0))
+    made, normalise = built.objective(config), built.normaliser(config)
+    batch = built.batch(config, 4)
+    images, masks = built.inputs(config, made)(batch, jax.random.key(0))
     config.data.jitter = 0.0
-    plain, same = build.pretraining_input(config, made, normalise)(batch, jax.random.key(0))
+    plain, same = built.inputs(config, made)(batch, jax.random.key(0))
     np.testing.assert_array_equal(plain, normalise(batch["image"]))
     assert (masks.hidden == same.hidden).all() and float(jnp.abs(images - plain).max()) > 0.05
     recipes = {path.stem: load(str(path)) for path in (REPO / "configs").glob("*.py")}
     assert {name for name, c in recipes.items() if c.data.get("jitter")} == {"beit_vitb"}
 
 
-def test_configs_saved_before_an_option_was_there_mean_what_they_did():
-    now = load(f"{REPO}/configs/greenmim_swinb.py").to_dict()
+def test_configs_saved_before_an_option_was_there_mean_what_they_did(tmp_path):
+    config = load(f"{REPO}/configs/greenmim_swinb.py")
+    now = config.to_dict()
     old = json.loads(json.dumps(now))
     for section, key in (
         ("mae", "windows"),
         ("mae", "window"),
         ("encoder", "norm_eps"),
+        ("encoder", "norm2_eps"),
+        ("encoder", "kind"),
         ("optim", "schedule"),
         ("data", "jitter"),
+        ("encoder", "final_norm"),
     ):
         del old[section][key]
-    assert completed(old) == json.loads(json.dumps(now))
+    before, after = read(Pretrain, modernised(old), complete=True), read(Pretrain, now)
+    assert methods.objective(before, complete=True) == methods.objective(after) and before.data == after.data
+    assert before.optim == after.optim
+    workdir.require_same(tmp_path, old, now, defaults(Pretrain, now))
+    with pytest.raises(ConfigError, match="data.jitter: 0.0 -> 0.4"):
+        workdir.require_same(tmp_path, old, now | {"data": now["data"] | {"jitter": 0.4}}, defaults(Pretrain, now))
+
+
+def test_maskfeat_runs_from_before_its_window_was_a_flag_have_it(tmp_path):
     now = load(f"{REPO}/configs/maskfeat_vitb.py").to_dict()
     old = json.loads(json.dumps(now))
     del old["maskfeat"]["gaussian"]
-    assert completed(old) == json.loads(json.dumps(now)) and now["maskfeat"]["gaussian"] is True
-    now = load(f"{REPO}/configs/linprobe.py:features=cached").to_dict()
-    assert completed(now) == now, "nothing is added to sections that are something else"
+    workdir.require_same(tmp_path, old, now, defaults(Pretrain, now))
+    config = read(Pretrain, old, complete=True)
+    assert methods.objective(config, complete=True).gaussian and now["maskfeat"]["gaussian"] is True

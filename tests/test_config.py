@@ -5,22 +5,12 @@ import json
 import pathlib
 import time
 
+import built
 import jax
 import pytest
 
-from mim_jax import build, durations
-from mim_jax.config import (
-    ConfigDict,
-    ConfigError,
-    TrackedConfig,
-    arguments,
-    choice,
-    differences,
-    duration,
-    flatten,
-    load,
-    name_of,
-)
+from mim_jax.config import ConfigError, arguments, choice, differences, flatten, load, name_of
+from mim_jax.durations import Duration
 from mim_jax.tree import count
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -86,43 +76,7 @@ def test_name_of_run():
     assert name_of("configs/lomar_vitb.py:variant=L/16,size=448") == "lomar_vitb_variant=L-16_size=448"
 
 
-# the tracked view
-
-
-def tracked():
-    return TrackedConfig(ConfigDict(dict(a=1, optim=dict(lr=0.1, name="x"), evals=dict())))
-
-
-def test_unread_keys_are_named():
-    config = tracked()
-    assert config.optim.lr == 0.1
-    with pytest.raises(ConfigError) as caught:
-        config.require_all_read()
-    assert "a" in str(caught.value) and "optim.name" in str(caught.value) and "optim.lr" not in str(caught.value)
-    config.a, config["optim"]["name"]  # noqa: B018  # reading is the point
-    config.require_all_read()
-
-
-def test_dumping_a_config_does_not_read_it():
-    config = tracked()
-    assert config.to_dict() == dict(a=1, optim=dict(lr=0.1, name="x"), evals={})
-    assert "a" in config and sorted(config.keys()) == ["a", "evals", "optim"]
-    with pytest.raises(ConfigError, match="a, optim.lr, optim.name"):
-        config.require_all_read()
-
-
-def test_missing_keys_are_named_with_their_path():
-    with pytest.raises(ConfigError, match="no key 'optim.momentum'"):
-        _ = tracked().optim.momentum
-
-
-def test_a_started_run_has_a_read_only_config():
-    config = tracked()
-    with pytest.raises(AttributeError):
-        config.a = 2
-    with pytest.raises(AttributeError):
-        config.optim.lr = 2
-    assert config.a == 1 and config.optim.lr == 0.1
+# trees
 
 
 def test_differences_show_every_changed_key():
@@ -141,14 +95,14 @@ def test_differences_show_every_changed_key():
 )
 def test_every_unit_of_a_duration(given, steps):
     known = dict(batch_size=64, examples_per_epoch=640, total_steps=200)
-    assert durations.in_steps(duration("every", **given), "every", **known) == steps
-    assert durations.exact_steps(duration("every", **given), "every", **known) == steps
+    assert Duration("every", **given).whole(**known) == Duration("every", **given).exact(**known) == steps
 
 
 def test_exact_durations_keep_fractions():
-    found = durations.exact_steps(duration("warmup", epochs=1), "warmup", batch_size=4096, examples_per_epoch=1281167)
+    epoch = Duration("warmup", epochs=1)
+    found = epoch.exact(batch_size=4096, examples_per_epoch=1281167)
     assert found == 1281167 / 4096
-    found = durations.in_steps(duration("warmup", epochs=1), "warmup", batch_size=4096, examples_per_epoch=1281167)
+    found = epoch.whole(batch_size=4096, examples_per_epoch=1281167)
     assert found == 313
 
 
@@ -165,7 +119,7 @@ def test_exact_durations_keep_fractions():
 )
 def test_impossible_durations_are_named(given, words):
     with pytest.raises(ConfigError) as caught:
-        durations.in_steps(duration("every", **given), "every", batch_size=8, examples_per_epoch=80)
+        Duration("every", **given).whole(batch_size=8, examples_per_epoch=80)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
@@ -224,22 +178,22 @@ VIEWS = {
 
 
 @functools.cache
-def built(arg):
+def row(arg):
     config = load(f"{REPO}/configs/lomar_vitb.py:{arg}")
-    made = build.objective(config)
-    variables = jax.eval_shape(lambda: made.init(jax.random.key(0), *build.example(config, made)))
+    made = built.objective(config)
+    variables = jax.eval_shape(lambda: made.init(jax.random.key(0), *made.example()))
     return config, made, variables["params"]
 
 
 @pytest.mark.parametrize("arg", ROWS)
 def test_every_row_of_the_papers_builds(arg):
-    config, made, params = built(arg)
+    config, made, params = row(arg)
     if arg in VIEWS:
         assert config.lomar.views == VIEWS[arg]
     masks = jax.eval_shape(lambda: made.masks(jax.random.key(0), 6))
     n = config.lomar.window**2
     assert masks.corners.shape == (6, config.lomar.views, 2) and masks.hidden.shape == (6, config.lomar.views, n)
-    images, masks = jax.eval_shape(lambda: build.example(config, made, 6))
+    images, masks = jax.eval_shape(lambda: made.example(6))
     loss, _ = jax.eval_shape(lambda p, x, m: made.apply({"params": p}, x, m), params, images, masks)
     assert loss.shape == () and loss.dtype == "float32"
     assert made.encoder.grid == (config.image_size[0] // config.encoder.patch,) * 2
@@ -289,7 +243,7 @@ def test_the_formula_gives_the_published_size_of_vit_b():
 
 @pytest.mark.parametrize("arg", COUNTS)
 def test_parameter_counts_are_those_of_the_formula(arg):
-    assert count(built(arg)[2]) == COUNTS[arg]
+    assert count(row(arg)[2]) == COUNTS[arg]
 
 
 # LocalMIM: every flag of both configs
@@ -392,8 +346,8 @@ def test_the_written_out_sizes_are_those_of_the_formula():
 def test_every_flag_of_localmim_builds_at_full_size(name):
     stem, _, arg = name.partition(":")
     config = load(f"{REPO}/configs/{stem}.py:{arg}")
-    made = build.METHODS["localmim"](config)
-    images, masks = jax.eval_shape(lambda: build.example(config, made, 4))
+    made = built.objective(config)
+    images, masks = jax.eval_shape(lambda: made.example(4))
     once = jax.eval_shape(lambda x, m: made.init_with_output(jax.random.key(0), x, m), images, masks)
     (loss, metrics), params = once[0], once[1]["params"]
     cells, parameters = LOCAL[name]

@@ -3,18 +3,18 @@
 import json
 import pathlib
 
+import built
 import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax import build, sharding
+from mim_jax import sharding
 from mim_jax.config import load
-from mim_jax.run import run
-from mim_jax.train.checkpoint import Checkpoints
-from mim_jax.train.pretrained import find, load_params, read_meta
+from mim_jax.jobs.pictures import visualise
+from mim_jax.jobs.run import run
+from mim_jax.runs.saved import find
+from mim_jax.runs.stopping import Stopping
 from mim_jax.train.state import create, plan
-from mim_jax.transfer import pretrained_params
-from mim_jax.visualise import visualise
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (REPO / "configs").glob("*.py"))
@@ -33,7 +33,7 @@ def toy(name: str, steps: int, *, arguments="toy", **overrides):
 def interrupted(monkeypatch, config, workdir, at: int):
     """Runs until step `at`, where it is asked to stop."""
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "should_stop", lambda self, step: step == at)
+        patch.setattr(Stopping, "asked", lambda self, step: step == at)
         with pytest.raises(SystemExit) as stopped:
             run(config, workdir)
     assert stopped.value.code == 143
@@ -97,11 +97,11 @@ def test_streamed_probe_trains_the_head_alone_and_resumes(pretrained, tmp_path, 
     interrupted(monkeypatch, config(), workdir, at=2)
     results = run(config(), workdir)
     assert 0 <= results["validation/top1"] <= results["validation/top5"] <= 1
-    saved, source = read_meta(find(workdir))["fingerprints"], read_meta(find(pretrained))["fingerprints"]
+    saved, source = built.meta(workdir)["fingerprints"], built.meta(pretrained)["fingerprints"]
     frozen = {key.removeprefix("frozen/"): x for key, x in saved.items() if key.startswith("frozen/")}
     assert frozen and all(source[f"params/{key}"] == x for key, x in frozen.items())
     assert not [key for key in saved if key.startswith("opt_state") and "encoder" in key]
-    assert "stats/batch_stats/head_tap1_linear_lr0.1/norm/mean" in saved
+    assert "stats/batch_stats/head_tap1_linear_0/norm/mean" in saved
 
 
 @pytest.mark.parametrize("format", ["npy", "parquet"])
@@ -117,8 +117,8 @@ def test_streamed_heads_learn_at_their_own_rates_and_are_evaluated_alone(pretrai
     config.optim.update(dict(warmup_steps=0, base_lr=0.01))
     workdir = str(tmp_path / "probe")
     results = run(config, workdir)
-    heads = load_params(find(workdir), sharding.make_mesh(), "linear/kernel$")
-    pairs = {name: name.replace("lr1/", "lr0.01/") for name in heads if "lr1/" in name}
+    heads = built.arrays(workdir, "linear/kernel$")
+    pairs = {name: name.replace("_1/", "_0/") for name in heads if "_1/" in name}
     assert len(heads) == 2 * len(pairs) == 8
     assert all(np.abs(heads[fast] - heads[slow]).max() > 0 for fast, slow in pairs.items())
     config = toy("eval", 0, arguments="toy,splits=validation", init_from=workdir)
@@ -190,24 +190,24 @@ def test_a_probe_of_a_swin_by_a_cls_token_is_refused(features, local_swin, tmp_p
 
 
 def test_frozen_biases_are_saved_never_trained_and_loaded_back(local_swin):
-    saved = [read_meta(find(f"{local_swin}/checkpoints/{step}"))["fingerprints"] for step in (1, 2)]
+    saved = [built.meta(f"{local_swin}/checkpoints/{step}")["fingerprints"] for step in (1, 2)]
     names = {f"frozen/hog_bias_{j}" for j in range(4)}
     assert {key for key in saved[0] if "hog_bias" in key} == names, "frozen, and not in the optimiser's state"
     assert {key for key in saved[0] if saved[0][key] == saved[1][key]} >= names
     still = [key for key in saved[0] if key.startswith("params/") and saved[0][key] == saved[1][key]]
     # one of 2 x 2 units is visible, so a token of the last stage has no other to attend to
     assert still == ["params/encoder/stage_3/block_00/attn/relative_bias"]
-    before = load_params(find(local_swin), sharding.make_mesh(), "^hog_bias")
+    before = built.arrays(local_swin, "^hog_bias")
     assert len(before) == 4 and len({float(x) for bias in before.values() for x in bias}) == 8
     assert all(bool((abs(x) <= 1 / 3).all()) for x in before.values())
     # what init_from does, without a step
     config, mesh = bare("localmim_swinb", 1), sharding.make_mesh()
-    made = build.objective(config)
-    example = build.example(config, made)
+    made = built.objective(config)
+    example = made.example()
     config.init_from = local_swin
-    replace, _ = pretrained_params(config, made, example, mesh)
+    replace, _ = built.taken_over(config, made)
     fresh, _, where = plan(
-        made, build.optimizer(config, lambda step: 0.0), example, seed=5, mesh=mesh, frozen_patterns=made.frozen
+        made, built.optimizer(config, lambda step: 0.0), example, seed=5, mesh=mesh, frozen_patterns=made.frozen
     )
     own, loaded = create(fresh, where).frozen, create(fresh, where, replace).frozen
     for key in before:

@@ -6,8 +6,9 @@ import pathlib
 import jax
 import pytest
 
-from mim_jax import costs, provenance
+from mim_jax import provenance
 from mim_jax.config import ConfigError
+from mim_jax.jobs import step_costs as costs
 from mim_jax.train.state import plan
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -17,10 +18,11 @@ TOY = f"{REPO}/configs/mae_vitb.py:toy"
 BENCHMARK = f"""
 import os
 from mim_jax import benchmark
+from mim_jax.jobs import step_times
 
 os.chdir("FOLDER")
-benchmark.MatrixProduct.__init__ = lambda self, *_: setattr(self, "rates", [])
-benchmark.MatrixProduct.run = lambda self: 1e9
+step_times.MatrixProduct.__init__ = lambda self, *_: setattr(self, "rates", [])
+step_times.MatrixProduct.run = lambda self: 1e9
 benchmark.flags.FLAGS(["benchmark", "--config={TOY}", "--steps=1", *ARGUMENTS])
 benchmark.main(None)
 """

@@ -9,7 +9,8 @@ from PIL import Image
 
 from mim_jax import tree
 from mim_jax.config import ConfigError
-from mim_jax.convert import tokenizer
+from mim_jax.convert import names
+from mim_jax.convert.reading import dalle_weights
 from mim_jax.models.dalle import DalleEncoder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -184,9 +185,9 @@ def released():
 def test_released_weights_come_in_and_go_out_unchanged(tmp_path, released, prefix):
     path = tmp_path / "encoder.npz"
     np.savez(path, **{prefix + name: array for name, array in released.items()})
-    params = tokenizer.dalle_params(path, width=4, classes=11)
+    params = dalle_weights.dalle_params(path, width=4, classes=11)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes(**TINY))
-    back = tokenizer.released_state(params)
+    back = names.to_released_state(tree.flatten(params), names.DALLE_RULES)
     assert back.keys() == released.keys()
     for name, array in released.items():
         np.testing.assert_array_equal(back[name], array, err_msg=name)
@@ -197,14 +198,14 @@ def test_released_weights_come_in_and_go_out_unchanged(tmp_path, released, prefi
 
 
 def test_the_released_size_has_the_released_names():
-    wanted = tokenizer.released_shapes(256, 8192)
+    wanted = dalle_weights.released_shapes(256, 8192)
     assert {name: shape for name, (shape, _) in wanted.items()} == released_shapes(256, 8192)
     assert sorted(path for _, path in wanted.values()) == sorted(tree.flatten(shapes()))
 
 
 def test_half_precision_becomes_float32(tmp_path, released):
     np.savez(tmp_path / "half.npz", **{name: array.astype(np.float16) for name, array in released.items()})
-    params = tokenizer.dalle_params(tmp_path / "half.npz", width=4, classes=11)
+    params = dalle_weights.dalle_params(tmp_path / "half.npz", width=4, classes=11)
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
 
 
@@ -229,4 +230,4 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, released, change, message
     change(released)
     np.savez(tmp_path / "encoder.npz", **released)
     with pytest.raises(ConfigError, match=f"encoder.npz' is not DALL-E's encoder.*{message}"):
-        tokenizer.dalle_params(tmp_path / "encoder.npz", width=4, classes=11)
+        dalle_weights.dalle_params(tmp_path / "encoder.npz", width=4, classes=11)

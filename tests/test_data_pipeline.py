@@ -16,9 +16,11 @@ import tensorflow as tf
 from PIL import Image
 
 from mim_jax.data import augment
+from mim_jax.data.augment import DataError
 from mim_jax.data.pipeline import TrainBatches, eval_batches
 from mim_jax.data.sample import photos
-from mim_jax.data.sources import ArraySource, DataError, open_source
+from mim_jax.data.source import ArraySource
+from mim_jax.data.sources import open_source
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,6 @@ def numbered():
             "numbered",
             "train",
             n,
-            7,
             tuple("abcdefg"),
             3,
             images=tf.constant(images),
@@ -93,7 +94,7 @@ def test_batch_types(tiles):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_slices_are_the_batch(tiles, processes):
     whole = batches(tiles, size=(32, 32))
-    parts = [batches(tiles, size=(32, 32), process_index=p, process_count=processes) for p in range(processes)]
+    parts = [batches(tiles, size=(32, 32), process=(p, processes)) for p in range(processes)]
     for step in (0, 1, 13):
         slices = [part.batch(step) for part in parts]
         assert_same(whole.batch(step), {k: np.concatenate([s[k] for s in slices]) for k in slices[0]})
@@ -126,9 +127,9 @@ def test_seed_changes_order_and_crops(tiles):
 
 def test_batch_size_must_be_shared_evenly(numbered):
     with pytest.raises(DataError, match="batch_size=8"):
-        batches(numbered(9), process_count=3)
-    with pytest.raises(DataError, match="process_index=2"):
-        batches(numbered(9), process_count=2, process_index=2)
+        batches(numbered(9), process=(0, 3))
+    with pytest.raises(DataError, match=r"process=\(2, 2\)"):
+        batches(numbered(9), process=(2, 2))
 
 
 # ---- the end of a stream
@@ -138,6 +139,7 @@ def test_batch_size_must_be_shared_evenly(numbered):
 class PythonSource(ArraySource):
     """Looks its ids up in Python, as array_record does; once `dropped`, meets the garbage collector there."""
 
+    bulk = True
     dropped: threading.Event = None
     entered: list = None
     left: list = None
@@ -156,7 +158,7 @@ class PythonSource(ArraySource):
 
 def test_garbage_collected_in_a_reader_does_not_deadlock(numbered):
     # A thread that destroys the iterator it works for waits for itself; cyclic garbage may get there.
-    source = PythonSource(**{**vars(numbered(200)), "bulk": True}, dropped=threading.Event(), entered=[], left=[])
+    source = PythonSource(**vars(numbered(200)), dropped=threading.Event(), entered=[], left=[])
     gc.disable()
     gc.freeze()  # what other tests left would make each collection slow
     try:
@@ -200,15 +202,7 @@ print("done")
 def test_evaluation_sees_each_example_once(numbered, n, batch_size, processes, limit):
     parts = [
         list(
-            eval_batches(
-                numbered(n),
-                batch_size=batch_size,
-                size=(8, 8),
-                resize_ratio=1.0,
-                limit=limit,
-                process_index=p,
-                process_count=processes,
-            )
+            eval_batches(numbered(n), batch_size=batch_size, size=(8, 8), resize_ratio=1.0, limit=limit, process=(p, processes))
         )
         for p in range(processes)
     ]

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from mim_jax.data.augment import DataError
 from mim_jax.data.sample import photos
-from mim_jax.data.sources import DataError, open_source
+from mim_jax.data.sources import open_source
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ import tensorflow as tf
 from PIL import Image
 
 from mim_jax.data import augment, pipeline
-from mim_jax.data.sources import DataError, check_folder, open_source
+from mim_jax.data.augment import DataError
+from mim_jax.data.image_folder import check_folder
+from mim_jax.data.sources import open_source
 
 
 def picture(seed, height=40, width=48):
@@ -259,17 +261,14 @@ def test_imagenet_trains(imagenet):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_imagenet_shards_are_the_epoch(imagenet, processes):
     source = open_source("imagenet2012", "train", data_dir=imagenet[0])
-    shards = [
-        [train_batches(source, process_index=p, process_count=processes).batch(k)["id"] for k in range(3)]
-        for p in range(processes)
-    ]
+    shards = [[train_batches(source, process=(p, processes)).batch(k)["id"] for k in range(3)] for p in range(processes)]
     assert sorted(np.ravel(shards)) == list(range(TRAIN))
 
 
 @pytest.mark.parametrize("processes,limit", [(1, 0), (4, 0), (2, 5)])
 def test_imagenet_evaluates_once(imagenet, processes, limit):
     source = open_source("imagenet2012", "validation", data_dir=imagenet[0])
-    parts = [everything(source, process_index=p, process_count=processes, limit=limit) for p in range(processes)]
+    parts = [everything(source, process=(p, processes), limit=limit) for p in range(processes)]
     assert len({len(part["id"]) for part in parts}) == 1
     ids = np.concatenate([part["id"][part["valid"]] for part in parts])
     assert sorted(ids) == list(range(limit or VALIDATION))

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 
+import built
 import numpy as np
 import pytest
 
-from mim_jax.train.pretrained import has_checkpoint
+from mim_jax.runs.saved import has_checkpoint
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = [
@@ -129,30 +130,29 @@ def methods_scenario():
     """Two steps of each toy on 1 device and on several, with micro-batches too: the same losses, gradients, parameters."""
     import jax
 
-    from mim_jax import build, sharding, supervised, tree
-    from mim_jax.config import TrackedConfig, load
+    from mim_jax import sharding, tree
+    from mim_jax.config import load
     from mim_jax.train.schedule import warmup_cosine
     from mim_jax.train.state import create, plan
     from mim_jax.train.step import make_step
 
     def parts(config):
-        normalise = build.normaliser(config)
         if config.job == "finetune":
-            return supervised.classifier(config, 10), supervised.finetuning_input(config, normalise, 10)
-        made = build.objective(config)
-        return made, build.pretraining_input(config, made, normalise)
+            return built.classifier(config, 10), built.settings(config).inputs(10)
+        made = built.objective(config)
+        return made, built.inputs(config, made)
 
     def two_steps(config, devices, accumulation):
         made, prepare = parts(config)
-        tx = build.optimizer(config, warmup_cosine(1e-3, 10, 1))
+        tx = built.optimizer(config, warmup_cosine(1e-3, 10, 1))
         mesh = sharding.make_mesh(jax.devices()[:devices])
-        example = build.example(config, made)
+        example = made.example()
         fresh, _, where = plan(made, tx, example, seed=0, mesh=mesh, frozen_patterns=made.frozen)
         state = create(fresh, where)
         step = make_step(made, tx, mesh, where, prepare=prepare, seed=0, accumulation=accumulation)
         history = []
         for i in range(2):
-            state, metrics = step(state, sharding.to_global(build.synthetic_batch(config, 8, seed=i), mesh))
+            state, metrics = step(state, sharding.to_global(built.batch(config, 8, seed=i), mesh))
             history.append({key: float(x) for key, x in metrics.items()})
         return state, history
 
@@ -164,7 +164,7 @@ def methods_scenario():
             config.data.update(dict(normalise="dataset", mean=(0.5,), std=(0.25,)))
             config.mixing.group = 4
             config.encoder.drop_path = 0.5
-        return TrackedConfig(config)
+        return config
 
     # devices, accumulation; drop path draws for every micro-batch anew, so BEiT's and fine-tuning's are not split
     others = {"localmim_vitb": ((8, 1), (2, 4)), "localmim_swinb": ((4, 2),), "beit_vitb": ((8, 1),), "finetune": ((8, 1),)}
@@ -190,29 +190,29 @@ def scenario(workdir: str):
     """On 8 devices: an FSDP step equals a replicated one; its state is saved and restored on 8, 2 and 1 devices."""
     import jax
 
-    from mim_jax import build, sharding, tree
-    from mim_jax.config import TrackedConfig, load
-    from mim_jax.train import checkpoint
+    from mim_jax import sharding, tree
+    from mim_jax.config import load
+    from mim_jax.runs import checkpoint
     from mim_jax.train.schedule import warmup_cosine
     from mim_jax.train.state import create, plan
     from mim_jax.train.step import make_step
 
     sharding.FSDP_MIN_BYTES = 1  # toy tensors are small
-    config = TrackedConfig(load("configs/lomar_vitb.py:toy"))
-    made, normalise = build.objective(config), build.normaliser(config)
-    tx = build.optimizer(config, warmup_cosine(1e-3, 10, 1))
+    config = load("configs/lomar_vitb.py:toy")
+    made = built.objective(config)
+    tx = built.optimizer(config, warmup_cosine(1e-3, 10, 1))
 
     def state_on(devices, fsdp):
         mesh = sharding.make_mesh(jax.devices()[:devices])
-        fresh, shapes, where = plan(made, tx, build.example(config, made), seed=0, mesh=mesh, fsdp=fsdp)
+        fresh, shapes, where = plan(made, tx, made.example(), seed=0, mesh=mesh, fsdp=fsdp)
         return mesh, fresh, shapes, where
 
     def two_steps(devices, fsdp):
         mesh, fresh, _, where = state_on(devices, fsdp)
         state = create(fresh, where)
-        step = make_step(made, tx, mesh, where, prepare=build.pretraining_input(config, made, normalise), seed=0)
+        step = make_step(made, tx, mesh, where, prepare=built.inputs(config, made), seed=0)
         for i in range(2):
-            state, metrics = step(state, sharding.to_global(build.synthetic_batch(config, 8, seed=i), mesh))
+            state, metrics = step(state, sharding.to_global(built.batch(config, 8, seed=i), mesh))
         return state, float(metrics["loss"])
 
     plain, plain_loss = two_steps(1, False)

@@ -1,14 +1,22 @@
 """Classification on other splits: ImageNet-V2 and ReaL, written by TFDS's own builders, each example counted once."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mim_jax import evaluation, sharding
-from mim_jax.config import ConfigDict, ConfigError, TrackedConfig, duration
+from mim_jax import sharding
+from mim_jax.assemble.datasets import Data, split_batches
+from mim_jax.assemble.judges import Classify, Judged, evaluators
+from mim_jax.config import ConfigError
+from mim_jax.data.augment import DataError
 from mim_jax.data.pipeline import eval_batches
-from mim_jax.data.sources import DataError, NotPrepared, open_source
-from mim_jax.evaluators.classify import hits, labelled
+from mim_jax.data.source import NotPrepared
+from mim_jax.data.sources import open_source
+from mim_jax.evaluators.top_k import hits, labelled
+from mim_jax.sections import read
 
 CLASSES = 1000
 REAL = [[3], [], [7, 900], [0, 1, 2], [], [5], [999, 0]]  # the classes that ReaL gives to image k
@@ -44,14 +52,14 @@ def places(images):
 class Oracle:
     """A classifier that knows image k by its colour; its weights are the logits [k classes] of every image."""
 
-    def __init__(self, heads=()):
+    def __init__(self, heads=(("", 1),)):
         self.classes, self.heads = CLASSES, heads
 
     def apply(self, variables, images, method):
         assert method == "logits"
         k = jnp.rint(images.astype(jnp.float32).mean((1, 2, 3)) / SHADE).astype(int)
         logits = jnp.asarray(variables)[k]
-        return {name: sign * logits for name, sign in self.heads} if self.heads else logits
+        return {name: sign * logits for name, sign in self.heads} if self.heads else {"": logits}
 
 
 class State:
@@ -73,15 +81,21 @@ def settings(data_dir, **changes):
         batch_size=4,
         weights="trained",
         optional=False,
-        **duration("every"),
+        every_steps=0,
+        every_epochs=0.0,
+        every_examples=0,
+        every_percent=0.0,
     )
-    data = dict(source="sample", path="", data_dir=data_dir, resize_ratio=1.0)
-    whole = dict(evals=dict(it=e | changes), data=data, optim=dict(average=0.9))
-    return TrackedConfig(ConfigDict(dict(whole, channels=3, image_size=(8, 8), batch_size=4)))
+    data = dict(source="sample", path="", data_dir=data_dir, resize_ratio=1.0, normalise="dataset", mean=(), std=())
+    return read(Classify, e | changes, "evals.it."), read(Data, data, "data.")
 
 
-def scheduled(config, made=None):
-    return evaluation.evaluators(config, made or Oracle(), lambda x: x, sharding.make_mesh(), None, 1, 1)
+def scheduled(settings, made=None):
+    evaluation, data = settings
+    batches = lambda source, size, limit: split_batches(source, (8, 8), data.resize_ratio, size, limit)
+    config = SimpleNamespace(data=data, channels=3, batches=batches, normaliser=lambda: lambda x: x)
+    judged = Judged(made or Oracle(), config, sharding.make_mesh(), averaged=True)
+    return evaluators({"it": evaluation}, judged, lambda duration: 1)
 
 
 def random_logits(rows=10):
@@ -128,7 +142,7 @@ def test_sets_of_labels_reach_the_batches(data_dir, processes):
     assert source.file_name(2) == "validation/2"
     seen = []
     for p in range(processes):
-        options = dict(batch_size=4, size=(8, 8), resize_ratio=1.0, process_index=p, process_count=processes)
+        options = dict(batch_size=4, size=(8, 8), resize_ratio=1.0, process=(p, processes))
         for batch in eval_batches(source, **options):
             assert batch["label"].shape == (4 // processes, CLASSES) and batch["label"].dtype == np.uint8
             assert not batch["label"][~batch["valid"]].any()
@@ -175,8 +189,8 @@ def test_what_is_not_prepared_is_left_out_where_it_may_be(tmp_path, caplog):
     with pytest.raises(NotPrepared, match=r"(?s)tfds build imagenet_v2/matched-frequency.*evals.it.on=False"):
         scheduled(settings(str(tmp_path), **changes))
     with caplog.at_level("WARNING", logger="absl"):
-        assert scheduled(settings(str(tmp_path), **changes, optional=True)) == []
-        assert scheduled(settings(str(tmp_path), optional=True)) == []
+        assert scheduled(settings(str(tmp_path), **changes, optional=True)) == ()
+        assert scheduled(settings(str(tmp_path), optional=True)) == ()
     v2, real = (record.getMessage() for record in caplog.records)
     assert "tfds build imagenet_v2/matched-frequency" in v2 and "manual_dir" not in v2 and "\n" not in v2
     assert "tfds build imagenet2012_real" in real and "manual_dir" in real
@@ -201,8 +215,8 @@ def test_unlabelled_images_cannot_be_judged(tmp_path):
     import PIL.Image
 
     PIL.Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
-    config = settings("", source="", split="train")
-    config.data._config.update(dict(source="folder", path=str(tmp_path)))
+    evaluation, data = settings("", source="", split="train")
+    data = dataclasses.replace(data, source="folder", path=str(tmp_path))
     with pytest.raises(ConfigError, match="folder 'train' has no labels"):
-        scheduled(config)
+        scheduled((evaluation, data))
     assert issubclass(NotPrepared, DataError)

@@ -4,24 +4,31 @@ import json
 import pathlib
 import re
 
+import built
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import jit
+from recorded import from_released
 from safetensors import SafetensorError
 from saved import save_run
 
-from mim_jax import build, sharding, tree
+from mim_jax import tree
 from mim_jax.config import ConfigDict, ConfigError, load
-from mim_jax.convert import export as export_lib
-from mim_jax.convert import fixed, formats, names, torch_file
-from mim_jax.convert.__main__ import import_weights
-from mim_jax.convert.export import export
-from mim_jax.convert.importing import Options
+from mim_jax.convert import names
+from mim_jax.convert import tables as fixed
+from mim_jax.convert.reading import weights_file
+from mim_jax.convert.reading.recognition import Options
+from mim_jax.convert.writing import export as export_lib
+from mim_jax.convert.writing import for_timm
+from mim_jax.convert.writing.export import export
+from mim_jax.convert.writing.for_hugging_face import hf
+from mim_jax.convert.writing.for_timm import timm
+from mim_jax.convert.writing.written_model import safetensors
+from mim_jax.jobs.import_weights import import_weights
 from mim_jax.models.posembed import sincos_table
-from mim_jax.train import pretrained
-from mim_jax.train.checkpoint import CheckpointError
+from mim_jax.runs.saved import CheckpointError, Saved
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
@@ -50,8 +57,8 @@ def drawn(spec: str, **encoder):
     """-> the config of a pretraining run, its objective, random {our path: array}; nothing is compiled."""
     config = load(f"{REPO}/configs/{spec}")
     config.encoder.update(encoder)
-    made, rng = build.objective(config), np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), *build.example(config, made)))["params"]
+    made, rng = built.objective(config), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), *made.example()))["params"]
     params = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in tree.flatten(shapes).items()}
     return ConfigDict(config.to_dict()), made, params
 
@@ -65,8 +72,8 @@ def test_the_documented_program_computes_what_the_run_computes(run, tmp_path):
     images = np.random.default_rng(0).normal(size=(2, 24, 40, 1)).astype(np.float32)  # another size than the run's
     config = load(f"{REPO}/configs/lomar_vitb.py:toy")
     config.image_size = (24, 40)
-    params = tree.nest(pretrained.load_params(pretrained.find(run), sharding.make_mesh(), "^encoder/"))["encoder"]
-    want = jit(build.encoder(config).apply)({"params": params}, jnp.asarray(images))
+    params = tree.nest(built.arrays(run, "^encoder/"))["encoder"]
+    want = jit(built.encoder(config).apply)({"params": params}, jnp.asarray(images))
     found = program["forward"](state, images.transpose(0, 3, 1, 2))
     np.testing.assert_allclose(found, want, atol=2e-5)
     assert said["method"] == "lomar" and json.loads(said["image_size"]) == [32, 32] and said["step"] == "1"
@@ -78,7 +85,7 @@ def test_a_file_of_ours_comes_back_with_the_settings_it_holds(run, tmp_path):
         out, back = str(tmp_path / f"{alone}.safetensors"), str(tmp_path / f"back_{alone}")
         export(run, "safetensors", out, encoder_only=alone)
         import_weights(out, back, Options("lomar"))
-        there, here = (pretrained.read_meta(pretrained.find(folder)) for folder in (run, back))
+        there, here = (built.meta(folder) for folder in (run, back))
         for key in ("image_size", "channels", "lomar", "encoder"):
             assert here["config"][key] == there["config"][key], key
         assert [here["config"]["data"][key] for key in ("normalise", "mean", "std")] == ["image", [0.5], [0.25]]
@@ -96,7 +103,7 @@ def test_a_file_says_what_it_is_and_so_does_its_card(run, tmp_path):
     export(run, "npz", str(out))
     program = {}
     exec(python_of(card_of(out)).replace('"lomar.npz"', f'"{out}"'), program)
-    want = pretrained.load_params(pretrained.find(run), sharding.make_mesh())
+    want = built.arrays(run)
     assert program["params"].keys() == want.keys() and "head/kernel" in want
     for path, x in program["params"].items():
         np.testing.assert_array_equal(x, want[path])
@@ -125,7 +132,7 @@ def test_the_encoder_alone(run, tmp_path):
     whole, alone = (tmp_path / f"{name}.safetensors" for name in ("whole", "alone"))
     export(run, "safetensors", str(whole))
     export(run, "safetensors", str(alone), encoder_only=True)
-    whole, part = torch_file.read(whole), torch_file.read(alone)
+    whole, part = weights_file.read(whole), weights_file.read(alone)
     assert whole.keys() - part.keys() == {"mask_token", "encoder_pred.weight", "encoder_pred.bias"}
     assert metadata(alone)["encoder_only"] == "true" and "Not in the file: `head/*`, `mask_token`." in (
         card_of(alone).read_text()
@@ -134,7 +141,7 @@ def test_the_encoder_alone(run, tmp_path):
 
 def test_nothing_is_overwritten_or_half_written(run, tmp_path, monkeypatch):
     out = tmp_path / "a" / "lomar.npz"
-    monkeypatch.setattr(export_lib.card, "write", lambda *a: "ü\ud800")  # cannot be encoded
+    monkeypatch.setattr(export_lib.model_card, "write", lambda *a: "ü\ud800")  # cannot be encoded
     with pytest.raises(UnicodeEncodeError):
         export(run, "npz", str(out))
     monkeypatch.undo()
@@ -203,7 +210,7 @@ def test_settings_that_a_library_lacks_are_named(change, words):
     config.mae.windows = change.pop("windows", 0)
     config.update(change)
     with pytest.raises(ConfigError, match=words):
-        (formats.timm if config.job == "linprobe" else formats.hf)(config, params)
+        (timm if config.job == "linprobe" else hf)(config, params)
 
 
 def test_runs_are_followed_while_their_folders_hold_the_same_weights(monkeypatch):
@@ -213,31 +220,30 @@ def test_runs_are_followed_while_their_folders_hold_the_same_weights(monkeypatch
         for name, source in ("ab", "bc", "cx")
     }
 
-    def find(source):
+    def open_run(source):
         if source not in metas:
             raise CheckpointError(source)
-        return source
+        return Saved(pathlib.Path(source), metas[source])
 
-    monkeypatch.setattr(export_lib.pretrained, "find", find)
-    monkeypatch.setattr(export_lib.pretrained, "read_meta", metas.get)
+    monkeypatch.setattr(export_lib.saved, "open", open_run)
     metas["c"]["ancestor"] = {"weights": "of a folder that is gone"}
     for name, source in ("bc", "ab"):
-        metas[name]["ancestor"] = pretrained.ancestry(metas[source])
-    assert export_lib.lineage("a") == [metas[name] for name in "abc"]
+        metas[name]["ancestor"] = open_run(source).ancestry()
+    assert export_lib.lineage(open_run("a")) == [metas[name] for name in "abc"]
     metas["b"]["fingerprints"] = {"params": 0}  # another run lies there now
-    assert export_lib.lineage("a") == [metas["a"]]
+    assert export_lib.lineage(open_run("a")) == [metas["a"]]
 
 
 def test_the_licence_travels_with_the_weights():
     """From released weights over further pretraining to a fine-tuned run, whatever becomes of the folders."""
     origin = {"file": "mae.pth", "from": "mae", "licence": "CC BY-NC 4.0", "sha256": "ab"}
     released = {"config": {}, "origin": origin, "fingerprints": {}}
-    more = {"config": {"init_from": "x", "method": "mae"}, "ancestor": pretrained.ancestry(released), "fingerprints": {}}
-    tuned = {"config": {"init_from": "y"}, "ancestor": pretrained.ancestry(more), "fingerprints": {}}
+    more = {"config": {"init_from": "x", "method": "mae"}, "ancestor": Saved(None, released).ancestry(), "fingerprints": {}}
+    tuned = {"config": {"init_from": "y"}, "ancestor": Saved(None, more).ancestry(), "fingerprints": {}}
     for meta in (released, more, tuned):
         assert export_lib.origin_of(meta) == ("CC BY-NC 4.0", origin)
     assert tuned["ancestor"]["method"] == "mae" and more["ancestor"]["method"] == "mae"
-    own = {"config": {"init_from": "x"}, "ancestor": pretrained.ancestry({"config": {}, "fingerprints": {}})}
+    own = {"config": {"init_from": "x"}, "ancestor": Saved(None, {"config": {}, "fingerprints": {}}).ancestry()}
     for meta in (own, {"config": {}}, {"config": {"init_from": "x", "scratch": True}}):
         assert export_lib.origin_of(meta) == (export_lib.OWN_LICENCE, {})
     assert "unknown: it started from 'x'" in export_lib.origin_of({"config": {"init_from": "/y/x"}})[0]
@@ -270,14 +276,14 @@ METHODS = [
 @pytest.mark.parametrize("spec, encoder", METHODS, ids=lambda x: str(x).partition("_")[0])
 def test_released_names_lead_back(spec, encoder):
     config, _, params = drawn(spec, **encoder)
-    written = formats.safetensors(config, params)
+    written = safetensors(config, params)
     tables = fixed.tables(config, written.tensors)
     learned = {name: x for name, x in written.tensors.items() if name not in tables}
-    back = tree.flatten(names.from_released(learned, formats.RELEASED_RULES[config.method](config)))
+    back = tree.flatten(from_released(learned, names.released_rules(config)))
     assert back.keys() == {path for path in params if not path.startswith("tokenizer/")}
     for path, x in back.items():
         np.testing.assert_array_equal(x, params[path])
-    encoder = formats.safetensors(config, params, encoder_only=True).tensors
+    encoder = safetensors(config, params, encoder_only=True).tensors
     assert encoder.keys() < written.tensors.keys() and tables.keys() < written.tensors.keys()
     assert len(encoder.keys() - tables.keys()) == sum(p.startswith("encoder/") for p in params)
     assert not any(name.startswith(("decoder", "hog_enc", "mask")) for name in encoder)
@@ -285,7 +291,7 @@ def test_released_names_lead_back(spec, encoder):
 
 def test_hugging_face_names_and_tables():
     config, _, params = drawn("mae_vitb.py:toy", depth=1)
-    found = {name: x.shape for name, x in formats.hf(config, params).tensors.items()}
+    found = {name: x.shape for name, x in hf(config, params).tensors.items()}
     d, e, n = 48, 32, 65
     want = {
         "vit.embeddings.cls_token": (1, 1, d),
@@ -313,7 +319,7 @@ def test_hugging_face_names_and_tables():
     for layer, w in (("vit.layernorm", d), ("decoder.decoder_norm", e)):
         want |= {f"{layer}.{leaf}": (w,) for leaf in ("weight", "bias")}
     assert found == want
-    tensors = formats.hf(config, params).tensors
+    tensors = hf(config, params).tensors
     q, k, v = (tensors[f"vit.encoder.layer.0.attention.attention.{x}.weight"] for x in ("query", "key", "value"))
     np.testing.assert_array_equal(np.concatenate([q, k, v]).T, params["encoder/block_00/attn/qkv/kernel"])
     np.testing.assert_array_equal(tensors["decoder.decoder_pos_embed"][0], sincos_table(e, (8, 8), cls=True))
@@ -326,7 +332,7 @@ def test_a_hugging_face_folder_says_how_to_prepare_images(tmp_path):
     write = lambda out, **options: export_lib.write(
         export_lib.places("hf", str(out)), "hf", params, [{"config": config.to_dict(), "step": 1}], **options
     )
-    assert [file.name for file in write(tmp_path / "a")] == list(export_lib.card.HF_FILES)
+    assert [file.name for file in write(tmp_path / "a")] == list(export_lib.model_card.HF_FILES)
     read = lambda out, name: json.loads((tmp_path / out / name).read_text())
     found = read("a", "preprocessor_config.json")
     assert found["image_mean"] == [0.1, 0.2, 0.3] and found["image_std"] == [0.4, 0.5, 0.6] and found["size"]["height"] == 32
@@ -371,8 +377,8 @@ def test_published_sizes_need_no_numbers_in_timm(variant, name):
         mlp_ratio=4.0,
         num_classes=0,
     )
-    assert formats.named(formats.TIMM_VIT, options) == {"name": name, "options": {"num_classes": 0}}
-    other = formats.named(formats.TIMM_VIT, options | dict(depth=5, img_size=[384, 384]))
+    assert for_timm.named(for_timm.TIMM_VIT, options) == {"name": name, "options": {"num_classes": 0}}
+    other = for_timm.named(for_timm.TIMM_VIT, options | dict(depth=5, img_size=[384, 384]))
     assert other["name"] == "vit_base_patch16_224" and other["options"].keys() >= {"depth", "img_size"}
 
 
@@ -384,7 +390,7 @@ def test_transposed_arrays_are_written_as_they_read(tmp_path):
     }
     export_lib.save_safetensors(tmp_path / "x", arrays, {"z": "ü"})
     assert metadata(tmp_path / "x") == {"z": "ü"}
-    back = torch_file.read(tmp_path / "x")
+    back = weights_file.read(tmp_path / "x")
     for name, x in arrays.items():
         assert back[name].dtype == x.dtype
         np.testing.assert_array_equal(back[name], x)

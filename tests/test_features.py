@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import built
 import jax
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,13 +13,13 @@ from jax import jit
 from PIL import Image
 from saved import REPO, save_run
 
-from mim_jax import build, features, sharding
-from mim_jax.config import ConfigError, TrackedConfig, load
+from mim_jax import sharding
+from mim_jax.config import ConfigError, load
 from mim_jax.data.augment import DataError
 from mim_jax.data.sources import open_source
-from mim_jax.evaluators.base import SplitRunner
-from mim_jax.run import run
-from mim_jax.train.pretrained import find, load_params
+from mim_jax.evaluators.split_runner import SplitRunner
+from mim_jax.jobs import feature_files, features
+from mim_jax.jobs.run import run
 from mim_jax.tree import nest
 
 SPECS = {"vit": "lomar_sample.py:toy", "swin": "localmim_swinb.py:toy"}
@@ -59,8 +60,8 @@ def written(workdir):
 def by_hand(folder, images, pool="mean"):
     """Each file opened by PIL and given to the pretraining objective alone."""
     config = load(f"{REPO}/configs/{SPECS['vit']}")
-    made, normalise = build.objective(config), build.normaliser(config)
-    params = nest(load_params(find(folder), sharding.make_mesh()))
+    made, normalise = built.objective(config), built.normaliser(config)
+    params = nest(built.arrays(folder))
     pixels = np.stack([np.asarray(Image.open(images / name))[..., None] for name in NAMES])
     encode = jit(lambda x: made.apply({"params": params}, normalise(x), pool, method="features"))
     return np.concatenate([encode(x[None]) for x in pixels])
@@ -116,9 +117,7 @@ def test_images_without_labels(format, lomar, tmp_path):
 
 def extractor(name, pool="mean", tap="top"):
     """Of the method's own config: what `inherit` would make of a run."""
-    config = load(f"{REPO}/configs/{SPECS[name]}")
-    config.update(dict(pool=pool, tap=tap))
-    return features.extractor(TrackedConfig(config))
+    return features.extractor(built.encoder(load(f"{REPO}/configs/{SPECS[name]}")), pool, str(tap))
 
 
 def test_pools_and_taps_of_a_vit():
@@ -200,20 +199,20 @@ def test_finished_features_are_left_alone(plain, lomar, images, tmp_path, monkey
 
 def test_a_disk_too_small_is_noticed_before(tmp_path):
     with pytest.raises(ConfigError, match="GB"):
-        features.check_room(epath.Path(tmp_path / "not" / "yet"), "npy", (10**9, 10**6))
+        feature_files.check_room(epath.Path(tmp_path / "not" / "yet"), "npy", (10**9, 10**6))
 
 
 def test_rows_land_at_their_place_in_the_split(images, tmp_path):
     """Several processes that read a stream bring their rows in turns."""
     source = open_source("folder", "train", path=str(images))
-    writer = features.Writer(epath.Path(tmp_path), source, (9, 2), "npy", {})
+    writer = feature_files.Writer(epath.Path(tmp_path), source, (9, 2), "npy", {})
     for ids in (np.array([0, 1, 5, 6]), np.array([2, 3, 7, 8]), np.array([4])):
         writer.write(ids, ids.astype(np.int32) * 2, np.stack([ids, -ids], 1).astype(np.float32))
     writer.close()
     found, labels, names = written(tmp_path)
     np.testing.assert_array_equal(found, np.stack([np.arange(9), -np.arange(9)], 1))
     assert labels.tolist() == list(range(0, 18, 2)) and names == NAMES
-    writer = features.Writer(epath.Path(tmp_path), source, (9, 2), "parquet", {})
+    writer = feature_files.Writer(epath.Path(tmp_path), source, (9, 2), "parquet", {})
     with pytest.raises(RuntimeError, match="after 0 rows"):
         writer.write(np.array([1]), np.zeros(1, np.int32), np.zeros((1, 2), np.float32))
 

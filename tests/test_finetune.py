@@ -5,6 +5,7 @@ import pathlib
 import shutil
 from types import SimpleNamespace
 
+import built
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +14,18 @@ import pytest
 from jax import jit
 from saved import REPO, save_run
 
-from mim_jax import build, evaluation, sharding, supervised, tree
-from mim_jax.config import ConfigError, TrackedConfig, load
+from mim_jax import tree
+from mim_jax.assemble.inheritance import inherit, with_other_data
+from mim_jax.assemble.judges import Judged
+from mim_jax.config import ConfigError, load
+from mim_jax.jobs.evaluate import Evaluate
+from mim_jax.jobs.run import run
 from mim_jax.models.posembed import cubic_matrix, sincos_table
 from mim_jax.models.relative_bias import CLS_ENTRIES, offsets, resize_offsets
-from mim_jax.run import run
-from mim_jax.train.checkpoint import CheckpointError, Checkpoints
+from mim_jax.runs.saved import AVERAGE, TRAINED, CheckpointError
+from mim_jax.runs.stopping import Stopping
+from mim_jax.sections import read
 from mim_jax.train.optimizer import adamw, moving_average
-from mim_jax.train.pretrained import AVERAGE, TRAINED, find, load_params, read_meta
-from mim_jax.transfer import inherit, pretrained_params, with_other_data
 
 RUNS = {
     "lomar": ("lomar_vitb.py:toy", {}),
@@ -60,10 +64,10 @@ def tuning(init_from, arguments="preset=sample,toy", **changes):
 
 def taken_over(folder, classes=16, **changes):
     """-> the completed config, the classifier, its parameters from the run, and what is said of them."""
-    config = inherit(TrackedConfig(tuning(folder, **changes)), pathlib.Path("/nowhere"))
-    made = supervised.classifier(config, classes)
-    example = build.example(config, made)
-    fits, report = pretrained_params(config, made, example, sharding.make_mesh())
+    config = built.completed(tuning(folder, **changes))
+    made = built.classifier(config, classes)
+    example = made.example()
+    fits, report = built.taken_over(config, made)
     fresh = tree.flatten(made.init(jax.random.key(0), *example)["params"])
     return config, made, {"params": tree.nest(fresh | fits)}, report
 
@@ -72,7 +76,7 @@ def pretraining(name):
     """-> the objective of the run, as its own config has it."""
     config = load(f"{REPO}/configs/{RUNS[name][0]}")
     config.encoder.update(RUNS[name][1])
-    return config, build.objective(config)
+    return config, built.objective(config)
 
 
 def images(config, made, seed=0):
@@ -80,14 +84,14 @@ def images(config, made, seed=0):
 
 
 def logits(made, variables, x):
-    return jit(lambda v: made.apply(v, x, method="logits"))(variables)
+    return jit(lambda v: made.apply(v, x, method="logits")[""])(variables)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_features_are_the_same_before_and_after_the_hand_over(name, saved):
     config, before = pretraining(name)
     x = images(config, before)
-    params = tree.nest(load_params(find(saved(name)), sharding.make_mesh()))
+    params = tree.nest(built.arrays(saved(name)))
     _, made, variables, _ = taken_over(saved(name), pool="mean" if name == "swin" else "cls")
     if name != "swin":  # the final norm is kept
         want = jit(lambda p: before.apply(p, x, "cls", method="features"))({"params": params})
@@ -170,10 +174,9 @@ def test_another_architecture_is_refused_by_its_sizes(saved, tmp_path):
 def test_pretraining_goes_on_at_another_resolution_decoder_included(saved):
     config = load(f"{REPO}/configs/simmim_vitb.py:toy")
     config.init_from, config.image_size = saved("simmim"), (64, 64)
-    config = TrackedConfig(config)
-    made = build.objective(config)
-    example = build.example(config, made)
-    fits, report = pretrained_params(config, made, example, sharding.make_mesh())
+    made = built.objective(config)
+    example = made.example()
+    fits, report = built.taken_over(config, made)
     assert "resized relative_bias 8x8 -> 16x16" in report
     wanted = tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), *example))["params"])
     assert {path: x.shape for path, x in fits.items()} == {path: x.shape for path, x in wanted.items()}
@@ -188,7 +191,7 @@ def tuned(saved, tmp_path_factory):
     config = lambda: tuning(gone, "preset=sample,toy,average=0.5", total_steps=3)
     workdir = str(folder / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "should_stop", lambda self, step: step == 2)
+        patch.setattr(Stopping, "asked", lambda self, step: step == 2)
         with pytest.raises(SystemExit):
             run(config(), workdir)
     shutil.rmtree(gone)
@@ -201,7 +204,7 @@ def test_a_run_continues_without_the_run_it_came_from(tuned):
         assert [row["step"] for row in map(json.loads, f) if "loss" in row] == [1, 2, 3]
     assert 0 <= results["validation/top1"] <= results["validation/top5"] <= 1
     assert pathlib.Path(workdir, "augmented.png").stat().st_size > 1000
-    meta = read_meta(find(workdir))  # saved after the run it came from was gone
+    meta = built.meta(workdir)  # saved after the run it came from was gone
     assert meta["ancestor"]["method"] == "lomar" and meta["ancestor"]["origin"] == {} and meta["ancestor"]["weights"]
     assert len(meta["config"]["class_names"]) == meta["config"]["classes"] == 16
 
@@ -210,10 +213,11 @@ def test_folders_of_other_classes_are_not_judged_by_their_number(monkeypatch):
     """As many classes under other names would be counted against the wrong labels without a word."""
     found = SimpleNamespace(name="folder", num_classes=2, class_names=("aardvark", "cats"))
     monkeypatch.setattr("mim_jax.data.sources.open_source", lambda *args, **options: found)
-    config = load(f"{REPO}/configs/eval.py")
-    config.update(dict(channels=1, class_names=["cats", "dogs"]))
+    config = inherit(load(f"{REPO}/configs/eval.py"), load(f"{REPO}/configs/lomar_sample.py"))
+    settings = read(Evaluate, config)
+    judged = Judged(SimpleNamespace(classes=2), settings, None, class_names=("cats", "dogs"))
     with pytest.raises(ConfigError, match="not those of the training .'cats' there, 'aardvark' here"):
-        evaluation.classify_evaluator(config.evals.validation, config, SimpleNamespace(classes=2), None, None, None)
+        settings.evals["validation"].made(judged)
 
 
 def test_pictures_of_other_images_than_those_of_the_run():
@@ -228,8 +232,8 @@ def test_the_average_starts_from_what_was_loaded(tuned):
     """Random weights would have a share of decay^steps in it."""
     with open(f"{tuned[0]}/metrics.jsonl") as f:
         first = next(row for row in map(json.loads, f) if "validation_average/top1" in row)
-    mesh, key = sharding.make_mesh(), "encoder/block_00/mlp/fc1/kernel"
-    shares = {part: load_params(find(tuned[0]), mesh, key, part)[key] for part in (TRAINED, AVERAGE)}
+    key = "encoder/block_00/mlp/fc1/kernel"
+    shares = {part: built.arrays(tuned[0], key, part)[key] for part in (TRAINED, AVERAGE)}
     assert first["step"] == 0 and float(jnp.abs(shares[TRAINED] - shares[AVERAGE]).max()) < 5e-3
 
 
@@ -263,10 +267,10 @@ def test_a_run_without_a_final_norm_is_probed_without_one(tuned, tmp_path):
 
 
 def test_images_are_normalised_as_the_run_had_them_wherever_they_come_from(saved, tmp_path):
-    own = inherit(TrackedConfig(tuning(saved("lomar"))), tmp_path).data
-    other = inherit(TrackedConfig(tuning(saved("lomar"), data__source="folder", data__path="/my/images")), tmp_path).data
-    moved = inherit(TrackedConfig(tuning(saved("lomar"), data__data_dir="/new")), tmp_path).data
-    said = inherit(TrackedConfig(tuning(saved("lomar"), data__mean=(0.1,))), tmp_path).data
+    own = built.completed(tuning(saved("lomar"))).data
+    other = built.completed(tuning(saved("lomar"), data__source="folder", data__path="/my/images")).data
+    moved = built.completed(tuning(saved("lomar"), data__data_dir="/new")).data
+    said = built.completed(tuning(saved("lomar"), data__mean=(0.1,))).data
     for data in (own, other, moved):
         assert (data.normalise, tuple(data.mean), tuple(data.std)) == ("image", (0.5,), (0.25,))
     assert (own.source, other.source, other.path) == ("sample", "folder", "/my/images")
@@ -309,7 +313,7 @@ def test_the_average_is_a_moving_average_of_the_weights():
 def test_layer_decay_scales_every_update(saved):
     config, made, variables, _ = taken_over(saved("swin"), optim__layer_decay=0.5, optim__weight_decay=0.0)
     params = variables["params"]
-    tx = build.optimizer(config, lambda step: 1.0, supervised.layer_decay(config))
+    tx = built.optimizer(config, lambda step: 1.0, built.settings(config).layer_scales(made.encoder))
     updates, _ = jit(lambda p: tx.update(jax.tree.map(jnp.ones_like, p), tx.init(p), p))(params)
     sizes = {path: -float(x.ravel()[0]) for path, x in tree.flatten(updates).items()}
     blocks = sum(made.encoder.depths)
@@ -321,6 +325,8 @@ def test_layer_decay_scales_every_update(saved):
 WRONG = {
     "smoothing=2": dict(smoothing=2.0),
     "erasing=-1": dict(erasing=-1.0),
+    "erasing=1.5": dict(erasing=1.5),
+    "erasing=nan": dict(erasing=float("nan")),
     "mixing.group=5": dict(mixing__group=5),
     "optim.layer_decay=0": dict(optim__layer_decay=0.0),
     "optim.average=1": dict(optim__average=1.0),

@@ -1,6 +1,7 @@
 """Colour jitter against the three changes written one by one, and its draws."""
 
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,13 @@ import numpy as np
 import pytest
 from jax import jit
 
-from mim_jax.config import ConfigError
+from mim_jax.assemble.datasets import PretrainingData
+from mim_jax.assemble.inputs import pretraining_inputs
+from mim_jax.config import ConfigError, load
 from mim_jax.data import jitter
+from mim_jax.sections import read
 
+REPO = pathlib.Path(__file__).resolve().parent.parent
 ORDERS = list(itertools.permutations(range(3)))
 GRAY = np.array([0.299, 0.587, 0.114])
 
@@ -107,8 +112,10 @@ def test_no_strength_no_change():
 
 @pytest.mark.parametrize(
     "channels, strength, words",
-    [(4, 0.4, "not 4"), (2, 0.4, "not 2"), (3, -0.1, "strength -0.1"), (3, float("nan"), "strength nan")],
+    [(4, 0.4, "now 4"), (2, 0.4, "now 2"), (3, -0.1, "data.jitter=-0.1"), (3, float("nan"), "data.jitter=nan")],
 )
 def test_what_cannot_be_done_is_refused(channels, strength, words):
+    config = load(f"{REPO}/configs/beit_vitb.py:toy").data
+    config.jitter = strength
     with pytest.raises(ConfigError, match=words):
-        jitter.colour_jitter(jnp.zeros((1, 2, 2, channels)), jax.random.key(0), strength)
+        pretraining_inputs(None, None, channels, read(PretrainingData, config, "data.").jitter)

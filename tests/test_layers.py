@@ -1,4 +1,7 @@
-"""The layers of the design: a file imports strictly lower layers, or its own package; parsed, not run."""
+"""The floors of the house: a file imports strictly lower floors, or its own folder; parsed, not run.
+
+`python tests/test_layers.py` draws them into the README.
+"""
 
 import ast
 import pathlib
@@ -6,26 +9,25 @@ import pathlib
 import pytest
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-LAYERS = {
-    0: "config tree durations prng sharding clock logs tokens provenance",
-    1: "masking targets data",
-    2: "models",
-    3: "objectives",
-    4: "train",
-    5: "evaluators convert",
-    6: "build supervised transfer evaluation",
-    7: "run probe features evaluate costs",
-    8: "main benchmark visualise attention convert.__main__",
-}
-LAYER = {part: number for number, parts in LAYERS.items() for part in parts.split()}
-SAME_LAYER = {
-    ("run", "probe"),
-    ("run", "features"),
-    ("run", "evaluate"),
-    ("evaluation", "build"),
-    ("supervised", "build"),
-    ("transfer", "build"),
-}  # besides layer 0, whose files may import each other
+# From the top: (what stands there, what it is). A folder is a floor, or shares one with others that it does not import.
+FLOORS = (
+    ("main visualise attention benchmark convert.__main__", "what a user types: flags, and errors in one line"),
+    ("jobs", "one file for each thing a run can be, and what the other commands do"),
+    ("assemble", "a section of the config -> a part of a run"),
+    ("evaluators convert", "what judges; weights in (reading/) and out (writing/)"),
+    ("figures", "arrays in, a picture out: nobody else draws"),
+    ("train", "experiment, state, step, loop, optimiser, schedule"),
+    ("runs", "what lies on disk: the workdir, its checkpoints, a saved run"),
+    ("objectives", "one file per method, read top to bottom"),
+    ("models", "encoder.py (the contract), ViT, Swin, tokenizers, decoders, heads"),
+    ("masking targets data", "what is hidden, what is predicted, images from disk (TensorFlow is here alone)"),
+    (
+        "config sections durations recipes paths provenance tree prng sharding clock logs tokens",
+        "machinery; recipes.py has sizes and published settings",
+    ),
+)
+LAYER = {part: -i for i, (parts, _) in enumerate(FLOORS) for part in parts.split()}
+LOWEST = min(LAYER.values())
 HEAVY = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections")
 FILES = sorted((REPO / "mim_jax").rglob("*.py"))
 CODE = [f for f in FILES if f.name != "__init__.py"]
@@ -75,28 +77,51 @@ def outer_imports(file):
     return [(m.split(".")[0], line, inside) for m, _, line, inside in imports(ast.parse(file.read_text()))]
 
 
-def test_every_file_has_a_layer():
+def test_every_file_has_a_floor():
     unknown = {part_of(f) for f in CODE} - LAYER.keys()
-    assert not unknown, f"give {unknown} a layer here and in the README, or move it"
+    assert not unknown, f"give {unknown} a floor here, or move it"
 
 
 @pytest.mark.parametrize("file", CODE, ids=name_of)
-def test_imports_only_lower_layers(file):
+def test_imports_only_lower_floors(file):
     own = part_of(file)
     for part, line in own_imports(file):
-        assert part in LAYER, f"{name_of(file)}:{line} imports mim_jax.{part}, which has no layer"
-        lower = LAYER[part] < LAYER[own]
-        siblings = part == own or LAYER[part] == LAYER[own] == 0 or (own, part) in SAME_LAYER
-        assert lower or siblings, f"{name_of(file)}:{line}: {own} (layer {LAYER[own]}) imports {part} (layer {LAYER[part]})"
+        assert part in LAYER, f"{name_of(file)}:{line} imports mim_jax.{part}, which has no floor"
+        siblings = part == own or LAYER[part] == LAYER[own] == LOWEST
+        assert LAYER[part] < LAYER[own] or siblings, f"{name_of(file)}:{line}: {own} imports {part}, which is not below it"
 
 
-def test_layer_zero_has_no_cycle():
-    graph = {part_of(f): {p for p, _ in own_imports(f)} for f in CODE if LAYER[part_of(f)] == 0}
+def test_no_two_files_import_each_other_in_a_circle():
+    module = lambda f: ".".join(f.relative_to(REPO).with_suffix("").parts)
+    known = {module(f) for f in CODE}
+    graph = {}
+    for file in CODE:
+        named = [(m, names) for m, names, *_ in imports(ast.parse(file.read_text())) if m.split(".")[0] == "mim_jax"]
+        found = {x for m, names in named for x in (m, *(f"{m}.{name}" for name in names))}
+        graph[module(file)] = found & known
     done = set()
     while len(done) < len(graph):
-        ready = {part for part in graph if part not in done and graph[part] <= done}
-        assert ready, f"these import each other in a circle: {set(graph) - done}"
+        ready = {name for name in graph if name not in done and graph[name] <= done}
+        assert ready, f"these import each other in a circle, or what does: {sorted(set(graph) - done)}"
         done |= ready
+
+
+def test_no_two_files_share_a_name():
+    """So that a file is found by its name alone."""
+    stems = [f.stem for f in CODE if f.stem != "__main__"]
+    assert not sorted({stem for stem in stems if stems.count(stem) > 1})
+
+
+def drawn() -> str:
+    """The floors as the README shows them."""
+    width = max(len(parts) for parts, _ in FLOORS[:-1])
+    lines = [f"{parts:<{width}}  {words}" for parts, words in FLOORS[:-1]]
+    parts, words = FLOORS[-1]
+    return "\n".join(["```", *lines, parts, f"{'':<{width}}  {words}", "```"])
+
+
+def test_the_readme_draws_the_floors():
+    assert drawn() in (REPO / "README.md").read_text(), "python tests/test_layers.py draws them anew"
 
 
 @pytest.mark.parametrize("file", CODE, ids=name_of)
@@ -110,6 +135,8 @@ def test_heavy_packages_stay_where_they_belong(file):
             assert own == "logs" and inside, f"{where}; clu is imported in logs.py only, inside functions"
         if package in ("torch", "safetensors"):
             assert own == "convert", where
+        if package in ("PIL", "matplotlib"):
+            assert own == "figures" or (package, own) == ("PIL", "data"), f"{where}: nobody else draws"
 
 
 def test_data_is_imported_lazily_outside_data():
@@ -123,9 +150,10 @@ def test_data_is_imported_lazily_outside_data():
 
 
 @pytest.mark.parametrize("file", sorted((REPO / "configs").glob("*.py")), ids=name_of)
-def test_configs_import_nothing_but_config(file):
+def test_configs_import_config_and_recipes_alone(file):
     modules = {module for module, *_ in imports(ast.parse(file.read_text()))}
-    assert modules <= {"mim_jax.config"}, f"{name_of(file)} imports {modules - {'mim_jax.config'}}"
+    allowed = {"mim_jax.config", "mim_jax.recipes"}
+    assert modules <= allowed, f"{name_of(file)} imports {modules - allowed}"
 
 
 def test_files_are_short_and_well_named():
@@ -133,6 +161,11 @@ def test_files_are_short_and_well_named():
     assert not long, f"above 300 lines: {long}"
     vague = [name_of(f) for f in FILES if f.stem in ("utils", "util", "misc", "common", "helpers")]
     assert not vague, f"say what is in them: {vague}"
+
+
+def test_no_two_files_must_be_told_apart_by_their_folder():
+    stems = [f.stem for f in CODE if f.stem != "__main__"]
+    assert not {stem for stem in stems if stems.count(stem) > 1}
 
 
 def test_init_files_are_there_and_empty():
@@ -154,14 +187,16 @@ class Absent:
 
 sys.meta_path.insert(0, Absent)
 import {module}
-from mim_jax import build
+from mim_jax.assemble.methods import objective
 from mim_jax.config import load
-build.objective(load("configs/lomar_vitb.py:toy"))
+from mim_jax.jobs.pretrain import Pretrain
+from mim_jax.sections import read
+objective(read(Pretrain, load("configs/lomar_vitb.py:toy")))
 print("loaded", sorted(set({heavy!r}) & set(sys.modules)))
 """
 
 
-@pytest.mark.parametrize("module", ["mim_jax.build", "mim_jax.benchmark", "mim_jax.run"])
+@pytest.mark.parametrize("module", ["mim_jax.jobs.run", "mim_jax.benchmark"])
 def test_compute_needs_no_tensorflow(module, run_python):
     file = REPO / (module.replace(".", "/") + ".py")
     if not file.exists():
@@ -169,3 +204,11 @@ def test_compute_needs_no_tensorflow(module, run_python):
     done = run_python(BLOCKED.format(heavy=HEAVY, module=module))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split("\n")[0] == "loaded []"
+
+
+if __name__ == "__main__":
+    page = REPO / "README.md"
+    before, rest = page.read_text().split("## Map of the code\n")
+    section, after = rest.split("\n## ", 1)
+    first, last = section.index("```"), section.rindex("```") + 3
+    page.write_text(f"{before}## Map of the code\n{section[:first]}{drawn()}{section[last:]}\n## {after}")

@@ -3,12 +3,12 @@
 import itertools
 import pathlib
 
+import built
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mim_jax import build
 from mim_jax.config import load
 from mim_jax.masking.windows import WindowMask
 from mim_jax.models.vit import ViT
@@ -75,7 +75,7 @@ def case(request):
     images = pictures()
     masks = made.masks(jax.random.key(1), BATCH)
     params = parameters(made, images, masks)
-    predict = jax.jit(lambda x, m: made.apply({"params": params}, x, m, method="predict")[0])
+    predict = jax.jit(lambda x, m: made.apply({"params": params}, x, m, method="predict").reshape(*m.hidden.shape, -1))
     return made, params, images, masks, predict
 
 
@@ -148,7 +148,8 @@ def test_cutting_before_the_embedding_is_cutting_after_it(position, arch):
     part = WindowMask(masks.corners[:, :2], masks.hidden[:, :2])
 
     def run(made, masks):
-        return jax.jit(lambda x: made.apply({"params": params}, x, masks, method="predict"))(images)
+        predict = jax.jit(lambda x: made.apply({"params": params}, x, masks, method="predict"))
+        return predict(images).reshape(*masks.hidden.shape, -1), made.patches(images, masks)
 
     (after, patches), (before, same) = jax.tree.map(np.asarray, (run(many, masks), run(few, part)))
     np.testing.assert_array_equal(patches[:, :2], same)
@@ -161,9 +162,9 @@ def test_cutting_before_the_embedding_is_cutting_after_it(position, arch):
 def test_only_the_cheaper_of_windows_and_grid_is_embedded(arg, embedded):
     """448 px of the paper: 9 windows of 7x7 hold 441 of 784 patches. Counted in the traced program."""
     config = load(str(REPO / f"configs/lomar_vitb.py:{arg}"))
-    config.encoder.depth = 0
-    made = build.objective(config)
-    images, masks = jax.eval_shape(lambda: build.example(config, made, 1))
+    made = built.objective(config)
+    made = made.clone(encoder=made.encoder.clone(depth=0))
+    images, masks = jax.eval_shape(lambda: made.example(1))
     params = jax.eval_shape(lambda x, m: made.init(jax.random.key(0), x, m), images, masks)["params"]
     traced = jax.make_jaxpr(lambda p, x, m: made.apply({"params": p}, x, m, method="predict"))(params, images, masks)
     products = [eqn.outvars[0].aval.shape for eqn in walk(traced.jaxpr) if eqn.primitive.name == "dot_general"]

@@ -2,13 +2,14 @@
 
 import pathlib
 
+import built
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mim_jax import build, tree
-from mim_jax.config import ConfigError, TrackedConfig, load
+from mim_jax import tree
+from mim_jax.config import ConfigError, load
 from mim_jax.models.vit import ViT
 from mim_jax.objectives.lomar import LoMaR
 
@@ -83,4 +84,4 @@ def test_without_taps_nothing_is_added(parts):
 )
 def test_taps_that_cannot_be(arguments, words):
     with pytest.raises(ConfigError, match=words):
-        build.objective(TrackedConfig(load(f"{REPO}/configs/lomar_vitb.py:{arguments}")))
+        built.objective(load(f"{REPO}/configs/lomar_vitb.py:{arguments}"))

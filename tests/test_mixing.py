@@ -13,6 +13,8 @@ from mim_jax.config import ConfigError
 from mim_jax.data import mixing
 from mim_jax.data.erasing import ASPECT, erase, erased_box
 from mim_jax.data.mixing import mix
+from mim_jax.jobs.finetune import Mixing
+from mim_jax.sections import read
 
 H, W = 10, 14
 PUBLISHED = dict(mixup=0.8, cutmix=1.0, probability=1.0, switch=0.5, group=0)
@@ -179,16 +181,17 @@ def test_mixed_targets_are_the_recorded_ones(golden):
         (dict(mixup=-0.1), "mixing.mixup=-0.1"),
         (dict(cutmix=float("nan")), "mixing.cutmix=nan"),
         (dict(probability=1.1), "mixing.probability=1.1"),
-        (dict(switch=-1), "mixing.switch=-1"),
+        (dict(switch=-1.0), "mixing.switch=-1"),
         (dict(group=5), "mixing.group=5 does not divide the batch of 12"),
         (dict(group=24), "mixing.group=24"),
         (dict(group=-3), "mixing.group=-3"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(settings, words):
-    images, targets = batch()
+    settings, (images, targets) = {**PUBLISHED, **settings}, batch()
     with pytest.raises(ConfigError, match=words):
-        mix(images, targets, jax.random.key(0), **{**PUBLISHED, **settings})
+        read(Mixing, settings, "mixing.")
+        mix(images, targets, jax.random.key(0), **settings)
 
 
 def test_bytes_are_refused():
@@ -257,9 +260,3 @@ def test_erasing_depends_on_key_and_place_alone():
     np.testing.assert_array_equal(found[:3], eraser(images[:3], jax.random.key(1), 1.0))
     assert (found != np.asarray(eraser(images, jax.random.key(2), 1.0))).any((1, 2, 3)).all()
     assert eraser(images.astype(jnp.bfloat16), jax.random.key(1), 1.0).dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("probability", [-0.1, 1.5, float("nan")])
-def test_what_is_no_probability_is_refused(probability):
-    with pytest.raises(ConfigError, match=f"erasing={probability}"):
-        erase(jnp.zeros((1, 4, 4, 3)), jax.random.key(0), probability)

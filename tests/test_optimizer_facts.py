@@ -8,11 +8,14 @@ import re
 import numpy as np
 import pytest
 from ports.maskfeat import MaskfeatPort
+from recorded import FIXED_TABLES
 
 from mim_jax import tree
 from mim_jax.config import load
-from mim_jax.convert import names
-from mim_jax.train.optimizer import adamw, decays, layer_id, lr_scale, scale_by_adam
+from mim_jax.convert import layouts, names
+from mim_jax.models.swin import Swin
+from mim_jax.models.vit import ViT
+from mim_jax.train.optimizer import adamw, decays, lr_scale, scale_by_adam
 from mim_jax.train.schedule import warmup_cosine
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -27,6 +30,7 @@ PRETRAINING = {
     "mimvit": ("localmim_vit_tiny_hog9", names.localmim_vit_rules((4, 2, 1, 0.5)), ()),
     "mimswin": ("localmim_swin_tiny_hog9", names.LOCALMIM_SWIN_RULES, TOKENS_AND_TABLES),
 }
+# model: recorded case, rules, exempt patterns, an encoder of as many blocks
 BASELINES = json.loads((GOLDEN / "opt_facts_beit_maskfeat_greenmim.json").read_text())
 # model: config, recorded case with the same names, rules
 BASELINE_CONFIGS = {
@@ -34,10 +38,9 @@ BASELINE_CONFIGS = {
     "maskfeat": ("maskfeat_vitb", "maskfeat_tiny", MaskfeatPort.rules),
     "greenmim": ("greenmim_swinb", "greenmim_tiny", names.GREENMIM_RULES),
 }
-# model: recorded case, rules, exempt patterns, depth(s)
 FINE_TUNING = {
-    "mimvit": ("vit_abs_classifier_tiny_gap", names.CLASSIFIER_RULES, TOKENS_AND_POSITIONS, 3),
-    "mimswin": ("swin_classifier_tiny", names.SWIN_CLASSIFIER_RULES, (), (2, 2, 2, 2)),
+    "mimvit": ("vit_abs_classifier_tiny_gap", names.CLASSIFIER_RULES, TOKENS_AND_POSITIONS, ViT((2, 2), depth=3)),
+    "mimswin": ("swin_classifier_tiny", names.SWIN_CLASSIFIER_RULES, (), Swin((8, 8), depths=(2, 2, 2, 2))),
 }
 
 
@@ -49,7 +52,7 @@ def tables(pattern: str):
 def ours(golden, case, rules, name):
     """A recorded parameter by its released name -> our path, our array."""
     path, layout = names.our_name(name, rules)
-    return path, names.to_ours(golden(case)[f"param/{name}"], layout)
+    return path, layouts.to_ours(golden(case)[f"param/{name}"], layout)
 
 
 def test_every_recorded_table_is_read_below():
@@ -69,7 +72,7 @@ def test_the_decay_rule_of_pretraining(model, golden):
         path, array = ours(golden, case, rules, name)
         assert (WEIGHT_DECAY if decays(path, array, no_decay) else 0.0) == decay, name
     for name in frozen:
-        assert names.our_name(name, rules) is None and tree.matches(names.FIXED_TABLES, name), name
+        assert names.our_name(name, rules) is None and tree.matches(FIXED_TABLES, name), name
     recorded = {key.removeprefix("param/") for key in golden(case) if key.startswith("param/")}
     buffers = {name for name in recorded if name.endswith("relative_position_index")}
     assert recorded == facts.keys() | set(frozen) | buffers  # nothing is trained that the table does not name
@@ -94,7 +97,7 @@ def test_the_optimisers_of_the_baselines_are_the_released_ones(table, golden):
 
 @pytest.mark.parametrize("model, table", tables(r"finetune/\w+/layer_decay_[\d.]+"))
 def test_layer_decay_and_the_decay_rule_of_fine_tuning(model, table, golden):
-    case, rules, no_decay, depth = FINE_TUNING[model]
+    case, rules, no_decay, encoder = FINE_TUNING[model]
     layer_decay = float(table.rsplit("_", 1)[1])
     arrays = golden(case)
     groups = set()
@@ -103,17 +106,16 @@ def test_layer_decay_and_the_decay_rule_of_fine_tuning(model, table, golden):
             path, array = ours(golden, case, rules, name)
         else:  # pooled by cls: the final norm of the encoder, where the recorded case has fc_norm
             path, array = names.our_name(name, rules)[0], arrays[f"param/fc_{name}"]
-        assert lr_scale(path, depth, layer_decay) == pytest.approx(fact["lr_scale"], rel=1e-12), name
+        assert lr_scale(path, encoder, layer_decay) == pytest.approx(fact["lr_scale"], rel=1e-12), name
         assert (WEIGHT_DECAY if decays(path, array, no_decay) else 0.0) == fact["weight_decay"], name
-        groups.add(f"layer_{layer_id(path, depth)}_{'decay' if decays(path, array, no_decay) else 'no_decay'}")
+        groups.add(f"layer_{encoder.layer_of(path)}_{'decay' if decays(path, array, no_decay) else 'no_decay'}")
     if f"{table}/groups" in FACTS[model]:
         assert groups == FACTS[model][f"{table}/groups"].keys()
 
 
 @pytest.mark.parametrize("model, table", tables(r"finetune/\w+/layer_decay_[\d.]+/groups"))
 def test_the_recorded_groups(model, table):
-    depths, layer_decay = FINE_TUNING[model][3], float(table.split("_")[-1].split("/")[0])
-    last = sum(depths) + 1
+    last, layer_decay = FINE_TUNING[model][3].layers + 1, float(table.split("_")[-1].split("/")[0])
     for name, group in FACTS[model][table].items():
         layer = int(name.split("_")[1])
         assert layer_decay ** (last - layer) == pytest.approx(group["lr_scale"], rel=1e-12), name
@@ -141,11 +143,11 @@ def test_the_recorded_optimiser_is_the_one_here(model, table):
 
 
 def test_layers_of_a_swin_are_counted_over_its_stages():
-    depths = (2, 2, 18, 2)
-    assert [layer_id(f"encoder/{name}/kernel", depths) for name in ("patch_embed", "patch_norm")] == [0, 0]
-    assert layer_id("encoder/stage_0/block_00/attn/relative_bias", depths) == 1
-    assert layer_id("encoder/stage_2/block_17/mlp/fc1/kernel", depths) == 22
-    assert layer_id("encoder/stage_2/merge/reduction/kernel", depths) == 22  # with the stage's last block
+    layer_of, of_a_vit = Swin((8, 8)).layer_of, ViT((2, 2)).layer_of
+    assert [layer_of(f"encoder/{name}/kernel") for name in ("patch_embed", "patch_norm")] == [0, 0]
+    assert layer_of("encoder/stage_0/block_00/attn/relative_bias") == 1
+    assert layer_of("encoder/stage_2/block_17/mlp/fc1/kernel") == 22
+    assert layer_of("encoder/stage_2/merge/reduction/kernel") == 22  # with the stage's last block
     rest = (
         "encoder/norm/scale",
         "norm_0/scale",
@@ -155,7 +157,7 @@ def test_layers_of_a_swin_are_counted_over_its_stages():
         "decoder_1/block_00/attn/qkv/kernel",
         "decoder_1/embed/kernel",
     )
-    assert {layer_id(path, depths) for path in rest} == {25}
-    assert {layer_id(path, 12) for path in rest} == {13}
+    assert {layer_of(path) for path in rest} == {25}
+    assert {of_a_vit(path) for path in rest} == {13}
     with pytest.raises(IndexError):
-        layer_id("encoder/stage_2/block_00/norm1/scale", (2, 2))
+        Swin((8, 8), depths=(2, 2), heads=(1, 1)).layer_of("encoder/stage_2/block_00/norm1/scale")

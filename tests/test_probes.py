@@ -9,13 +9,19 @@ import numpy as np
 import optax
 import pytest
 
-from mim_jax import build, evaluation, sharding, tree
-from mim_jax.config import ConfigDict, ConfigError, TrackedConfig, load
+from mim_jax import sharding, tree
+from mim_jax.assemble.inheritance import inherit
+from mim_jax.assemble.judges import Judged, evaluators
+from mim_jax.config import ConfigDict, ConfigError, load
 from mim_jax.evaluators import fewshot as few
-from mim_jax.evaluators.linear_probe import ProbeSettings, probe
-from mim_jax.models.heads import AttentiveHead, BatchNorm
+from mim_jax.evaluators.cached_heads import ProbeSettings, probe
+from mim_jax.jobs.cached_probe import CachedProbe
+from mim_jax.jobs.streamed_probe import StreamedProbe
+from mim_jax.models.heads import BatchNorm, ProbeHead
 from mim_jax.models.vit import ViT
 from mim_jax.objectives.probe import LOGIT_LIMIT, Probe, bounded_cross_entropy
+from mim_jax.runs.saved import modern_names
+from mim_jax.sections import read
 from mim_jax.train.optimizer import lars, scale_by_path
 from mim_jax.train.state import create, plan
 from mim_jax.train.step import make_step
@@ -34,7 +40,7 @@ def tiny(**settings):
 def start(made):
     """-> (make a fresh state, step) of an objective, its heads at their own learning rates."""
     mesh, example = sharding.make_mesh(), (jnp.asarray(IMAGES[0]), jnp.asarray(LABELS[0]))
-    tx = optax.chain(lars(lambda step: made.base_lrs[0] * 1000.0), scale_by_path(made.lr_scale))
+    tx = optax.chain(lars(lambda step: made.base_lrs[0] * 1000.0), scale_by_path(made.lr_scales))
     fresh, _, where = plan(made, tx, example, seed=0, mesh=mesh, frozen_patterns=made.frozen)
     step = make_step(made, tx, mesh, where, prepare=lambda batch, key: (batch["image"], batch["label"]), seed=0)
     return lambda: create(fresh, where), step
@@ -58,14 +64,16 @@ def together():
 
 @pytest.mark.parametrize("tap,kind,lr", [(0, "linear", 0.7), (1, "attentive", 0.1)])
 def test_heads_in_one_pass_learn_as_each_does_alone(together, tap, kind, lr):
-    _, _, all_found, all_metrics = together
+    every_head, _, all_found, all_metrics = together
     fresh, step = start(tiny(pool="mean", taps=(tap,), kinds=(kind,), base_lrs=(lr,)))
-    alone, metrics = trained(fresh(), step)
+    mine, theirs = f"head_tap{tap}_{kind}_0", f"head_tap{tap}_{kind}_{ALL['base_lrs'].index(lr)}"
+    state = fresh()
+    alone, metrics = trained(state.replace(params={mine: every_head().params[theirs]}), step)
     name = f"tap{tap}_{kind}_lr{lr}"
     own = {path: x for path, x in alone.items() if "head_" in path}
-    assert len(own) >= 4 and all(f"head_{name}/" in path for path in own)
+    assert len(own) >= 4 and all(f"{mine}/" in path for path in own)
     for path, x in own.items():
-        np.testing.assert_allclose(all_found[path], x, rtol=1e-5, atol=1e-7, err_msg=path)
+        np.testing.assert_allclose(all_found[path.replace(mine, theirs)], x, rtol=1e-5, atol=1e-7, err_msg=path)
     assert metrics["loss"] == pytest.approx(all_metrics[f"loss/{name}"], rel=1e-5)
     assert metrics["accuracy"] == all_metrics[f"accuracy/{name}"]
 
@@ -80,10 +88,20 @@ def test_the_frozen_encoder_keeps_its_bits_and_every_head_learns(together):
         assert (x == found[path]).all() == path.startswith("frozen/"), path
 
 
+def test_heads_are_found_by_their_old_names(together):
+    """Names held learning rates once: what a checkpoint from then calls each head."""
+    made, (first, *more) = tiny(**ALL), ALL["base_lrs"]
+    config = {"batch_size": 256, "optim": {"base_lr": first, "lr": 0.0, "more_base_lrs": more}}
+    params, renamed = together[0]().params, modern_names(config, [f"head_{head.name}" for head in made.heads])
+    assert set(renamed.values()) == params.keys() and len(renamed) == 8
+    assert renamed["head_tap0_linear_lr0.7"] == "head_tap0_linear_1"
+    assert renamed["head_tap1_attentive_lr0.1"] == "head_tap1_attentive_0"
+
+
 @pytest.mark.parametrize("bad", [np.inf, np.nan, 1e30, -3e38])
 def test_a_head_that_diverges_leaves_the_others_alone(together, bad):
     fresh, step, found, _ = together
-    state, broken = fresh(), ("head_tap0_linear_lr0.7", "head_tap1_attentive_lr0.1")
+    state, broken = fresh(), ("head_tap0_linear_1", "head_tap1_attentive_0")
     spoil = lambda path, x: jnp.full_like(x, bad).at[:, 0].set(1) if path.startswith(broken) and x.ndim > 1 else x
     now, metrics = trained(state.replace(params=tree.map_named(spoil, state.params)), step)
     assert metrics["skipped"] == 0 and np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
@@ -109,7 +127,8 @@ def test_the_last_tap_is_the_output_after_the_final_norm(taps):
     want = made.apply(variables, IMAGES[0], method="features")
     np.testing.assert_allclose(inputs[1, "linear"], want, rtol=1e-6, atol=1e-6)
     logits = made.apply(variables, IMAGES[0], method="logits")
-    assert (set(logits) == {head.name for head in made.heads}) if taps else logits.shape == (BATCH, CLASSES)
+    assert set(logits) == ({head.name for head in made.heads} if taps else {""})
+    assert all(x.shape == (BATCH, CLASSES) for x in logits.values())
 
 
 # the heads
@@ -154,7 +173,7 @@ def test_eight_devices_make_the_same_heads(together, run_python):
 def test_the_attentive_head_is_its_formula():
     """By hand, and in the order of the paper: values of every token first, then each query's average of its share."""
     x = (rng.normal(size=(3, 7, 12)) * 3 + 1).astype(np.float32)
-    head = AttentiveHead(CLASSES, queries=4)
+    head = ProbeHead(CLASSES, queries=4)
     variables = head.init(jax.random.key(0), x, True)
     p = jax.tree.map(lambda w: rng.normal(size=w.shape).astype(np.float32), variables["params"])
     got, _ = head.apply({**variables, "params": p}, x, True, mutable=["batch_stats"])
@@ -167,7 +186,7 @@ def test_the_attentive_head_is_its_formula():
         want = np.concatenate(pooled) @ p["linear"]["kernel"] + p["linear"]["bias"]
         np.testing.assert_allclose(got[b], want, rtol=2e-4, atol=2e-4)
     with pytest.raises(ValueError, match="5 queries.*12"):
-        AttentiveHead(CLASSES, queries=5).init(jax.random.key(0), x, True)
+        ProbeHead(CLASSES, queries=5).init(jax.random.key(0), x, True)
 
 
 # cached features
@@ -232,9 +251,15 @@ def test_few_shot_judges_features_and_its_draws_differ():
 
 def sample_probe(arguments="toy", **changes):
     """The probe's config as a run of configs/lomar_sample.py completes it."""
-    config, of = load(f"configs/linprobe.py:{arguments}"), load("configs/lomar_sample.py")
-    config.update(dict(encoder=of.encoder, image_size=of.image_size, channels=of.channels, data=of.data, **changes))
+    config = inherit(load(f"configs/linprobe.py:{arguments}"), load("configs/lomar_sample.py"))
+    config.update(changes)
     return config
+
+
+def made_of(config, classes=16):
+    """The objective of a probe, streamed or cached."""
+    kind = StreamedProbe if config.features == "streamed" else CachedProbe
+    return read(kind, config).objective(classes)
 
 
 def few_shot_evaluator(classes=16, **changes):
@@ -255,17 +280,17 @@ def few_shot_evaluator(classes=16, **changes):
     )
     config = sample_probe("toy,features=streamed")
     config.evals = ConfigDict(dict(fewshot={**e, **changes}))
-    config = TrackedConfig(config)
-    made, mesh, opened = build.probe_objective(config, classes), sharding.make_mesh(), {}
+    settings, opened = read(StreamedProbe, config), {}
 
-    def open_split(name):
-        opened[name] = build.sources(config)(name)
+    def open_split(self, name):
+        opened[name] = self.data.opened(name, self.channels)
         if not classes:
-            object.__setattr__(opened[name], "num_classes", 0)
+            object.__setattr__(opened[name], "class_names", ())
         return opened[name]
 
-    normalise = build.normaliser(config)
-    (scheduled,) = evaluation.evaluators(config, made, normalise, mesh, open_split, 1, 100)
+    object.__setattr__(settings, "opened", open_split.__get__(settings))
+    judged = Judged(settings.objective(classes), settings, sharding.make_mesh())
+    (scheduled,) = evaluators(settings.evals, judged, lambda duration: 1)
     return scheduled, opened
 
 
@@ -274,14 +299,14 @@ def test_the_few_shot_evaluator_keeps_the_test_split_out_of_its_bank():
     assert set(opened) == {"train_tiles", "validation"}
     tiles = [{x.tobytes() for x in np.asarray(source.images)} for source in opened.values()]
     assert len(tiles[0]) > 1000 and not tiles[0] & tiles[1]
-    evaluator = scheduled.run.__self__
-    assert evaluator.bank.num_examples == len(tiles[0]) and evaluator.queries.num_examples == len(tiles[1])
+    bank, queries, *_ = scheduled.run.args
+    assert bank.num_examples == len(tiles[0]) and queries.num_examples == len(tiles[1])
 
 
 def test_the_few_shot_evaluator_reports_mean_and_spread_per_shots():
     bank, queries = ({**split, "features": split["features"].mean(1)} for split in (cached(90, 1), cached(50, 2)))
-    evaluator = few.FewshotEvaluator(lambda _: bank, lambda _: queries, CLASSES, (1, 5), draws=3, l2=1.0)
-    scalars, _ = evaluator.run(type("State", (), {"variables": lambda self: None})())
+    state = type("State", (), {"variables": lambda self: None})()
+    scalars, _ = few.judge(lambda _: bank, lambda _: queries, CLASSES, (1, 5), dict(draws=3, l2=1.0), state)
     assert list(scalars) == ["fewshot/1", "fewshot/1_spread", "fewshot/5", "fewshot/5_spread"]
     want = few.fewshot(bank, queries, CLASSES, 5, draws=3, l2=1.0)
     assert scalars["fewshot/5"] == want.mean() and scalars["fewshot/5_spread"] == want.std(ddof=1)
@@ -311,16 +336,16 @@ WRONG = {
 @pytest.mark.parametrize("arguments,changes,words", WRONG.values(), ids=WRONG)
 def test_settings_that_cannot_be_are_named(arguments, changes, words):
     with pytest.raises(ConfigError, match=words):
-        build.probe_objective(TrackedConfig(sample_probe(arguments, **changes)), 16)
+        made_of(sample_probe(arguments, **changes), 16)
 
 
 def test_learning_rates_of_a_streamed_probe_must_differ():
     config = sample_probe("features=streamed,taps=0,head=both")
     config.optim.more_base_lrs = (0.3,)
-    made = build.probe_objective(TrackedConfig(config), 16)
+    made = made_of(config, 16)
     assert made.base_lrs == (0.1, 0.3) and made.levels == (0, 3) and len(made.heads) == 8
-    scales = {made.lr_scale(f"head_{head.name}/linear/kernel") for head in made.heads}
+    scales = {made.lr_scales(f"{head.module}/linear/kernel") for head in made.heads}
     assert sorted(scales) == pytest.approx([1.0, 3.0])
     config.optim.more_base_lrs = (0.1,)
     with pytest.raises(ConfigError, match="more_base_lrs.*differ"):
-        build.probe_objective(TrackedConfig(config), 16)
+        made_of(config, 16)

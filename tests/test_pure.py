@@ -10,22 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from recorded import from_released
 
 from mim_jax import tree
 from mim_jax.config import ConfigError
-from mim_jax.convert import names
+from mim_jax.convert import layouts, names
 from mim_jax.data.mixing import blend
-from mim_jax.evaluators.base import balanced_accuracy
-from mim_jax.evaluators.classify import hits
-from mim_jax.evaluators.inpainting import harmonic_inpaint
+from mim_jax.evaluators.cached_heads import ProbeSettings, probe
 from mim_jax.evaluators.knn import knn_predict
-from mim_jax.evaluators.linear_probe import ProbeSettings, probe
+from mim_jax.evaluators.reconstruct import harmonic_inpaint
+from mim_jax.evaluators.split_runner import balanced_accuracy
+from mim_jax.evaluators.top_k import hits
 from mim_jax.models import irpe, layers
 from mim_jax.models.posembed import resize_table, sincos_table
+from mim_jax.models.vit import ViT
 from mim_jax.objectives.classify import one_hot_targets, smooth_labels, soft_cross_entropy
+from mim_jax.runs.checkpoint import fingerprints
 from mim_jax.targets.pixels import Normaliser, masked_mean, patch_statistics, pixel_targets
 from mim_jax.tokens import cut_windows, grid_size, keep, patchify, spread, unpatchify, visible
-from mim_jax.train.checkpoint import fingerprints
 from mim_jax.train.optimizer import adamw, decays, lars, lr_scale
 from mim_jax.train.schedule import scaled_lr, warmup_cosine
 
@@ -197,7 +199,7 @@ def test_gelu_is_the_exact_one():
 
 def test_qkv_is_drawn_as_one_matrix():
     """Xavier over [768, 2304] has deviation .0255; three matrices of their own would have .0361."""
-    from mim_jax.models.attention import Attention
+    from mim_jax.models.self_attention import Attention
 
     made = Attention(heads=12, relative=True)
     x = jnp.zeros((1, 2, 768))
@@ -271,7 +273,7 @@ def test_layer_decay_and_the_decay_rule_of_fine_tuning_are_the_recorded_ones(tab
     depth = 1 + max(int(name.split(".")[1]) for name in FACTS[table] if name.startswith("blocks"))
     for released, fact in FACTS[table].items():
         ours, _ = names.our_name(released, names.CLASSIFIER_RULES)
-        assert lr_scale(ours, depth, layer_decay) == pytest.approx(fact["lr_scale"], rel=1e-9), released
+        assert lr_scale(ours, ViT((2, 2), depth=depth), layer_decay) == pytest.approx(fact["lr_scale"], rel=1e-9), released
         found = decays(ours, leaf(released), no_decay=("cls_token", "pos_embed"))
         assert found == (fact["weight_decay"] > 0), released
 
@@ -479,7 +481,7 @@ def test_the_fingerprint_does_not_see_the_sharding(run_python):
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from mim_jax import sharding
-from mim_jax.train.checkpoint import fingerprints
+from mim_jax.runs.checkpoint import fingerprints
 mesh = sharding.make_mesh()
 assert mesh.size == 8
 x = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
@@ -505,7 +507,7 @@ CONVERTED = [
 @pytest.mark.parametrize("case, rules, patch", CONVERTED)
 def test_released_parameters_survive_the_round_trip(case, rules, patch, golden):
     state = {k.removeprefix("param/"): v for k, v in golden(case).items() if k.startswith("param/")}
-    ours = tree.flatten(names.from_released(state, rules))
+    ours = tree.flatten(from_released(state, rules))
     seen = set()
     for released, array in state.items():
         named = names.our_name(released, rules)
@@ -515,7 +517,7 @@ def test_released_parameters_survive_the_round_trip(case, rules, patch, golden):
         path, layout = named
         assert path not in seen, f"two released parameters are called {path}"
         seen.add(path)
-        back = names.to_released(ours[path], layout, patch)
+        back = layouts.to_released(ours[path], layout, patch)
         assert back.dtype == array.dtype
         np.testing.assert_array_equal(back, array, err_msg=released)
     assert seen == set(ours)
@@ -525,10 +527,10 @@ def test_layouts_are_what_they_say():
     conv = RNG.normal(size=(5, 3, 2, 2)).astype(np.float32)  # out, channel, row, column
     images = RNG.normal(size=(1, 2, 2, 3)).astype(np.float32)
     want = np.einsum("ocpq,pqc->o", conv, images[0])
-    np.testing.assert_allclose(patchify(images, 2)[0, 0, 0] @ names.to_ours(conv, "patch"), want, rtol=1e-5)
-    assert names.to_ours(np.zeros((4, 7)), "linear").shape == (7, 4)
+    np.testing.assert_allclose(patchify(images, 2)[0, 0, 0] @ layouts.to_ours(conv, "patch"), want, rtol=1e-5)
+    assert layouts.to_ours(np.zeros((4, 7)), "linear").shape == (7, 4)
 
 
 def test_a_released_parameter_that_no_rule_names_is_refused():
     with pytest.raises(KeyError, match="blocks.0.attn.strange"):
-        names.from_released({"cls_token": np.zeros((1, 1, 4)), "blocks.0.attn.strange": np.zeros(3)}, names.VIT_RULES)
+        from_released({"cls_token": np.zeros((1, 1, 4)), "blocks.0.attn.strange": np.zeros(3)}, names.VIT_RULES)

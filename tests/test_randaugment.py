@@ -12,7 +12,7 @@ from mim_jax.data.augment import DataError, RandomCrop
 from mim_jax.data.pipeline import TrainBatches
 from mim_jax.data.randaugment import NAMES, RandAugment
 from mim_jax.data.sources import open_source
-from mim_jax.evaluators.augmented import draw_augmented, label
+from mim_jax.figures.augmented import draw_augmented, label
 
 FILL = (124, 116, 104)
 NO_LEVEL = ("AutoContrast", "Equalize", "Invert")
@@ -294,7 +294,7 @@ def test_augmented_batches_are_a_function_of_the_step_and_not_of_the_processes(s
     jumper = batches(source, augment=augment)
     for step in (3, 1):
         np.testing.assert_array_equal(jumper.batch(step)["image"], sequence[step])
-    parts = [batches(source, augment=augment, process_index=p, process_count=2) for p in range(2)]
+    parts = [batches(source, augment=augment, process=(p, 2)) for p in range(2)]
     for step in (0, 1):
         np.testing.assert_array_equal(np.concatenate([part.batch(step)["image"] for part in parts]), sequence[step])
     assert (batches(source, augment=augment, seed=6).batch(0)["image"] != sequence[0]).any()

@@ -5,11 +5,13 @@ import pathlib
 import re
 import sys
 
+import built
+import jax
 import pytest
 
-from mim_jax import build
+from mim_jax.assemble import methods
 from mim_jax.config import load
-from mim_jax.run import run
+from mim_jax.jobs.run import run
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
@@ -19,7 +21,7 @@ def example(tmp_path, monkeypatch):
     """-> the config file of the example, whose method is known as long as the test runs."""
     section = (REPO / "README.md").read_text().split("## Adding a method")[1].split("\n## ")[0]
     blocks = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", section, re.S))
-    assert list(blocks) == ["mim_jax/objectives/colour.py", "configs/colour_sample.py", "mim_jax/build.py"]
+    assert list(blocks) == ["mim_jax/objectives/colour.py", "configs/colour_sample.py", "mim_jax/assemble/methods.py"]
     lines = [line for text in blocks.values() for line in text.splitlines() if line.strip() and "import" not in line]
     assert len(lines) <= 36, "an example is short"
     for name, text in blocks.items():
@@ -30,8 +32,9 @@ def example(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "colour", module)  # flax looks the class's module up
     spec.loader.exec_module(module)
-    monkeypatch.setattr(build, "METHODS", dict(build.METHODS))
-    exec(blocks["mim_jax/build.py"], {"METHODS": build.METHODS, "method": build.method, "Colour": module.Colour})
+    known = dict(methods.METHODS)
+    exec(blocks["mim_jax/assemble/methods.py"], {"METHODS": known, "Colour": module.Colour})
+    monkeypatch.setitem(methods.METHODS, "colour", known["colour"])
     return f"{tmp_path}/configs/colour_sample.py"
 
 
@@ -47,5 +50,5 @@ def test_the_example_trains_evaluates_and_draws(example, arguments, tmp_path):
 def test_the_example_runs_on_a_swin(example):
     config = load(f"{example}:toy")
     config.encoder = load(f"{REPO}/configs/greenmim_swinb.py:toy").encoder
-    made = build.objective(config)
-    assert made.masks(build.jax.random.key(0), 2).hidden.shape == (2, 4)
+    made = built.objective(config)
+    assert made.masks(jax.random.key(0), 2).hidden.shape == (2, 4)

@@ -39,7 +39,7 @@ def test_recorded_checkpoint_is_continued(recorded):
     compare(name, record, first=SAVED)
 
 
-@every_run
+@pytest.mark.parametrize("recorded", [name for name in RUNS if name != "streamed_probe"], indirect=True)
 def test_recorded_run_is_repeated(recorded):
     name, record = recorded
     shutil.rmtree(name)

@@ -6,32 +6,39 @@ import pathlib
 import subprocess
 import sys
 
+import built
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import parity
 import pytest
-from etils import epath
 from jax import jit
 from recorded import Case
 from saved import REPO
 from test_torch_file import Archive, Call, Global
 
-from mim_jax import build, sharding, supervised, tree
-from mim_jax.config import ConfigError, TrackedConfig, load
-from mim_jax.convert import fixed, formats, importing, names, sizes, tokenizer, torch_file
-from mim_jax.convert.__main__ import import_weights, main
-from mim_jax.convert.importing import Options, release
+from mim_jax import sharding, tree
+from mim_jax.assemble import methods
+from mim_jax.assemble.inheritance import inherit
+from mim_jax.config import ConfigError, load
+from mim_jax.convert import names, tables
+from mim_jax.convert.__main__ import main
 from mim_jax.convert.layouts import released_shape
+from mim_jax.convert.reading import dalle_weights, recognition, weights_file
+from mim_jax.convert.reading import sizes_from_shapes as sizes
+from mim_jax.convert.reading.recognition import Options
+from mim_jax.convert.reading.released_model import fit_windows, release, require_fit
+from mim_jax.convert.writing.written_model import safetensors
+from mim_jax.jobs import evaluate
+from mim_jax.jobs.import_weights import import_weights
 from mim_jax.models.dalle import DalleEncoder
 from mim_jax.models.posembed import sincos_table
 from mim_jax.models.relative_bias import bias_matrix, region_bias, resize_offsets
 from mim_jax.models.window_attention import WindowLayout
-from mim_jax.objectives.beit import BEiT
-from mim_jax.train.checkpoint import Checkpoints
-from mim_jax.train.pretrained import find, load_params, read_meta
-from mim_jax.transfer import inherit, pretrained_params
+from mim_jax.runs import checkpoint, saved
+from mim_jax.runs.checkpoint import Checkpoints
+from mim_jax.sections import read
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 RNG = np.random.default_rng(0)
@@ -64,7 +71,7 @@ def options_of(case: str) -> Options:
 
 
 def shapes_of(made, config) -> dict:
-    return tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), *build.example(config, made)))["params"])
+    return tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), *made.example()))["params"])
 
 
 @pytest.mark.parametrize("case", PRETRAINING)
@@ -72,7 +79,7 @@ def test_a_released_pretraining_gives_the_recorded_loss(case):
     found = release(state_of(case), options_of(case))
     config = found.config
     config[config.method].update(PRETRAINING[case][2])
-    made, port = build.METHODS[config.method](config), parity.port_of(Case(GOLDEN / f"{case}.npz"))
+    made, port = built.objective(config), parity.port_of(Case(GOLDEN / f"{case}.npz"))
     params, want = found.params(), tree.flatten(port.params)
     assert params.keys() == want.keys()
     for path, array in want.items():
@@ -100,25 +107,26 @@ def written(folder, case: str, state=None) -> str:
 
 @pytest.mark.parametrize("case", TUNED)
 def test_a_fine_tuned_release_is_evaluated_as_it_is(case, tmp_path):
-    """job=eval: the same path as mim_jax/evaluate.py takes, up to the data."""
+    """job=eval: the same path as jobs/evaluate.py takes, up to the data."""
     import_weights(written(tmp_path, case), str(tmp_path / "run"), options_of(case))
-    config = load(f"{REPO}/configs/eval.py")
-    config.init_from = str(tmp_path / "run")
-    config = inherit(TrackedConfig(config), epath.Path("/nowhere"))
-    made = supervised.classifier(config, config.classes)
-    params, report = pretrained_params(config, made, build.example(config, made), sharding.make_mesh())
+    settings = load(f"{REPO}/configs/eval.py")
+    settings.init_from = str(tmp_path / "run")
+    source = saved.open(settings.init_from)
+    config = read(evaluate.Evaluate, inherit(settings, source.config))
+    made = evaluate.trained_objective(config, source)
+    loaded, report = evaluate.load(config, source, made, sharding.make_mesh())
     assert "missing" not in report and "unexpected" not in report and config.data.source == "imagenet2012"
-    pixels = build.normaliser(config)(np.full((1, 1, 1, 3), 255, np.uint8))
-    np.testing.assert_allclose(pixels[0, 0, 0], (1 - np.array(importing.IMAGENET_MEAN)) / importing.IMAGENET_STD, rtol=1e-6)
+    pixels = config.data.normaliser(config.channels)(np.full((1, 1, 1, 3), 255, np.uint8))
+    np.testing.assert_allclose(pixels[0, 0, 0], (1 - np.array(recognition.IMAGENET_MEAN)) / recognition.IMAGENET_STD, rtol=1e-6)
     recorded = Case(GOLDEN / f"{case}.npz")
-    logits = jit(lambda p, x: made.apply({"params": p}, x, method="logits"))(tree.nest(params), recorded.images())
+    logits = jit(lambda v, x: made.apply(v, x, method="logits")[""])(loaded.variables(), recorded.images())
     np.testing.assert_allclose(logits, recorded["out/logits"], rtol=0, atol=2e-6 * np.abs(recorded["out/logits"]).max())
 
 
 def test_second_norms_of_a_fine_tuned_swin_keep_their_eps():
     config = release(state_of("swin_classifier_tiny"), options_of("swin_classifier_tiny")).config
-    made = supervised.classifier(config, 10).encoder
-    assert (made.eps, made.norm2_eps) == (1e-6, 1e-5)
+    made = built.classifier(config, 10).encoder
+    assert (made.norm_eps, made.norm2_eps) == (1e-6, 1e-5)
 
 
 @pytest.mark.parametrize("case", PRETRAINING | TUNED)
@@ -127,7 +135,7 @@ def test_released_to_ours_to_released_is_bit_equal(case):
     state = state_of(case)
     found = release(state, options_of(case))
     assert len(found.rows) == len(state) and all(row.words for row in found.rows if row.done == "ignored")
-    back = formats.safetensors(found.config, found.params()).tensors
+    back = safetensors(found.config, found.params()).tensors
     assert state.keys() == back.keys()
     for name, array in back.items():
         np.testing.assert_array_equal(array, state[name], err_msg=name)
@@ -141,10 +149,10 @@ def test_released_to_ours_to_released_is_bit_equal(case):
 def test_an_encoder_that_was_written_alone_is_read_again(case, words):
     found = release(state_of(case), options_of(case))
     params = found.params()
-    state = formats.safetensors(found.config, params, encoder_only=True).tensors
+    state = safetensors(found.config, params, encoder_only=True).tensors
     again = release(state, options_of(case))
     assert again.kind.words == words and again.config.encoder.to_dict() == found.config.encoder.to_dict()
-    importing.require_fit(again, shapes_of(build.METHODS[again.config.method](again.config), again.config))
+    require_fit(again, shapes_of(built.objective(again.config), again.config))
     encoder = {path: x for path, x in params.items() if path.startswith("encoder/")}
     assert again.params().keys() == encoder.keys()
     for path, array in again.params().items():
@@ -157,14 +165,14 @@ def test_an_encoder_that_was_written_alone_is_read_again(case, words):
 def pretraining(spec, **encoder):
     config = load(f"{REPO}/configs/{spec}")
     config.encoder.update(encoder)
-    return config, build.METHODS[config.method](config)
+    return config, built.objective(config)
 
 
 def classifier(spec, pool, **encoder):
     config = load(f"{REPO}/configs/{spec}")
     fewer = {} if "depths" in encoder or "depth" in encoder else {"depth": 2}
     config.pool, config.encoder = pool, {**config.encoder.to_dict(), **encoder, **fewer}
-    return config, supervised.classifier(config, 1000)
+    return config, built.classifier(config, 1000)
 
 
 NO_HEAD = r"^(decoder|head|mask_token|fc_norm)"
@@ -238,7 +246,7 @@ def test_the_sizes_of_real_models_are_read_off_their_tensors(name):
     if source in ("lomar", "mae") or "localmim " in name and "Swin" not in name:
         state["pos_embed"] = sincos_table(config.encoder.width, made.encoder.grid, cls=True)[None]
     found = release_and_fit(state, Options(source, licence="mit" if source == "timm" else "", **HALF), resize=False)
-    importing.require_fit(found, wanted)
+    require_fit(found, wanted)
     here, there = found.config.encoder.to_dict(), config.encoder.to_dict()
     free = {"drop_path", "norm_eps", "norm2_eps"}
     assert {k: x for k, x in here.items() if k not in free} == {k: x for k, x in there.items() if k not in free}
@@ -256,15 +264,15 @@ def test_the_sizes_of_real_models_are_read_off_their_tensors(name):
 def test_the_index_of_relative_positions_is_what_our_bias_does():
     numbers = np.arange(5 * 7 + 3, dtype=np.float32)[:, None]
     ours = bias_matrix(jnp.asarray(numbers[:-3]), (3, 4))[0]
-    np.testing.assert_array_equal(ours, fixed.offset_index((3, 4), cls=False))
-    np.testing.assert_array_equal(region_bias(numbers, (3, 4), (3, 4))[0], fixed.offset_index((3, 4), cls=True))
+    np.testing.assert_array_equal(ours, tables.offset_index((3, 4), cls=False))
+    np.testing.assert_array_equal(region_bias(numbers, (3, 4), (3, 4))[0], tables.offset_index((3, 4), cls=True))
 
 
 def test_tables_that_a_file_carries_are_compared_and_not_believed():
-    index, size = fixed.offset_index((4, 4), cls=True), (64, 64)
+    index, size = tables.offset_index((4, 4), cls=True), (64, 64)
     mask = np.where(WindowLayout.of((8, 8), 1, 4, shifted=True).apart(), -100.0, 0.0)
     table = sincos_table(16, (4, 4), cls=True)[None]
-    sobel = np.stack([fixed.SOBEL, fixed.SOBEL.T])[:, None]
+    sobel = np.stack([tables.SOBEL, tables.SOBEL.T])[:, None]
     for name, good in {
         "a.relative_position_index": index,
         "layers.0.blocks.1.attn_mask": mask,
@@ -272,16 +280,16 @@ def test_tables_that_a_file_carries_are_compared_and_not_believed():
         "decoder.1.pos_embed": table[:, 1:],
         "hog_enc.0.conv.weight": sobel,
     }.items():
-        assert fixed.explain(name, good, size)[1], name
+        assert tables.explain(name, good, size)[1], name
         wrong = np.array(good)
         wrong.reshape(-1)[3] += 1
-        assert not fixed.explain(name, wrong, size)[1], name
-    assert fixed.explain("blocks.0.strange", table, size) is None
+        assert not tables.explain(name, wrong, size)[1], name
+    assert tables.explain("blocks.0.strange", table, size) is None
 
 
 def release_and_fit(state, options, resize):
     found = release(state, options)
-    importing.fit_windows(found, build.encoder(found.config).tables(), resize)
+    fit_windows(found, built.encoder(found.config).tables(), resize)
     return found
 
 
@@ -296,7 +304,7 @@ def test_a_table_of_a_larger_window_is_cut_where_the_stage_is_smaller_and_a_smal
     assert state[last].shape == (13 * 13, 32)
     state[last] = large = RNG.normal(size=(27 * 27, 32)).astype(np.float32)
     found = release_and_fit(state, Options("simmim"), resize=False)
-    importing.require_fit(found, wanted)
+    require_fit(found, wanted)
     cut = found.arrays["encoder/stage_3/block_01/attn/relative_bias"][1]
     np.testing.assert_array_equal(
         bias_matrix(jnp.asarray(cut), (7, 7)),
@@ -317,7 +325,7 @@ def test_positions_that_are_not_the_fixed_table_are_learned_ones():
     found = release(state, options_of("mae_tiny"))
     assert found.config.encoder.position == "learned"
     np.testing.assert_array_equal(found.params()["encoder/pos_embed"], state["pos_embed"])
-    importing.require_fit(found, shapes_of(build.METHODS["mae"](found.config), found.config))
+    require_fit(found, shapes_of(built.objective(found.config), found.config))
     state["decoder_pos_embed"] = state["decoder_pos_embed"] + 0.01
     with pytest.raises(ConfigError, match="'decoder_pos_embed' .1, 65, 32. should be the fixed sin-cos table"):
         release(state, options_of("mae_tiny"))
@@ -338,34 +346,34 @@ def test_an_encoder_alone_becomes_a_folder_that_fine_tuning_takes(tmp_path, caps
     said = capsys.readouterr().out
     assert "ignored  pos_embed" in said and "the fixed sin-cos table, equal to ours" in said
     assert "without decoder: `init_from` of fine-tuning" in said and " 0 mapped" not in said
-    meta = read_meta(find(workdir))
+    meta = built.meta(workdir)
     assert meta["step"] == 0 and meta["origin"]["lacks"] == ["decoder"] and meta["origin"]["licence"] == "CC BY-NC 4.0"
     assert meta["origin"]["file"] == "mae_pretrain.pth" and len(meta["origin"]["sha256"]) == 64
     with open(f"{workdir}/config.json") as file:
         assert json.load(file) == meta["config"]
     config = load(f"{REPO}/configs/finetune.py:pool=cls")
     config.init_from = workdir
-    config = inherit(TrackedConfig(config), epath.Path("/nowhere"))
-    made = supervised.classifier(config, 10)
-    params, report = pretrained_params(config, made, build.example(config, made), sharding.make_mesh())
+    config = built.completed(config)
+    made = built.classifier(config, 10)
+    params, report = built.taken_over(config, made)
     assert "2 missing (head/bias, head/kernel)" in report and "positions from the fixed table" in report
     np.testing.assert_array_equal(params["encoder/cls_token"], state["cls_token"])
     with pytest.raises(ConfigError, match="holds a run already"):
         import_weights(str(source), workdir, options_of("mae_tiny"))
     config = load(f"{REPO}/configs/mae_vitb.py")
     config.init_from, config.encoder, config.image_size = workdir, meta["config"]["encoder"], (64, 64)
-    made = build.METHODS["mae"](config)
+    made = built.objective(config)
     with pytest.raises(ConfigError, match="missing parameters: decoder/"):
-        pretrained_params(TrackedConfig(config), made, build.example(config, made), sharding.make_mesh())
+        built.taken_over(config, made)
 
 
 def test_frozen_biases_of_hog_stay_frozen(tmp_path):
     state = state_of("traj_localmim_vit")
     import_weights(written(tmp_path, "", state), str(tmp_path / "run"), Options("localmim", 3))
-    frozen = load_params(find(tmp_path / "run"), sharding.make_mesh(), part="^frozen/")
+    frozen = built.arrays(tmp_path / "run", part="^frozen/")
     assert sorted(frozen) == [f"hog_bias_{j}" for j in range(4)]
     np.testing.assert_array_equal(frozen["hog_bias_2"], state["hog_enc.2.conv.bias"])
-    assert read_meta(find(tmp_path / "run"))["config"]["localmim"]["hog_bias"]
+    assert built.meta(tmp_path / "run")["config"]["localmim"]["hog_bias"]
 
 
 def test_half_precision_is_widened_and_a_common_prefix_dropped():
@@ -381,21 +389,20 @@ def test_half_precision_is_widened_and_a_common_prefix_dropped():
 def test_beit_takes_its_tokenizer_from_another_file(tmp_path, monkeypatch):
     """A small dVAE in place of the released one: its weights stand under frozen/, and nothing is missing."""
     small = dict(width=8, classes=16)
-    dvae = lambda c: DalleEncoder((8, 8), patch=16, mean=(0.5,) * 3, std=(0.5,) * 3, **small)
-    monkeypatch.setitem(build.METHODS, "beit", build.method(BEiT, tokenizer=dvae))
-    monkeypatch.setattr(tokenizer, "dalle_params", functools.partial(tokenizer.dalle_params, **small))
+    monkeypatch.setattr(methods, "DalleEncoder", functools.partial(DalleEncoder, **small))
+    monkeypatch.setattr(dalle_weights, "dalle_params", functools.partial(dalle_weights.dalle_params, **small))
     config = load(f"{REPO}/configs/beit_vitb.py:size=128")
     config.encoder.update(dict(width=48, depth=1, heads=3))
-    wanted = shapes_of(build.METHODS["beit"](config), config)
+    wanted = shapes_of(built.objective(config), config)
     ours = {path: RNG.normal(size=x.shape).astype(np.float32) for path, x in wanted.items()}
-    codes = tokenizer.released_state(tree.nest(ours)["tokenizer"])
+    codes = names.to_released_state(tree.flatten(tree.nest(ours)["tokenizer"]), names.DALLE_RULES)
     ours = {path: x for path, x in ours.items() if not path.startswith("tokenizer/")}
     src = written(tmp_path, "", names.to_released_state(ours, names.BEIT_RULES, 16))
     np.savez(tmp_path / "encoder.npz", **codes)
     import_weights(src, str(tmp_path / "run"), Options("beit", **HALF), str(tmp_path / "encoder.npz"))
-    loaded = load_params(find(tmp_path / "run"), sharding.make_mesh())
-    assert loaded.keys() == wanted.keys() and read_meta(find(tmp_path / "run"))["origin"]["lacks"] == []
-    frozen = load_params(find(tmp_path / "run"), sharding.make_mesh(), part="^frozen/")
+    loaded = built.arrays(tmp_path / "run")
+    assert loaded.keys() == wanted.keys() and built.meta(tmp_path / "run")["origin"]["lacks"] == []
+    frozen = built.arrays(tmp_path / "run", part="^frozen/")
     assert sorted(frozen) == sorted(path for path in wanted if path.startswith("tokenizer/"))
     np.testing.assert_array_equal(loaded["head/kernel"], ours["head/kernel"])
     with pytest.raises(ConfigError, match="--tokenizer is for BEiT's pretraining, and this is LoMaR's"):
@@ -543,7 +550,7 @@ def test_a_file_with_code_is_not_run(tmp_path):
     archive = Archive()
     tensors = {name: archive.tensor(np.ascontiguousarray(x)) for name, x in state_of("lomar_tiny").items()}
     path = archive.save(tmp_path / "mixed.pth", {"model": tensors, "args": evil})
-    release(torch_file.read(path), Options("lomar"))  # the weights are there all the same
+    release(weights_file.read(path), Options("lomar"))  # the weights are there all the same
     assert not made.exists() and not (tmp_path / "run").exists()
 
 
@@ -559,3 +566,15 @@ def test_the_size_of_a_swin_follows_its_windows(window, side):
     shapes |= {"patch_embed.proj.weight": (128, 3, 4, 4), "layers.0.blocks.0.mlp.fc1.weight": (512, 128)}
     encoder, found = sizes.swin(shapes, "", None)
     assert found["size"] == (side, side) and encoder["window"] == window and encoder["heads"] == (4, 8, 16, 32)
+
+
+def test_an_import_on_a_full_disk_says_so_and_leaves_nothing(tmp_path, monkeypatch):
+    src = written(tmp_path, "mae_tiny")
+    usage = checkpoint.shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(checkpoint.shutil, "disk_usage", lambda folder: usage._replace(free=300))
+        with pytest.raises(ConfigError, match="cannot be written.*disk is full"):
+            import_weights(src, str(tmp_path / "run"), options_of("mae_tiny"))
+    assert not (tmp_path / "run").exists()
+    import_weights(src, str(tmp_path / "run"), options_of("mae_tiny"))
+    assert built.meta(tmp_path / "run")["origin"]["from"] == "mae"

@@ -61,13 +61,14 @@ def test_a_summary_says_where_both_runs_come_from(tmp_path):
 
 
 def test_one_function_writes_results():
-    """`write_json` is for config.json; nobody else writes JSON files."""
+    """`write_json` is for config.json and the lock; nobody else writes JSON files."""
     code = {
         str(p.relative_to(REPO)): p.read_text() for folder in ("mim_jax", "experiments") for p in (REPO / folder).rglob("*.py")
     }
     assert {name for name, text in code.items() if "write_json(" in text} == {
         "mim_jax/provenance.py",
-        "mim_jax/train/workdir.py",
+        "mim_jax/runs/lock.py",
+        "mim_jax/runs/workdir.py",
     }
     assert not [name for name, text in code.items() if "json.dump(" in text]
 

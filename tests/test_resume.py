@@ -8,12 +8,17 @@ import subprocess
 import sys
 import time
 
+import built
 import jax
 import jax.numpy as jnp
 import pytest
+from etils import epath
 
 from mim_jax import sharding
-from mim_jax.train import checkpoint, pretrained
+from mim_jax.logs import Logger
+from mim_jax.paths import expanded
+from mim_jax.runs import checkpoint
+from mim_jax.runs import saved as runs
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 12
@@ -32,7 +37,7 @@ def command(workdir):
 
 
 def fingerprints(workdir) -> dict:
-    return pretrained.read_meta(pretrained.find(str(workdir)))["fingerprints"]
+    return built.meta(str(workdir))["fingerprints"]
 
 
 def start_and_kill(workdir, sign, when) -> int:
@@ -53,8 +58,10 @@ def test_killed_and_continued_is_uninterrupted(tmp_path):
     folder = broken / "checkpoints"
     status = start_and_kill(broken, signal.SIGTERM, lambda: (folder / "2").exists())
     assert status == 143
-    stopped_at = int(pretrained.find(broken).name)
+    stopped_at = int(runs.find(broken).name)
     assert 2 <= stopped_at < STEPS
+    assert start_and_kill(broken, signal.SIGINT, lambda: (folder / str(stopped_at + 2)).exists()) == 130  # Ctrl-C saves too
+    stopped_at = int(runs.find(broken).name)
     saving = lambda: (
         folder.exists()
         and any(
@@ -72,8 +79,8 @@ def test_killed_and_continued_is_uninterrupted(tmp_path):
         return {row["step"]: (row["loss"], row["grad_norm"], row["lr"]) for row in rows if "loss" in row}
 
     assert losses(broken) == losses(whole) and len(losses(whole)) == STEPS
-    clock = lambda workdir: pretrained.read_meta(pretrained.find(str(workdir)))["clock"]["total"]
-    assert clock(broken) > 0 and pretrained.read_meta(pretrained.find(str(broken)))["examples"] == STEPS * 8
+    clock = lambda workdir: built.meta(str(workdir))["clock"]["total"]
+    assert clock(broken) > 0 and built.meta(str(broken))["examples"] == STEPS * 8
 
 
 @pytest.fixture
@@ -98,6 +105,45 @@ def restore(saved):
         manager.save(meta["step"] + 1, state, {"step": meta["step"] + 1, "config": {}})
     manager.close()
     return state, meta
+
+
+def test_a_full_disk_is_said_and_harms_no_earlier_save(saved, monkeypatch, caplog):
+    workdir, states, _ = saved
+    manager = checkpoint.Checkpoints(str(workdir), every=1, keep=3, keep_every=0)
+    usage = checkpoint.shutil.disk_usage(workdir)
+    with monkeypatch.context() as full, caplog.at_level("WARNING", logger="absl"):
+        full.setattr(checkpoint.shutil, "disk_usage", lambda folder: usage._replace(free=300))
+        manager.save(3, states[0], {"step": 3, "config": {}})
+        assert "no checkpoint was written at step 3" in caplog.text and "0.0 MB left" in caplog.text
+        with pytest.raises(runs.CheckpointError, match="the newest is of step 2"):
+            manager.require_saved(3)
+    manager.save(4, states[0], {"step": 4, "config": {}})  # there is room again
+    manager.require_saved(4)
+    manager.close()
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == ["1", "2", "4"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: ... [ENOSPC]")])
+def test_a_save_that_fails_for_want_of_room_is_a_warning(error, saved, monkeypatch, caplog):
+    """Whoever notices: the disk fills up between the look and the write, or in the background."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    manager = checkpoint.Checkpoints(str(saved[0]), every=1, keep=3, keep_every=0)
+    with monkeypatch.context() as full, caplog.at_level("WARNING", logger="absl"):
+        full.setattr(manager._manager, "save", fail)
+        manager.save(3, saved[1][0], {"step": 3, "config": {}})
+    assert "training goes on" in caplog.text
+    manager.close()
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_a_run(tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="absl"), Logger(epath.Path(tmp_path)) as logger:
+        logger._jsonl = open("/dev/full", "a")
+        for step in (1, 2):
+            logger.scalars(step, {"loss": 1.0})
+    assert len([r for r in caplog.records if "could not be written" in r.getMessage()]) == 1
 
 
 def data_files(workdir, step):
@@ -173,4 +219,4 @@ def test_a_step_set_aside_twice_keeps_both(saved):
 
 
 def test_a_bucket_stays_a_bucket():
-    assert str(checkpoint.absolute("gs://bucket/run")) == "gs://bucket/run"
+    assert str(expanded("gs://bucket/run")) == "gs://bucket/run"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mim_jax.config import ConfigError
-from mim_jax.evaluators.strokes import glyphs, strokes
+from mim_jax.figures.strokes import glyphs, strokes
 from mim_jax.targets.hog import hog
 
 jit_hog = jax.jit(hog, static_argnums=(1, 2))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mim_jax.config import ConfigError
-from mim_jax.convert.torch_file import read
+from mim_jax.convert.reading.weights_file import read
 
 RNG = np.random.default_rng(0)
 STORAGE = {

@@ -7,8 +7,8 @@ import pytest
 from jax import jit
 
 from mim_jax.config import ConfigError
-from mim_jax.models.attention import Attention
 from mim_jax.models.relative_bias import RelativeBias, offsets, region_bias
+from mim_jax.models.self_attention import Attention
 from mim_jax.models.vit import Block, ViT
 from mim_jax.objectives.lomar import LoMaR
 from mim_jax.objectives.mae import MAE
@@ -49,7 +49,7 @@ def test_bias_of_a_region_is_that_of_its_offsets(region):
 def test_bias_of_some_tokens_is_that_of_their_places():
     table = RNG.normal(size=(offsets(GRID) + 3, 2)).astype(np.float32)
     ids = np.array([[0, 7, 12, 19], [3, 4, 5, 6]])
-    found = RelativeBias(None, GRID, GRID, jnp.asarray(ids)).of(jnp.asarray(table))
+    found = RelativeBias(GRID, GRID, jnp.asarray(ids)).of(jnp.asarray(table))
     for row, want in zip(np.asarray(found), ids, strict=True):
         np.testing.assert_array_equal(row, slow_bias(table, GRID, [divmod(i, GRID[1]) for i in want]))
 
@@ -73,7 +73,7 @@ def slow_attention(p, x, heads, bias):
 def test_attention_adds_the_bias_and_has_none_on_keys(own):
     made, x = Attention(2, own_bias=own, qkv_bias="qv"), jnp.asarray(RNG.normal(size=(1, 21, 8)), jnp.float32)
     table = jnp.asarray(RNG.normal(size=(offsets(GRID) + 3, 2)), jnp.float32)
-    bias = RelativeBias(None, GRID, GRID) if own else RelativeBias(None, GRID, GRID).shared(table)
+    bias = RelativeBias(GRID, GRID) if own else RelativeBias(GRID, GRID).of(table)
     variables = parameters(made, x, bias=bias)
     p = variables["params"]
     assert set(p) == {"qkv", "q_bias", "v_bias", "proj"} | ({"relative_bias"} if own else set()) and set(p["qkv"]) == {"kernel"}

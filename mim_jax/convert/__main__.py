@@ -9,93 +9,15 @@ executed. Sizes are read off the tensors; --heads, --size, --mean and --std say 
 """
 
 import argparse
-import contextlib
-import os
 import sys
 
-from mim_jax.config import ConfigError, TrackedConfig
-from mim_jax.convert.released import LICENCES
+from mim_jax.config import ConfigError
+from mim_jax.convert.reading.recognition import Options
+from mim_jax.convert.reading.released_formats import LICENCES
+from mim_jax.convert.writing.export import export
+from mim_jax.jobs.import_weights import import_weights
 from mim_jax.logs import fail
-
-
-def import_weights(src: str, workdir: str, options, tokenizer: str = "") -> str:
-    """Writes a run's folder with the weights of a released file -> what was done with every tensor.
-
-    Raises ConfigError, before anything is written, for a file that does not fit, and for a folder that holds a run.
-    """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from mim_jax import build, supervised, tree
-    from mim_jax.clock import Clock
-    from mim_jax.convert import importing, report, torch_file
-    from mim_jax.convert.tokenizer import dalle_params
-    from mim_jax.provenance import git_hash
-    from mim_jax.train.checkpoint import Checkpoints, absolute
-    from mim_jax.train.pretrained import has_checkpoint
-    from mim_jax.train.state import TrainState, split
-    from mim_jax.train.workdir import claim
-
-    if not workdir:
-        raise ConfigError("--workdir is empty; name a folder")
-    place = absolute(workdir)
-    if (place / "config.json").exists() or has_checkpoint(place):
-        raise ConfigError(f"'{workdir}' holds a run already; choose another --workdir")
-    try:
-        if (said := torch_file.metadata(src)).get("written_by") == "mim_jax":
-            options = importing.completed(options, said)
-        found = importing.release(torch_file.read(src), options)
-        plain, config = found.config, TrackedConfig(found.config)
-        importing.fit_windows(found, build.encoder(config).tables(), resize=options.size is not None)
-        made = supervised.classifier(config, plain.classes) if found.kind.pool else build.objective(config)
-        shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), *build.example(config, made)))["params"]
-        wanted = tree.flatten(shapes)
-        params = {}
-        if tokenizer:
-            if not any(path.startswith("tokenizer/") for path in wanted):
-                raise ConfigError(f"--tokenizer is for BEiT's pretraining, and this is {found.kind.words}")
-            params = {f"tokenizer/{path}": x for path, x in tree.flatten(dalle_params(tokenizer)).items()}
-        importing.require_fit(found, {path: leaf for path, leaf in wanted.items() if path not in params})
-        came_from = importing.origin(src, found, options)
-    except ConfigError as error:
-        raise ConfigError(str(error) if src in str(error) else f"'{src}': {error}") from error
-    params |= found.params()
-    if broken := [path for path, x in params.items() if not np.isfinite(x).all()]:
-        name = found.arrays[broken[0]][0] if broken[0] in found.arrays else broken[0]
-        raise ConfigError(f"'{src}': '{name}' has values that are no finite numbers")
-
-    trained, frozen = split(jax.tree.map(jnp.asarray, tree.nest(params)), made.frozen)
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, trained, frozen, {}, {}, zero, zero)
-    made_here = place if not place.exists() else place / "checkpoints"
-    try:
-        with contextlib.closing(Checkpoints(str(place), every=1, keep=1, keep_every=0)) as checkpoints:
-            checkpoints.save(0, state, {"step": 0, "examples": 0, "clock": Clock().state(), "config": plain.to_dict(),
-                                        "git": git_hash(), "origin": came_from})  # fmt: skip
-        claim(place, plain.to_dict())
-    except BaseException as error:
-        # A full disk has many names in orbax, and half a run would be in the way of the next try.
-        made_here.rmtree(missing_ok=True)
-        if not isinstance(error, Exception):
-            raise
-        raise ConfigError(f"--workdir={workdir} cannot be written ({str(error).splitlines()[0][:200]})") from error
-    lines = [
-        report.table(found),
-        f"{src}: {found.kind.words}, {report.describe(plain)}; pixels less "
-        f"{tuple(plain.data.mean)} over {tuple(plain.data.std)}; {came_from['licence']}",
-    ]
-    if came_from["lacks"]:
-        lines.append(
-            f"without {', '.join(came_from['lacks'])}: `init_from` of fine-tuning, probes and features takes the folder, "
-            "further pretraining and visualise do not"
-        )
-    if assumed := report.assumed(found):
-        where = "what the file says of itself" if options.said else "the published recipe"
-        lines.append(f"the tensors do not tell, so taken from {where}: {assumed}")
-    if found.kind.pool == "cls" and not options.pool and options.source == "timm":
-        lines.append("nor do they tell global_pool: taken as token; of avg say --pool=normed")
-    return "\n".join([*lines, f"written to {workdir}"])
+from mim_jax.paths import at_home
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -109,12 +31,8 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "python -m mim_jax.convert",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser("python -m mim_jax.convert", None, __doc__, formatter_class=as_written, allow_abbrev=False)
     p.add_argument("--workdir", required=True, help="folder of the run: made with --from, read with --to")
     way = p.add_mutually_exclusive_group(required=True)
     way.add_argument("--from", dest="source", choices=LICENCES, help="whose released weights to take in")
@@ -122,9 +40,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--src", default="", help="file of released weights")
     p.add_argument("--heads", type=int, default=0, help="attention heads of a ViT, where no tensor tells")
     p.add_argument("--size", type=image_size, help="image size, where no tensor tells: 224 or HEIGHTxWIDTH")
-    p.add_argument(
-        "--mean", type=numbers, default=(), help="of its images in [0, 1]; default ImageNet's, but for beit and timm"
-    )
+    words = "of its images in [0, 1]; default ImageNet's, but for beit and timm"
+    p.add_argument("--mean", type=numbers, default=(), help=words)
     p.add_argument("--std", type=numbers, default=())
     p.add_argument("--pool", default="", help="of timm's ViT classifiers without fc_norm: cls, or normed (global_pool='avg')")
     p.add_argument("--licence", default="", help="of the weights, where --from does not tell")
@@ -142,21 +59,17 @@ ONLY_FROM = ("src", "heads", "size", "mean", "std", "pool", "licence", "tokenize
 def main(argv):
     a = parser().parse_args(argv)
     try:
-        if strange := [name for name in (ONLY_FROM if a.to else ONLY_TO) if getattr(a, name)]:
+        if strange := [name for name in (ONLY_FROM if a.to else ONLY_TO) if vars(a)[name]]:
             raise ConfigError(f"--{strange[0]} is for {'--from' if a.to else '--to'}; leave it out")
         if a.to:
-            from mim_jax.convert.export import export
-
             if not a.out:
                 raise ConfigError("--to needs the file to write: --out=...")
             print(*export(a.workdir, a.to, a.out, a.encoder_only, a.weights or "trained"), sep="\n")
-            return
-        from mim_jax.convert.importing import Options
-
-        if not a.src:
-            raise ConfigError("--from needs the file of released weights: --src=...")
-        options = Options(a.source, a.heads, a.size, a.mean, a.std, a.licence, a.pool)
-        print(import_weights(os.path.expanduser(a.src), a.workdir, options, a.tokenizer))
+        else:
+            if not a.src:
+                raise ConfigError("--from needs the file of released weights: --src=...")
+            options = Options(a.source, a.heads, a.size, a.mean, a.std, a.licence, a.pool)
+            print(import_weights(at_home(a.src), a.workdir, options, at_home(a.tokenizer)))
     except ConfigError as error:
         fail(str(error))
 

@@ -12,12 +12,7 @@ import re
 
 import numpy as np
 
-from mim_jax import tree
-from mim_jax.convert.layouts import to_ours, to_released
-
-# Names the released checkpoints carry for nothing: fixed tables and filters, which are constants here.
-FIXED_TABLES = (r"^pos_embed$", r"^decoder_pos_embed$", r"^decoder\.\d+\.pos_embed$", r"^hog_enc\.\d+\.conv\.weight$",
-                r"\.relative_position_index$", r"\.attn_mask$")  # fmt: skip
+from mim_jax.convert.layouts import to_released
 
 
 def linear(released: str, ours: str, layout: str = "linear") -> tuple:
@@ -54,10 +49,16 @@ def vit_body(prefix: str) -> tuple:
     )
 
 
-VIT_BODY = vit_body("^")
+def beit_body(prefix: str) -> tuple:
+    """As `vit_body`, with a bias that all blocks share."""
+    return (*vit_body(prefix), (prefix + r"rel_pos_bias\.relative_position_bias_table$", "encoder/relative_bias", "same"))
+
+
+VIT_BODY, BEIT_BODY = vit_body("^"), beit_body("^")
 HEAD = linear(r"^head", "head")
 VIT_RULES = VIT_BODY + norm(r"^norm", "encoder/norm")
-LOMAR_RULES = VIT_RULES + ((r"^mask_token$", "mask_token", "same"), *linear(r"^encoder_pred", "head"))
+MASK_TOKEN = ((r"^mask_token$", "mask_token", "same"),)
+LOMAR_RULES = VIT_RULES + MASK_TOKEN + linear(r"^encoder_pred", "head")
 MAE_DECODER = (
     (r"^mask_token$", "decoder/mask_token", "same"),
     *linear(r"^decoder_(embed|pred)", "decoder/{}"),
@@ -70,10 +71,7 @@ TIMM_VIT_RULES = (  # layer scales have a name of their own there
     *(rule for rule in CLASSIFIER_RULES if "gamma" not in rule[0]),
     (r"^blocks\.(\d+)\.ls(\d)\.gamma$", "encoder/block_{:02d}/gamma_{}", "same"),
 )
-BEIT_BODY = (*VIT_BODY, (r"^rel_pos_bias\.relative_position_bias_table$", "encoder/relative_bias", "same"))
-BEIT_RULES = (
-    BEIT_BODY + norm(r"^norm", "encoder/norm") + ((r"^mask_token$", "mask_token", "same"), *linear(r"^lm_head", "head"))
-)
+BEIT_RULES = BEIT_BODY + norm(r"^norm", "encoder/norm") + MASK_TOKEN + linear(r"^lm_head", "head")
 BEIT_CLASSIFIER_RULES = BEIT_BODY + norm(r"^fc_norm", "fc_norm") + HEAD  # without the final norm: mean pooling
 
 # -- LocalMIM ---------------------------------------------------------------------------------------------------------
@@ -85,7 +83,8 @@ LOCAL_DECODERS = (
     *norm(r"^decoder\.(\d+)\.norm", "decoder_{}/norm"),
     (r"^hog_enc\.(\d+)\.conv\.bias$", "hog_bias_{}", "same"),
 )
-# By the scale of a tap: index in the released `decoder.J.pred`, our name. The rest there has no parameters.
+# A ViT decoder's last layers, up- or downsampling to the target's grid and a 1x1 convolution, by the scale of its tap: index
+# in the released `decoder.J.pred`, our name. The rest there has no parameters.
 RESCALING = {
     4: ((0, "rescale/up_0"), (1, "rescale/norm_0"), (3, "rescale/up_1"), (4, "pred")),
     2: ((0, "rescale/up_0"), (1, "pred")),
@@ -94,37 +93,28 @@ RESCALING = {
 }
 
 
-def rescaling(tap: int, scale: float) -> tuple:
-    """The rules of a ViT decoder's last layers: up- or downsampling to the target's grid, 1x1 convolution."""
-    rules = ()
-    for index, ours in RESCALING[scale]:
-        names = rf"^decoder\.{tap}\.pred\.{index}", f"decoder_{tap}/{ours}"
-        if "norm" in ours:
-            rules += norm(*names)
-        else:
-            rules += linear(*names, "deconv" if "up" in ours else "conv1")
-    return rules
-
-
 def tap_norms(prefix: str, taps: int, last_is_top: bool = True) -> tuple:
     """The rules of the LayerNorms after the taps; the last tap's is the encoder's own where it is the last block's."""
-    rules = ()
-    for tap in range(taps):
-        top = last_is_top and tap == taps - 1
-        rules += norm(rf"{prefix}norm\.{tap}", "encoder/norm" if top else f"norm_{tap}")
-    return rules
+    ours = [f"norm_{tap}" for tap in range(taps)]
+    if last_is_top:
+        ours[-1] = "encoder/norm"
+    return sum((norm(rf"{prefix}norm\.{tap}", name) for tap, name in enumerate(ours)), ())
 
 
 def localmim_vit_rules(scales, last_is_top: bool = True) -> tuple:
     """LocalMIM on a ViT whose decoder J predicts at `scales[J]`; `last_is_top`: the last tap is after the last block."""
     rules = VIT_BODY + tap_norms("^", len(scales), last_is_top) + LOCAL_DECODERS
-    return rules + sum((rescaling(tap, scale) for tap, scale in enumerate(scales)), ())
+    for tap, scale in enumerate(scales):
+        for index, ours in RESCALING[scale]:
+            names = rf"^decoder\.{tap}\.pred\.{index}", f"decoder_{tap}/{ours}"
+            rules += norm(*names) if "norm" in ours else linear(*names, "deconv" if "up" in ours else "conv1")
+    return rules
 
 
 # -- Swin -------------------------------------------------------------------------------------------------------------
 
 
-def swin_body(prefix: str, merging: str, merging_norm: str) -> tuple:
+def swin_body(prefix: str, merging: str = "linear", merging_norm: str = "same") -> tuple:
     """Patch embedding, blocks and mergings; the two layouts say in which order the merged neighbours are released."""
     stage = prefix + r"layers\.(\d+)\."
     return (
@@ -142,51 +132,65 @@ SIMMIM_HEAD = (
     (r"^decoder\.0\.bias$", "head/bias", "shuffle"),
     *norm(r"^encoder\.norm", "encoder/norm"),
 )
-SIMMIM_VIT_RULES = (
-    SIMMIM_HEAD
-    + vit_body(r"^encoder\.")
-    + ((r"^encoder\.rel_pos_bias\.relative_position_bias_table$", "encoder/relative_bias", "same"),)
-)
-SIMMIM_SWIN_RULES = SIMMIM_HEAD + swin_body(r"^encoder\.", "linear", "same")
-LOCALMIM_SWIN_RULES = (
-    swin_body(r"^encoder\.", "merge_linear", "merge")
-    + tap_norms(r"^encoder\.", taps=4)
-    + LOCAL_DECODERS
-    + linear(r"^decoder\.(\d+)\.pred", "decoder_{}/pred")
-)
-GREENMIM_RULES = swin_body(r"^encoder\.", "linear", "same") + norm(r"^encoder\.norm", "encoder/norm") + MAE_DECODER
-SWIN_CLASSIFIER_RULES = swin_body("^", "linear", "same") + norm(r"^norm", "fc_norm") + HEAD
-SWIN_RULES = swin_body("^", "linear", "same") + norm(r"^norm", "encoder/norm")  # the norm comes before the mean
-# timm since 0.9 counts a merging to the stage after it.
-TIMM_SWIN_RULES = sum((
-    ((rf"^layers\.{i}\.downsample\.reduction\.weight$", f"encoder/stage_{i - 1}/merge/reduction/kernel", "linear"),
-     *norm(rf"^layers\.{i}\.downsample\.norm", f"encoder/stage_{i - 1}/merge/norm")) for i in range(1, 4)
-), ()) + tuple(rule for rule in SWIN_RULES if "merge" not in rule[1])  # fmt: skip
+SIMMIM_VIT_RULES = SIMMIM_HEAD + beit_body(r"^encoder\.")
+SIMMIM_SWIN_RULES = SIMMIM_HEAD + swin_body(r"^encoder\.")
+LOCAL_PRED = linear(r"^decoder\.(\d+)\.pred", "decoder_{}/pred")
+LOCALMIM_SWIN_BODY = swin_body(r"^encoder\.", "merge_linear", "merge") + tap_norms(r"^encoder\.", taps=4)
+LOCALMIM_SWIN_RULES = LOCALMIM_SWIN_BODY + LOCAL_DECODERS + LOCAL_PRED
+GREENMIM_RULES = swin_body(r"^encoder\.") + norm(r"^encoder\.norm", "encoder/norm") + MAE_DECODER
+SWIN_CLASSIFIER_RULES = swin_body("^") + norm(r"^norm", "fc_norm") + HEAD
+SWIN_RULES = swin_body("^") + norm(r"^norm", "encoder/norm")  # the norm comes before the mean
+TIMM_SWIN_RULES = tuple(rule for rule in SWIN_RULES if "merge" not in rule[1])
+for stage in range(3):  # timm since 0.9 counts a merging to the stage after it
+    there, here = rf"^layers\.{stage + 1}\.downsample\.", f"encoder/stage_{stage}/merge/"
+    TIMM_SWIN_RULES += linear(there + "reduction", here + "reduction")[:1] + norm(there + "norm", here + "norm")
 TIMM_SWIN_HEAD = linear(r"^head\.fc", "head")
+
+
+# -- the encoder of DALL-E's dVAE -------------------------------------------------------------------------------------
+
+
+DALLE_LAYERS = (
+    (r"^blocks\.input", "input"),
+    (r"^blocks\.group_(\d+)\.block_(\d+)\.id_path", "group_{}/block_{}/id_path"),
+    (r"^blocks\.group_(\d+)\.block_(\d+)\.res_path\.conv_(\d+)", "group_{}/block_{}/res_{}"),
+    (r"^blocks\.output\.conv", "output"),
+)
+DALLE_LEAVES = ((r"\.w$", "/kernel", "conv"), (r"\.b$", "/bias", "same"))
+DALLE_RULES = tuple((there + w, here + k, layout) for there, here in DALLE_LAYERS for w, k, layout in DALLE_LEAVES)
+
+# -- whose rules ------------------------------------------------------------------------------------------------------
+
+
+def released_rules(config) -> tuple | None:
+    """The rules of the code that was released for a pretraining or fine-tuning of this config; None where there is none."""
+    swin = config.encoder.kind == "swin"
+    if config.job == "finetune":
+        if swin:
+            return SWIN_CLASSIFIER_RULES
+        return BEIT_CLASSIFIER_RULES if config.encoder.position in ("shared_bias", "layer_bias") else CLASSIFIER_RULES
+    if config.method == "localmim" and not swin:
+        scales, taps = config.localmim.scales, config.localmim.taps
+        return localmim_vit_rules(tuple(scales), last_is_top=max(taps) == config.encoder.depth - 1)
+    pairs = {"mae": (MAE_RULES, GREENMIM_RULES), "simmim": (SIMMIM_VIT_RULES, SIMMIM_SWIN_RULES)}  # of a ViT, of a Swin
+    alone = {"lomar": LOMAR_RULES, "localmim": LOCALMIM_SWIN_RULES, "beit": BEIT_RULES}
+    return pairs[config.method][swin] if config.method in pairs else alone.get(config.method)
 
 
 # -- using the rules --------------------------------------------------------------------------------------------------
 
 
+def filled(template: str, found: re.Match) -> str:
+    """The template with the groups of a match in its fields, digits as numbers."""
+    return template.format(*(int(group) if group.isdigit() else group for group in found.groups()))
+
+
 def our_name(released: str, rules) -> tuple[str, str] | None:
     """-> (our path, layout), or None when no rule names this parameter."""
     for pattern, path, layout in rules:
-        found = re.match(pattern, released)
-        if found:
-            return path.format(*(int(g) if g.isdigit() else g for g in found.groups())), layout
+        if found := re.match(pattern, released):
+            return filled(path, found), layout
     return None
-
-
-def from_released(state: dict, rules, ignore=FIXED_TABLES) -> dict:
-    """{released name: array} -> our nested tree. Raises KeyError for a name that no rule and no ignore pattern explains."""
-    flat = {}
-    for name, array in state.items():
-        named = our_name(name, rules)
-        if named is not None:
-            flat[named[0]] = to_ours(np.asarray(array), named[1])
-        elif not tree.matches(ignore, name):
-            raise KeyError(f"released parameter '{name}' {np.shape(array)} has no counterpart here")
-    return tree.nest(flat)
 
 
 GROUP = re.compile(r"\([^()]*\)")
@@ -205,16 +209,15 @@ def released_name(path: str, rules) -> tuple[str, str] | None:
     """-> (released name, layout) of our path, or None when no rule leads to it."""
     for rule in rules:
         ours, template = inverse(rule)
-        found = ours.fullmatch(path)
-        if found:
-            name = template.format(*(int(g) if g.isdigit() else g for g in found.groups()))
+        if found := ours.fullmatch(path):
+            name = filled(template, found)
             if our_name(name, rules) == (path, rule[2]):
                 return name, rule[2]
     return None
 
 
 def to_released_state(params: dict, rules, patch: int = 0) -> dict[str, np.ndarray]:
-    """{our path: array} -> {released name: array in the released layout}: the inverse of `from_released`, bit by bit.
+    """{our path: array} -> {released name: array in the released layout}.
 
     `patch` is that of the encoder. Fixed tables, which are no parameters here, are not made. Raises KeyError for a path that
     no rule explains.

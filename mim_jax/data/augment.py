@@ -1,7 +1,7 @@
 """Decoding, cropping and resizing of single images inside tf.data: bytes in, uint8 out.
 
-The random crop follows torchvision's RandomResizedCrop and the resize follows PIL's bicubic filter,
-because every published recipe was tuned with these two. EXIF orientation is ignored, as torchvision does.
+The random crop follows torchvision's RandomResizedCrop and the resize PIL's bicubic filter, because every published recipe was
+tuned with these two. EXIF orientation is ignored, as torchvision does.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ except RuntimeError:  # somebody ran a TensorFlow op before the data was importe
 
 TRIES = 10
 UNIFORMS = 2 * TRIES + 3  # area and ratio of each try, the corner, the flip
+DCT = "INTEGER_ACCURATE"  # PIL's transform of JPEG, to the bit
 
 
 class DataError(ConfigError):
@@ -53,27 +54,21 @@ def crop_box(crop, height, width, uniforms):
     When none fits, the box is the largest centred one whose ratio is allowed.
     """
     h, w = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
+    sides = tf.stack([h, w])
     area = h * w * (crop.scale[0] + uniforms[:TRIES] * (crop.scale[1] - crop.scale[0]))
     low, high = math.log(crop.ratio[0]), math.log(crop.ratio[1])
     ratio = tf.exp(low + uniforms[TRIES : 2 * TRIES] * (high - low))
-    try_w, try_h = tf.round(tf.sqrt(area * ratio)), tf.round(tf.sqrt(area / ratio))
-    fits = (try_w > 0) & (try_w <= w) & (try_h > 0) & (try_h <= h)
-    first = tf.argmax(tf.cast(fits, tf.int32))  # the first of equals
-    found = tf.reduce_any(fits)
+    tries = tf.round(tf.sqrt(tf.stack([area / ratio, area * ratio], -1)))
+    fits = tf.reduce_all((tries > 0) & (tries <= sides), -1)
+    found, first = tf.reduce_any(fits), tf.argmax(tf.cast(fits, tf.int32))  # the first of equals
 
     whole_h = tf.where(w / h < crop.ratio[0], tf.round(w / crop.ratio[0]), h)
     whole_w = tf.where(w / h > crop.ratio[1], tf.round(h * crop.ratio[1]), w)
-    box_h = tf.where(found, try_h[first], tf.maximum(whole_h, 1))
-    box_w = tf.where(found, try_w[first], tf.maximum(whole_w, 1))
-    y = tf.where(found, tf.floor(uniforms[2 * TRIES] * (h - box_h + 1)), tf.floor((h - box_h) / 2))
-    x = tf.where(found, tf.floor(uniforms[2 * TRIES + 1] * (w - box_w + 1)), tf.floor((w - box_w) / 2))
-    # u * n may round up to n in float32
-    y, x = tf.minimum(y, h - box_h), tf.minimum(x, w - box_w)
-    return tuple(tf.cast(v, tf.int32) for v in (y, x, box_h, box_w))
-
-
-def _is_jpeg(data):
-    return tf.strings.substr(data, 0, 3) == b"\xff\xd8\xff"
+    box = tf.where(found, tries[first], tf.maximum(tf.stack([whole_h, whole_w]), 1))
+    room = sides - box
+    corner = tf.where(found, tf.floor(uniforms[2 * TRIES : -1] * (room + 1)), tf.floor(room / 2))
+    corner = tf.minimum(corner, room)  # u * n may round up to n in float32
+    return tuple(tf.unstack(tf.cast(tf.concat([corner, box], 0), tf.int32)))
 
 
 def _pil_decode(data):
@@ -83,35 +78,29 @@ def _pil_decode(data):
 
 def _decode_other(data):
     """PNG by TensorFlow, the rest by PIL: TensorFlow 2.21 garbles palette BMP and refuses animated WebP."""
-    pixels = tf.cond(
-        tf.strings.substr(data, 0, 4) == b"\x89PNG",
-        lambda: tf.io.decode_png(data, channels=3),
-        lambda: tf.numpy_function(_pil_decode, [data], tf.uint8, stateful=False),
-    )
-    return tf.ensure_shape(pixels, [None, None, 3])
-
-
-def _decode_jpeg(data):
-    # The accurate transform is PIL's, to the bit.
-    return tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
-
-
-def _gray(pixels):
-    """uint8 [h w 3] -> uint8 [h w 1]: ITU-R 601 luma, rounded as PIL does."""
-    weights = tf.constant([19595, 38470, 7471])
-    luma = tf.reduce_sum(tf.cast(pixels, tf.int32) * weights, -1, keepdims=True)
-    return tf.cast((luma + 32768) // 65536, tf.uint8)
+    png = lambda: tf.io.decode_png(data, channels=3)
+    pil = lambda: tf.numpy_function(_pil_decode, [data], tf.uint8, stateful=False)
+    return tf.ensure_shape(tf.cond(tf.strings.substr(data, 0, 4) == b"\x89PNG", png, pil), [None, None, 3])
 
 
 def to_channels(pixels, channels):
-    """uint8 [h w 3] -> uint8 [h w c], c = 3 or 1."""
-    return _gray(pixels) if channels == 1 else pixels
+    """uint8 [h w 3] -> uint8 [h w c], c = 3, or 1: ITU-R 601 luma, rounded as PIL does."""
+    if channels == 3:
+        return pixels
+    luma = tf.reduce_sum(tf.cast(pixels, tf.int32) * tf.constant([19595, 38470, 7471]), -1, keepdims=True)
+    return tf.cast((luma + 32768) // 65536, tf.uint8)
+
+
+def _by_format(data, jpeg, other, channels):
+    """Encoded bytes -> uint8 [h w c], made by `jpeg()` or `other()`."""
+    is_jpeg = tf.strings.substr(data, 0, 3) == b"\xff\xd8\xff"
+    return to_channels(tf.ensure_shape(tf.cond(is_jpeg, jpeg, other), [None, None, 3]), channels)
 
 
 def decode(data, channels):
     """Encoded bytes (jpeg incl. CMYK and gray, png incl. 16 bit, webp, bmp, gif) -> uint8 [h w c]."""
-    pixels = tf.cond(_is_jpeg(data), lambda: _decode_jpeg(data), lambda: _decode_other(data))
-    return to_channels(tf.ensure_shape(pixels, [None, None, 3]), channels)
+    jpeg = lambda: tf.io.decode_jpeg(data, channels=3, dct_method=DCT)
+    return _by_format(data, jpeg, lambda: _decode_other(data), channels)
 
 
 def resize(pixels, size):
@@ -138,14 +127,12 @@ def train_image(image, crop, size, channels, uniforms):
         # Decodes only the box, and 2 px around it: libjpeg has no chroma to interpolate with at the rim of a crop.
         top, left = tf.maximum(y - 2, 0), tf.maximum(x - 2, 0)
         bottom, right = tf.minimum(y + h + 2, height), tf.minimum(x + w + 2, width)
-        pixels = tf.io.decode_and_crop_jpeg(
-            image, tf.stack([top, left, bottom - top, right - left]), channels=3, dct_method="INTEGER_ACCURATE"
-        )
+        window = tf.stack([top, left, bottom - top, right - left])
+        pixels = tf.io.decode_and_crop_jpeg(image, window, channels=3, dct_method=DCT)
         return pixels[y - top : y - top + h, x - left : x - left + w]
 
     if image.dtype == tf.string:
-        pixels = tf.cond(_is_jpeg(image), cut_jpeg, lambda: cut(_decode_other(image)))
-        pixels = to_channels(tf.ensure_shape(pixels, [None, None, 3]), channels)
+        pixels = _by_format(image, cut_jpeg, lambda: cut(_decode_other(image)), channels)
     else:
         pixels = cut(image)
     pixels = resize(pixels, size)
@@ -169,8 +156,7 @@ def eval_image(image, size, resize_ratio, channels):
         new_h = tf.where(tall, cover_h, cover_w * h // w)
         new_w = tf.where(tall, cover_h * w // h, cover_w)
         grown = resize(pixels, (new_h, new_w))
-        y = tf.cast(tf.round((new_h - out_h) / 2), tf.int32)
-        x = tf.cast(tf.round((new_w - out_w) / 2), tf.int32)
+        y, x = (tf.cast(tf.round(room / 2), tf.int32) for room in (new_h - out_h, new_w - out_w))
         return grown[y : y + out_h, x : x + out_w]
 
     same = tf.reduce_all(tf.shape(pixels)[:2] == tf.stack(size))

@@ -5,8 +5,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mim_jax.config import ConfigError
-
 AREA = (0.02, 1 / 3)  # of the image
 ASPECT = (0.3, 1 / 0.3)  # height / width
 TRIES = 10
@@ -16,12 +14,7 @@ def erase(images, key, probability: float):
     """[b h w c] float, normalised -> the same shape: with `probability`, a box of each is standard normal noise.
 
     Every pixel and channel has noise of its own. Image i depends on the key and on i alone.
-
-    Raises:
-      ConfigError: `probability` is none.
     """
-    if not 0 <= probability <= 1:  # NaN included
-        raise ConfigError(f"erasing={probability} is not a probability between 0 and 1; 0 erases nothing")
     if not probability:
         return images
     h, w = images.shape[1:3]

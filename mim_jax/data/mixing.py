@@ -16,19 +16,13 @@ def mix(images, targets, key, *, mixup: float, cutmix: float, probability: float
     One key for the whole batch, so any number of devices draws the same; a group that spans devices is sent between them.
 
     Raises:
-      ConfigError: an alpha or a probability outside its range, or a batch that is no multiple of `group`.
+      ConfigError: a batch that is no multiple of `group`. The ranges of the rest are checked in `mixing`, their section.
       TypeError: images of whole numbers.
     """
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(f"images to mix are {images.dtype}; make them float first")
-    for name, value in dict(mixup=mixup, cutmix=cutmix).items():
-        if not 0 <= value < float("inf"):  # NaN included
-            raise ConfigError(f"mixing.{name}={value} is not an alpha of Beta(alpha, alpha); 0 switches {name} off")
-    for name, value in dict(probability=probability, switch=switch).items():
-        if not 0 <= value <= 1:
-            raise ConfigError(f"mixing.{name}={value} is not a probability between 0 and 1")
     size = group or len(images)
-    if size < 1 or len(images) % size:
+    if len(images) % size:
         raise ConfigError(
             f"mixing.group={group} does not divide the batch of {len(images)} images; choose a divisor, or 0 for all of it"
         )

@@ -1,11 +1,15 @@
 """Batches of uint8 images: training batches as a function of the step, evaluation over a split exactly once."""
 
+import dataclasses
+
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
 from mim_jax.data import augment
-from mim_jax.data.augment import DataError
+from mim_jax.data.augment import DataError, RandomCrop
+from mim_jax.data.randaugment import RandAugment
+from mim_jax.data.source import Source
 from mim_jax.data.stream import Stream
 
 FOREVER = np.iinfo(np.int64).max
@@ -14,16 +18,18 @@ FETCH = 64  # records per bulk lookup
 _plain = tf.autograph.experimental.do_not_convert  # no function here needs rewriting
 
 
-def _check(batch_size, size, process_index, process_count):
-    if batch_size < 1 or batch_size % process_count:
+def _local(batch_size, size, process):
+    """-> how many examples of a batch are this process's. Raises DataError for sizes that do not fit together."""
+    index, count = process
+    if batch_size < 1 or batch_size % count:
         raise DataError(
-            f"batch_size={batch_size} (global) cannot be shared by {process_count} processes: "
-            f"choose a multiple of {process_count}."
+            f"batch_size={batch_size} (global) cannot be shared by {count} processes: choose a multiple of {count}."
         )
-    if not 0 <= process_index < process_count:
-        raise DataError(f"process_index={process_index} of process_count={process_count}.")
+    if not 0 <= index < count:
+        raise DataError(f"process={process}: there is no process {index} of {count}.")
     if len(size) != 2 or min(size) < 1:
         raise DataError(f"size={size}: expected (height, width) in pixels.")
+    return batch_size // count
 
 
 def _fold(seed, purpose, *numbers):
@@ -34,17 +40,15 @@ def _fold(seed, purpose, *numbers):
     return result
 
 
-def _share(n, process_index, process_count):
+def _share(n, process):
     """The contiguous range of a stream that belongs to one process: low, high."""
-    return n * process_index // process_count, n * (process_index + 1) // process_count
+    index, count = process
+    return n * index // count, n * (index + 1) // count
 
 
 def _with_items(ds, source):
     """Dataset of (epoch, id) -> dataset of (epoch, id, item)."""
-
-    def look_up(epoch, i):
-        return epoch, i, source.lookup(i)
-
+    look_up = lambda epoch, i: (epoch, i, source.lookup(i))
     if not source.bulk:
         return ds.map(_plain(look_up))
     return ds.batch(FETCH).map(_plain(look_up), num_parallel_calls=4, deterministic=True).unbatch()
@@ -58,62 +62,47 @@ def _finish(ds, make, local, prefetch):
 
 def _explain(error, source, items):
     """A TensorFlow error met in a batch, and the items of that batch -> DataError that names the bad examples."""
-    bad = []
     try:
-        for _, i, item in items:
-            try:
-                image, _ = source.load(item)
-                if image.dtype == tf.string:
-                    augment.decode(image, source.channels)
-            except Exception:  # pylint: disable=broad-except  # PIL and TensorFlow raise a dozen kinds
-                bad.append(source.describe(i.numpy()))
+        bad = [source.describe(i.numpy()) for _, i, item in items if source.is_broken(item)]
     except tf.errors.OpError as reading:  # the records themselves, so there are no names
-        error = reading
+        bad, error = [], reading
     reason = str(error.message).splitlines()[0][:300]
     if not bad:
         return DataError(f"Reading {source.name!r}, split {source.split!r}, failed: {reason}")
-    return DataError(
-        f"Cannot read {', '.join(bad)}: delete or replace it. "
-        f"(sources.check_folder lists every broken file of a folder.) TensorFlow says: {reason}"
-    )
+    words = "(mim_jax.data.image_folder.check_folder lists every broken file of a folder.)"
+    return DataError(f"Cannot read {', '.join(bad)}: delete or replace it. {words} TensorFlow says: {reason}")
 
 
+@dataclasses.dataclass(eq=False)
 class TrainBatches:
     """Training batches, a pure function of (seed, step, process): nothing to save, nothing to restore.
 
-    Example number i of the run (i = step * batch_size + place in the global batch) is example
-    permutation[epoch](i mod N), with epoch = i div N; its crop and what `augment` draws depend on
-    (seed, epoch, id) only, so any number of processes sees the same global batches. A source without random
-    access gives each process a fixed share instead, reshuffled every epoch; to start at a step it replays the
-    shuffle of that epoch.
-
-    Args:
-      source: what `open_source` returned.
-      batch_size: global; each process gets batch_size / process_count examples.
-      size: (height, width) of the images.
-      crop: augment.RandomCrop.
-      seed: any whole number.
-      process_index: this process, 0 .. process_count - 1.
-      process_count: how many processes share a batch.
-      prefetch: batches prepared ahead.
-      augment: randaugment.RandAugment, applied to the cropped and flipped image, or None.
+    Example number i of the run (i = step * batch_size + place in the global batch) is example permutation[epoch](i mod N),
+    with epoch = i div N; its crop and what `augment` draws depend on (seed, epoch, id) only, so any number of processes sees
+    the same global batches. A source without random access gives each process a fixed share instead, reshuffled every epoch;
+    to start at a step it replays the shuffle of that epoch.
 
     Raises:
       DataError: the sizes do not fit together, or the source holds fewer examples than processes.
     """
 
-    def __init__(self, source, *, batch_size, size, crop, seed, process_index=0, process_count=1, prefetch=2, augment=None):
-        _check(batch_size, size, process_index, process_count)
-        if source.num_examples < (1 if source.random_access else process_count):
-            raise DataError(
-                f"{source.name!r}, split {source.split!r}, holds {source.num_examples} examples, "
-                f"too few for {process_count} processes."
-            )
-        self._source, self._size, self._crop, self._augment = source, tuple(size), crop, augment
-        self._batch_size, self._local = batch_size, batch_size // process_count
-        self._seed = int(seed) % 2**63
-        self._process_index, self._process_count = process_index, process_count
-        self._prefetch = prefetch
+    source: Source
+    _: dataclasses.KW_ONLY
+    batch_size: int  # global; each process gets its share
+    size: tuple[int, int]  # (height, width) of the images
+    crop: RandomCrop
+    seed: int  # any whole number
+    process: tuple[int, int] = (0, 1)  # which one this is, and of how many
+    prefetch: int = 2  # batches prepared ahead
+    augment: RandAugment | None = None  # of the cropped and flipped image
+
+    def __post_init__(self):
+        self._local = _local(self.batch_size, self.size, self.process)
+        source, count = self.source, self.process[1]
+        if source.num_examples < (1 if source.random_access else count):
+            held = f"{source.name!r}, split {source.split!r}, holds {source.num_examples} examples"
+            raise DataError(f"{held}, too few for {count} processes.")
+        self._seed = int(self.seed) % 2**63
         self._stream, self._next_step = None, None
 
     def batch(self, step):
@@ -126,13 +115,13 @@ class TrainBatches:
         """
         if self._stream is None or step != self._next_step:
             self.close()
-            self._stream = _finish(self._items(step, log=True), self._make, self._local, self._prefetch)
+            self._stream = _finish(self._items(step), self._make, self._local, self.prefetch)
         self._next_step = step + 1
         try:
             return self._stream.next()
         except tf.errors.OpError as error:
             self.close()
-            raise _explain(error, self._source, self._items(step).take(self._local)) from error
+            raise _explain(error, self.source, self._items(step).take(self._local)) from error
 
     def close(self):
         """Stops reading ahead and frees the prefetched batches."""
@@ -140,88 +129,74 @@ class TrainBatches:
             self._stream.close()
         self._stream = None
 
-    def _items(self, step, log=False):
+    def _items(self, step):
         """Dataset of (epoch, id, item) from the first example of `step` on."""
-        if self._source.random_access:
-            return self._by_id(step)
-        return self._by_stream(step, log)
+        return self._by_id(step) if self.source.random_access else self._by_stream(step)
 
     def _by_id(self, step):
-        n, local = self._source.num_examples, self._local
+        n, local = self.source.num_examples, self._local
 
         def order(k):  # k-th example of this process -> epoch, id
-            i = k // local * self._batch_size + self._process_index * local + k % local
+            i = k // local * self.batch_size + self.process[0] * local + k % local
             epoch = i // n
             seed = _fold(self._seed, ORDER, epoch)
             return epoch, tf.random.experimental.index_shuffle(i % n, seed, tf.constant(n - 1, tf.int64))
 
         ds = tf.data.Dataset.range(step * local, FOREVER)
-        return _with_items(ds.map(_plain(order), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True), self._source)
+        return _with_items(ds.map(_plain(order), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True), self.source)
 
-    def _by_stream(self, step, log):
-        low, high = _share(self._source.num_examples, self._process_index, self._process_count)
+    def _by_stream(self, step):
+        low, high = _share(self.source.num_examples, self.process)
         first, skip = divmod(step * self._local, high - low)
-        if log:
-            logging.info(
-                "%s, split %s, has no random access: step %d replays the shuffle of epoch %d and skips "
-                "%d of its %d records (array_record would start at once).",
-                self._source.name,
-                self._source.split,
-                step,
-                first,
-                skip,
-                high - low,
-            )
+        logging.info(
+            f"{self.source.name}, split {self.source.split}, has no random access: step {step} replays the shuffle of epoch "
+            f"{first} and skips {skip} of its {high - low} records (array_record would start at once)."
+        )
 
         def epoch_items(epoch):
-            seed = _fold(self._seed, ORDER, epoch, tf.constant(self._process_index, tf.int64))
-            ds = self._source.stream(low, high, seed).skip(tf.where(epoch == first, tf.constant(skip, tf.int64), 0))
+            seed = _fold(self._seed, ORDER, epoch, tf.constant(self.process[0], tf.int64))
+            ds = self.source.stream(low, high, seed).skip(tf.where(epoch == first, tf.constant(skip, tf.int64), 0))
             return ds.map(_plain(lambda i, item: (epoch, i, item)))
 
         return tf.data.Dataset.range(first, FOREVER).flat_map(_plain(epoch_items))
 
     def _make(self, epoch, example_id, item):
-        image, label = self._source.load(item)
+        image, label = self.source.load(item)
         uniforms = tf.random.stateless_uniform([augment.UNIFORMS], _fold(self._seed, CROP, epoch, example_id))
-        image = augment.train_image(image, self._crop, self._size, self._source.channels, uniforms)
-        if self._augment is not None:
-            image = self._augment.in_graph(image, _fold(self._seed, AUGMENT, epoch, example_id))
+        image = augment.train_image(image, self.crop, self.size, self.source.channels, uniforms)
+        if self.augment is not None:
+            image = self.augment.in_graph(image, _fold(self._seed, AUGMENT, epoch, example_id))
         return {"image": image, "label": label, "id": example_id}
 
 
-def eval_batches(source, *, batch_size, size, resize_ratio, process_index=0, process_count=1, limit=0):
+def eval_batches(source, *, batch_size, size, resize_ratio, process=(0, 1), limit=0):
     """The whole split, or `limit` examples spread evenly over it, exactly once over all processes.
 
-    A source without random access gives its first `limit` examples instead.
+    A source without random access gives its first `limit` examples instead. `process` is (which one, of how many).
 
-    Yields {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b], "valid": bool [b]}, the same number
-    of batches on every process; padding is zeros with label and id -1 and valid False. Of label sets "label" is uint8
-    [b classes], 1 for every class of the example, and padding has none. The shorter side goes to
-    size / resize_ratio, then the centre is cut out; an image of the target size stays as it is.
+    Yields {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b], "valid": bool [b]}, the same number of batches on
+    every process; padding is zeros with label and id -1 and valid False. Of label sets "label" is uint8 [b classes], 1 for
+    every class of the example, and padding has none. The shorter side goes to size / resize_ratio, then the centre is cut
+    out; an image of the target size stays as it is.
 
     Raises:
       DataError: at once if the sizes do not fit together; while iterating if an image cannot be read.
     """
-    _check(batch_size, size, process_index, process_count)
+    local, n = _local(batch_size, size, process), min(source.num_examples, limit or source.num_examples)
     if not 0 < resize_ratio <= 1:
         raise DataError(f"resize_ratio={resize_ratio}: expected 0 < resize_ratio <= 1 (224 / 256 = .875).")
-    local, n = batch_size // process_count, min(source.num_examples, limit or source.num_examples)
     if source.random_access:
         places = np.arange(n, dtype=np.int64)
-        mine = places[places // local % process_count == process_index]
+        mine = places[places // local % process[1] == process[0]]
         mine = mine * source.num_examples // n  # folders are sorted by class, so the first `limit` would be one class
         ds = _with_items(tf.data.Dataset.from_tensor_slices((np.zeros_like(mine), mine)), source)
     else:
-        low, high = _share(n, process_index, process_count)
-        ds = source.stream(low, high).map(_plain(lambda i, item: (tf.constant(0, tf.int64), i, item)))
+        ds = source.stream(*_share(n, process)).map(_plain(lambda i, item: (tf.constant(0, tf.int64), i, item)))
 
     def make(_, example_id, item):
         image, label = source.load(item)
-        return {
-            "image": augment.eval_image(image, tuple(size), resize_ratio, source.channels),
-            "label": label,
-            "id": example_id,
-        }
+        image = augment.eval_image(image, tuple(size), resize_ratio, source.channels)
+        return {"image": image, "label": label, "id": example_id, "valid": True}
 
     def batches():
         stream = _finish(ds, make, local, 2)
@@ -231,7 +206,7 @@ def eval_batches(source, *, batch_size, size, resize_ratio, process_index=0, pro
                     batch = stream.next()
                 except tf.errors.OpError as error:
                     raise _explain(error, source, ds.skip(k * local).take(local)) from error
-                yield _pad(batch, local, tuple(size), source)
+                yield _pad(batch or {}, local, size, source)
         finally:
             stream.close()
 
@@ -239,16 +214,13 @@ def eval_batches(source, *, batch_size, size, resize_ratio, process_index=0, pro
 
 
 def _pad(batch, local, size, source):
-    """A batch of at most `local` examples, or None -> a batch of `local`, with "valid"."""
+    """A batch of at most `local` examples, perhaps none -> a batch of `local`."""
     padded = {
         "image": np.zeros((local, *size, source.channels), np.uint8),
         "label": source.no_labels(local),
         "id": np.full(local, -1, np.int64),
         "valid": np.zeros(local, bool),
     }
-    if batch is not None:
-        count = len(batch["id"])
-        for name, values in batch.items():
-            padded[name][:count] = values
-        padded["valid"][:count] = True
+    for name, values in batch.items():
+        padded[name][: len(values)] = values
     return padded

@@ -25,18 +25,10 @@ def _by_table(image, table):
     return image.point(table * len(image.getbands()))
 
 
-def _rotate(image, share, sign, fill):
-    return image.rotate(sign * 30 * share, Image.Resampling.BICUBIC, fillcolor=fill)
-
-
 def _posterize(image, share, sign, fill):
     # 4 bits stay at level 0 and 1 at level 9; at 10 none does and the image is black, which ImageOps.posterize now refuses
     lost = 2 ** (4 + int(4 * share))
     return _by_table(image, [value // lost * lost for value in range(256)])
-
-
-def _solarize(image, share, sign, fill):
-    return ImageOps.solarize(image, 256 - int(256 * share))
 
 
 def _solarize_add(image, share, sign, fill):
@@ -56,9 +48,9 @@ OPERATIONS = {
     "AutoContrast": lambda image, share, sign, fill: ImageOps.autocontrast(image),
     "Equalize": lambda image, share, sign, fill: ImageOps.equalize(image),
     "Invert": lambda image, share, sign, fill: ImageOps.invert(image),
-    "Rotate": _rotate,
+    "Rotate": lambda image, share, sign, fill: image.rotate(sign * 30 * share, Image.Resampling.BICUBIC, fillcolor=fill),
     "Posterize": _posterize,
-    "Solarize": _solarize,
+    "Solarize": lambda image, share, sign, fill: ImageOps.solarize(image, 256 - int(256 * share)),
     "SolarizeAdd": _solarize_add,
     "Color": _enhance(ImageEnhance.Color),
     "Contrast": _enhance(ImageEnhance.Contrast),
@@ -87,20 +79,14 @@ def apply(pixels, operations, fill) -> np.ndarray:
 class RandAugment:
     """`layers` operations in a row, each drawn from all with replacement and used with probability 1/2.
 
-    Args:
-      layers: how many are drawn.
-      magnitude: mean level, 0 .. 10.
-      std: of the level, drawn anew for each operation and clipped to 0 .. 10.
-      fill: colour of what a geometric operation uncovers, one whole number in 0 .. 255 per channel.
-
     Raises:
       DataError: a setting outside its range; at once.
     """
 
     layers: int
-    magnitude: float
-    std: float
-    fill: tuple[int, ...]
+    magnitude: float  # mean level, 0 .. 10
+    std: float  # of the level, drawn anew for each operation and clipped to 0 .. 10
+    fill: tuple[int, ...]  # colour of what a geometric operation uncovers: a whole number in 0 .. 255 per channel
 
     def __post_init__(self):
         if self.layers < 1 or self.layers != int(self.layers):
@@ -110,10 +96,8 @@ class RandAugment:
         if not 0 <= self.std < math.inf:
             raise DataError(f"data.randaugment.std={self.std}: expected a number from 0 up (published: .5).")
         if len(self.fill) not in (1, 3) or any(not 0 <= v <= 255 or v != int(v) for v in self.fill):
-            raise DataError(
-                f"data.randaugment fills with {self.fill}: expected 1 or 3 whole numbers in 0 .. 255, the "
-                "data set's mean colour."
-            )
+            words = "expected 1 or 3 whole numbers in 0 .. 255, the data set's mean colour."
+            raise DataError(f"data.randaugment fills with {self.fill}: {words}")
 
     def draw(self, seed) -> list[tuple[str, float, int]]:
         """Seed or Generator of numpy -> [(name, level, sign)]: the operations that will be used, perhaps none."""
@@ -136,8 +120,5 @@ class RandAugment:
 
     def in_graph(self, pixels, seed):
         """Tensor uint8 [h w c], int64 [2] -> tensor uint8 [h w c]: the same inside tf.data, of static shape if it was."""
-
-        def run(pixels, seed):
-            return self(pixels, seed.view(np.uint32))  # numpy takes no negative numbers
-
+        run = lambda pixels, seed: self(pixels, seed.view(np.uint32))  # numpy takes no negative numbers
         return tf.ensure_shape(tf.numpy_function(run, [pixels, seed], tf.uint8, stateful=False), pixels.shape)

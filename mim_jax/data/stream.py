@@ -1,8 +1,8 @@
 """tf.data iterators that end well although Python code runs inside them.
 
-Records of array_record files and some image formats are read by Python in TensorFlow's threads. Two things go
-wrong then. If the garbage collector happens to run in such a thread and destroys the iterator there, the thread
-waits for itself for ever. And a thread that asks for the interpreter after it has shut down aborts the process.
+Records of array_record files and some image formats are read by Python in TensorFlow's threads. Two things go wrong then. If
+the garbage collector happens to run in such a thread and destroys the iterator there, the thread waits for itself for ever.
+And a thread that asks for the interpreter after it has shut down aborts the process.
 """
 
 import atexit

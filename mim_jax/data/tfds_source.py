@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from mim_jax.data.augment import DataError
-from mim_jax.data.sources import WAYS, NotPrepared, Source
+from mim_jax.data.source import WAYS, NotPrepared, Source
 
 SHUFFLE_BUFFER = 8192  # encoded records: about 1 GB for ImageNet
 CYCLE = 16  # files read in turns while shuffling
@@ -24,12 +24,10 @@ class TfdsSource(Source):
     features: Any = None
     files: tuple = ()  # (filename, skip, take), in the order of the ids
     records: Any = None  # array_record only: ids -> list of bytes
-    shuffle_buffer: int = SHUFFLE_BUFFER
+    bulk = True
 
     def lookup(self, ids):
-        def fetch(wanted):
-            return np.array(self.records.__getitems__(wanted.tolist()), object)
-
+        fetch = lambda wanted: np.array(self.records.__getitems__(wanted.tolist()), object)
         return tf.ensure_shape(tf.numpy_function(fetch, [ids], tf.string, stateful=False), ids.shape)
 
     def load(self, item):
@@ -60,7 +58,7 @@ class TfdsSource(Source):
             deterministic=True,
         )
         if seed is not None:
-            buffer = tf.constant(min(self.shuffle_buffer, high - low), tf.int64)
+            buffer = tf.constant(min(SHUFFLE_BUFFER, high - low), tf.int64)
             ds = ds.shuffle(buffer, seed=tf.cast(seed[0], tf.int64), reshuffle_each_iteration=False)
         return ds
 
@@ -112,13 +110,11 @@ def open_tfds(name, split, *, data_dir, channels, label_sets=False):
         raise DataError(f"The split {split!r} of {name} is empty.")
 
     features = builder.info.features
-    if "image" not in features or not isinstance(features["image"], tfds.features.Image):
-        raise DataError(f"{name} has no feature 'image' that is an image; it has {', '.join(features)}.")
-    label_sets = label_sets and LABEL_SETS in features
-    if label_sets:
-        label = features[LABEL_SETS].feature
-    else:
-        label = features["label"] if "label" in features else None
+    there = dict(features.items())
+    if not isinstance(there.get("image"), tfds.features.Image):
+        raise DataError(f"{name} has no feature 'image' that is an image; it has {', '.join(there)}.")
+    label_sets = label_sets and LABEL_SETS in there
+    label = there[LABEL_SETS].feature if label_sets else there.get("label")
     names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
 
     file_format = builder.info.file_format.value
@@ -127,17 +123,4 @@ def open_tfds(name, split, *, data_dir, channels, label_sets=False):
     random_access = file_format == "array_record"
     records = builder.as_data_source(split).data_source if random_access else None
     logging.info("%s, split %s: %d examples, %d classes, %s", name, split, info.num_examples, len(names), file_format)
-    return TfdsSource(
-        name,
-        split,
-        info.num_examples,
-        len(names),
-        names,
-        channels,
-        random_access,
-        bulk=True,
-        label_sets=label_sets,
-        features=features,
-        files=files,
-        records=records,
-    )
+    return TfdsSource(name, split, info.num_examples, names, channels, random_access, label_sets, features, files, records)

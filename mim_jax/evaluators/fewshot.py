@@ -4,12 +4,10 @@ The protocol of ViT (arXiv 2010.11929, section 4.1): regularised least squares f
 which with a free intercept is the same choice). No step size, no epochs: it can be followed during pretraining.
 """
 
-import dataclasses
-
 import numpy as np
 from absl import logging
 
-from mim_jax.evaluators.base import SplitRunner
+from mim_jax.evaluators.split_runner import SplitRunner
 
 
 def draw_shots(labels, classes: int, shots: int, seed: int, draw: int):
@@ -27,11 +25,8 @@ def ridge_fit(x, y, l2: float):
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     x_mean, y_mean = x.mean(0), y.mean(0)
     x, y = x - x_mean, y - y_mean
-    s, d = x.shape
-    if s < d:
-        weights = x.T @ np.linalg.solve(x @ x.T + l2 * np.eye(s), y)
-    else:
-        weights = np.linalg.solve(x.T @ x + l2 * np.eye(d), x.T @ y)
+    solved = lambda gram, right: np.linalg.solve(gram + l2 * np.eye(len(gram)), right)
+    weights = x.T @ solved(x @ x.T, y) if x.shape[0] < x.shape[1] else solved(x.T @ x, x.T @ y)
     return weights, y_mean - x_mean @ weights
 
 
@@ -70,24 +65,16 @@ def too_few(labels, classes: int, shots: int) -> str:
     )
 
 
-@dataclasses.dataclass
-class FewshotEvaluator:
-    """Ridge regression on few examples of a labelled bank, judged on a test set; features come from the state being judged."""
+def judge(bank: SplitRunner, queries: SplitRunner, classes: int, shots: tuple[int, ...], options: dict, state):
+    """Ridge regression on few examples of a labelled bank, judged on a test set; features come from the state being judged.
 
-    bank: SplitRunner
-    queries: SplitRunner
-    classes: int
-    shots: tuple[int, ...] = (1, 5, 10)
-    draws: int = 5
-    l2: float = 30.0
-    seed: int = 0
-
-    def run(self, state):
-        variables = state.variables()
-        bank, queries, found = self.bank(variables), self.queries(variables), {}
-        for shots in self.shots:
-            if words := too_few(bank["label"], self.classes, shots):
-                logging.warning(words)
-            accuracies = fewshot(bank, queries, self.classes, shots, draws=self.draws, l2=self.l2, seed=self.seed)
-            found[f"fewshot/{shots}"], found[f"fewshot/{shots}_spread"] = summary(accuracies)
-        return found, {}
+    `options`: draws, l2 and seed of `fewshot`.
+    """
+    variables = state.variables()
+    bank, queries, found = bank(variables), queries(variables), {}
+    for count in shots:
+        if words := too_few(bank["label"], classes, count):
+            logging.warning(words)
+        accuracies = fewshot(bank, queries, classes, count, **options)
+        found[f"fewshot/{count}"], found[f"fewshot/{count}_spread"] = summary(accuracies)
+    return found, {}

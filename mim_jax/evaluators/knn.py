@@ -1,13 +1,12 @@
 """k nearest neighbours on frozen features. Low by nature for masked image modelling (MAE-B at 100 epochs: about 11 %)."""
 
-import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mim_jax.evaluators.base import SplitRunner, balanced_accuracy
+from mim_jax.evaluators.split_runner import SplitRunner, balanced_accuracy
 
 CHUNK = 512
 
@@ -35,19 +34,10 @@ def unit(features):
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
-@dataclasses.dataclass
-class KnnEvaluator:
+def judge(bank: SplitRunner, queries: SplitRunner, classes: int, k: int, temperature: float, state):
     """Votes of a labelled training set on a test set; `features` of both come from the state being judged."""
-
-    bank: SplitRunner
-    queries: SplitRunner
-    classes: int
-    k: int = 20
-    temperature: float = 0.07
-
-    def run(self, state):
-        variables = state.variables()
-        bank, queries = self.bank(variables), self.queries(variables)
-        predicted = knn_predict(bank["features"], bank["label"], queries["features"], self.classes, self.k, self.temperature)
-        accuracy = float((predicted == queries["label"]).mean())
-        return {"knn/accuracy": accuracy, "knn/balanced": balanced_accuracy(predicted, queries["label"])}, {}
+    variables = state.variables()
+    bank, queries = bank(variables), queries(variables)
+    predicted = knn_predict(bank["features"], bank["label"], queries["features"], classes, k, temperature)
+    accuracy = float((predicted == queries["label"]).mean())
+    return {"knn/accuracy": accuracy, "knn/balanced": balanced_accuracy(predicted, queries["label"])}, {}

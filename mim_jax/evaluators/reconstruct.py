@@ -1,12 +1,13 @@
 """Held-out reconstruction: error on hidden patches beside harmonic inpainting's, and pictures."""
 
-import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mim_jax.evaluators.base import SplitRunner
+from mim_jax.evaluators.split_runner import SplitRunner
+from mim_jax.objectives.objective import Output
 
 
 def moments(parts: dict) -> dict:
@@ -19,19 +20,15 @@ def moments(parts: dict) -> dict:
     for name, (prediction, target, inpainted, weight) in parts.items():
         share = (weight / weight.sum(1, keepdims=True))[..., None]
         mean = lambda values, share=share: (values * share).sum(1).mean(-1)
-        found.update(
-            {
-                f"{name}/masked_mse": mean(jnp.square(prediction - target)),
-                f"{name}/square": mean(jnp.square(target)),
-                f"{name}/inpainted": mean(jnp.square(inpainted)),
-                f"{name}/product": mean(inpainted * target),
-                f"{name}/target": (target * share).sum(1),
-            }
-        )
+        found[f"{name}/masked_mse"] = mean(jnp.square(prediction - target))
+        found[f"{name}/square"] = mean(jnp.square(target))
+        found[f"{name}/inpainted"] = mean(jnp.square(inpainted))
+        found[f"{name}/product"] = mean(inpainted * target)
+        found[f"{name}/target"] = (target * share).sum(1)
     return found
 
 
-def summarise(found: dict, standardised: dict[str, bool | None]) -> dict[str, float]:
+def summarise(found: dict, outputs: tuple[Output, ...]) -> dict[str, float]:
     """-> {"output/..."}: masked_mse; inpainting_mse; constant_mse, of the best constant vector; zero_mse, of 0, which is
     each patch's own mean under norm_pix. Several outputs are averaged too, under no name.
 
@@ -40,12 +37,12 @@ def summarise(found: dict, standardised: dict[str, bool | None]) -> dict[str, fl
     of True or False: hits and misses (BEiT), of which no constant can be predicted.
     """
     errors = {}
-    for name in dict.fromkeys(key.rpartition("/")[0] for key in found):
+    for name, standardised, *_ in outputs:
         m = {key: np.mean(found[f"{name}/{key}"]) for key in ("masked_mse", "square", "inpainted", "product")}
-        scale = m["product"] / max(m["inpainted"], 1e-12) if standardised[name] else 1.0
+        scale = m["product"] / max(m["inpainted"], 1e-12) if standardised else 1.0
         inpainting = m["square"] - 2 * scale * m["product"] + scale**2 * m["inpainted"]
         errors[name] = {"masked_mse": m["masked_mse"], "inpainting_mse": inpainting}
-        if standardised[name] is not None:
+        if standardised is not None:
             constant = np.square(found[f"{name}/target"].mean(0)).mean()
             errors[name] |= {"zero_mse": m["square"], "constant_mse": m["square"] - constant}
     mean = {key: float(np.mean([e[key] for e in errors.values()])) for key in next(iter(errors.values()))}
@@ -53,14 +50,34 @@ def summarise(found: dict, standardised: dict[str, bool | None]) -> dict[str, fl
     return {**mean, **several}
 
 
-@dataclasses.dataclass
-class ReconstructEvaluator:
+def judge(runner: SplitRunner, outputs: tuple[Output, ...], draw: Callable, state):
     """`runner` yields `moments` per image; `draw` makes {name: uint8 [h w 3]} of a state."""
+    scalars = summarise(runner(state.variables()), outputs)
+    return {f"reconstruct/{key}": value for key, value in scalars.items()}, draw(state)
 
-    runner: SplitRunner
-    standardised: dict[str, bool | None]
-    draw: Callable
 
-    def run(self, state):
-        scalars = summarise(self.runner(state.variables()), self.standardised)
-        return {f"reconstruct/{key}": value for key, value in scalars.items()}, self.draw(state)
+def harmonic_inpaint(images, hidden, iterations: int = 200):
+    """[b h w c], [b h w] bool -> [b h w c]: hidden pixels take the smoothest surface through visible ones, which stay.
+
+    They solve Laplace's equation; borders are free (zero flux). Conjugate gradients on the masked graph Laplacian, each image
+    by itself: a common stopping rule would leave faint images unsolved beside strong ones.
+    """
+    return jax.vmap(lambda image, mask: inpaint_one(image, mask, iterations))(images, hidden)
+
+
+def inpaint_one(image, hidden, iterations: int):
+    """[h w c], [h w] bool -> [h w c]."""
+    unknown = hidden[..., None].astype(image.dtype)
+
+    def laplacian(x):
+        """Sum over the neighbours of (x - neighbour)."""
+        down, right = jnp.diff(x, axis=0), jnp.diff(x, axis=1)
+        rows, columns = (lambda d, *p: jnp.pad(d, (p, (0, 0), (0, 0)))), (lambda d, *p: jnp.pad(d, ((0, 0), p, (0, 0))))
+        return rows(down, 1, 0) - rows(down, 0, 1) + columns(right, 1, 0) - columns(right, 0, 1)
+
+    known = image * (1 - unknown)
+    start = known.sum((0, 1)) / jnp.maximum((1 - unknown).sum((0, 1)), 1) * unknown  # the mean of what is visible
+    solved, _ = jax.scipy.sparse.linalg.cg(
+        lambda x: laplacian(x * unknown) * unknown, -laplacian(known) * unknown, x0=start, maxiter=iterations
+    )
+    return known + solved * unknown

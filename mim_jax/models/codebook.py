@@ -5,6 +5,7 @@ levels; the code is the number that these levels spell. So nothing but the error
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from einops import rearrange
 
 from mim_jax.config import ConfigError
 from mim_jax.models import flops
+from mim_jax.models.encoder import Encoder
 from mim_jax.models.layers import Dense, LayerNorm
 from mim_jax.tokens import grid_size, patchify, unpatchify
 
@@ -43,19 +45,15 @@ def from_steps(steps, levels):
     return steps.astype(jnp.float32) * (2 / (np.array(levels, np.float32) - 1)) - 1
 
 
-def place_values(levels):
-    """What one step of each number adds to the code; the first number counts ones."""
-    return np.cumprod((1, *levels[:-1])).astype(np.int32)
-
-
 def to_codes(values, levels):
-    """[... l], quantised -> [...] int32 in 0 .. prod(levels) - 1: the steps read as one number of mixed radix."""
-    return (to_steps(values, levels) * place_values(levels)).sum(-1)
+    """[... l], quantised -> [...] int32 in 0 .. prod(levels) - 1: the steps read as one number of mixed radix, ones first."""
+    return (to_steps(values, levels) * np.cumprod((1, *levels[:-1])).astype(np.int32)).sum(-1)
 
 
 def from_codes(codes, levels):
     """[...] int -> [... l]: the values that a code spells."""
-    return from_steps(codes[..., None] // place_values(levels) % np.array(levels, np.int32), levels)
+    places = np.cumprod((1, *levels[:-1])).astype(np.int32)
+    return from_steps(codes[..., None] // places % np.array(levels, np.int32), levels)
 
 
 class ConvBlock(nn.Module):
@@ -71,7 +69,8 @@ class ConvBlock(nn.Module):
 
 
 class ConvStack(nn.Module):
-    """[b rows columns d'] -> [b rows columns d]: a linear layer and blocks on the grid of tokens.
+    """[b rows columns d'] -> [b rows columns d], and the outputs of the blocks in `taps`: a linear layer and blocks on the
+    grid of tokens.
 
     No norm at the end: contrast is much of what a code has to tell, and a norm takes it away. With one, two tokenizers of
     the embedded sample in three had a perplexity of 69 instead of 130, and a larger error.
@@ -83,12 +82,13 @@ class ConvStack(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
-        x = Dense(self.width, self.dtype, name="embed")(x)
+    def __call__(self, x, taps: Sequence[int] = ()):
+        x, tapped = Dense(self.width, self.dtype, name="embed")(x), []
         block = nn.remat(ConvBlock) if self.remat else ConvBlock
         for i in range(self.depth):
             x = block(self.dtype, name=f"block_{i:02d}")(x)
-        return x
+            tapped += [x] * (i in taps)
+        return x, tapped
 
 
 class Painter(nn.Module):
@@ -102,27 +102,22 @@ class Painter(nn.Module):
 
     @nn.compact
     def __call__(self, values):
-        x = ConvStack(self.width, self.depth, self.remat, self.dtype, name="stack")(values)
+        x, _ = ConvStack(self.width, self.depth, self.remat, self.dtype, name="stack")(values)
         return Dense(self.pixels, self.dtype, name="pixels")(x)
 
 
-class Tokenizer(nn.Module):
+class Tokenizer(Encoder):
     """Patches through convolutions to a code each, and codes through convolutions back to pixels.
 
     A code depends on the patches at most `depth` away, not on the size of the image, so images of another grid than
     `grid` have codes too. Images are normalised as for every model here.
     """
 
-    grid: tuple[int, int]
-    patch: int = 16
-    channels: int = 3
     width: int = 384
     depth: int = 4  # blocks on the way to the codes, and as many on the way back
     quantiser_levels: tuple[int, ...] = LEVELS
-    remat: bool = False
-    dtype: Any = jnp.float32
 
-    has_cls = False
+    kind, KEYS, STEM = "tokenizer", {"levels": "quantiser_levels"}, ("stem/embed",)
 
     def __post_init__(self):
         """Raises ConfigError for sizes that no tokenizer can have."""
@@ -146,43 +141,33 @@ class Tokenizer(nn.Module):
         return math.prod(self.quantiser_levels)
 
     @property
-    def unit(self) -> int:
-        """Pixels of a side of what has one code: a patch."""
-        return self.patch
-
-    @property
-    def units(self) -> tuple[int, int]:
-        """The grid of codes."""
-        return self.grid
-
-    @property
     def levels(self) -> int:
         """How many places a tap can have: the blocks. The levels of the codes are `quantiser_levels`."""
         return self.depth
 
-    def features(self, images):
-        """[b h w c] -> [b rows columns d]. Raises ConfigError for images that the patch does not divide."""
+    def layer_of(self, path: str) -> int:
+        return super().layer_of(path.replace("encoder/stem/block_", "encoder/block_"))
+
+    def features(self, images, taps: Sequence[int] = ()):
+        """[b h w c] -> [b rows columns d], and the same of every tap. Raises ConfigError for images that the patch does not
+        divide."""
         grid_size(images.shape[1:3], self.patch)
-        features = self.stem(patchify(images, self.patch))
+        features, tapped = self.stem(patchify(images, self.patch), taps)
         if self.is_initializing():  # all parameters, whoever asks: a trained tokenizer is loaded whole
-            self.to_pixels(self.quantise(self.latent_head(features)))
-        return features
+            self.to_pixels(self.latent_head(features))
+        return features, tapped
 
     def latent(self, images):
         """[b h w c] -> [b rows columns l], unbounded, float32."""
-        return self.latent_head(self.features(images))
+        return self.latent_head(self.features(images)[0])
 
-    def quantise(self, latent):
-        """[... l] -> [... l] in [-1, 1], with the gradient passed through the rounding."""
-        return quantise(latent, self.quantiser_levels)
-
-    def to_codes(self, values):
-        """[b rows columns l], quantised -> int32 [b n]."""
-        return rearrange(to_codes(values, self.quantiser_levels), "b r s -> b (r s)")
+    def values(self, images):
+        """[b h w c] -> [b rows columns l] in [-1, 1], with the gradient passed through the rounding."""
+        return quantise(self.latent(images), self.quantiser_levels)
 
     def codes(self, images):
         """[b h w c] -> int32 [b n], 0 .. classes - 1, without gradient."""
-        return self.to_codes(self.quantise(self.latent(images)))
+        return rearrange(to_codes(self.values(images), self.quantiser_levels), "b r s -> b (r s)")
 
     def to_pixels(self, values):
         """[b rows columns l] -> [b h w c], normalised pixels, float32."""
@@ -195,32 +180,27 @@ class Tokenizer(nn.Module):
 
     def reconstruct(self, images):
         """[b h w c] -> [b h w c]: through the codes and back."""
-        return self.to_pixels(self.quantise(self.latent(images)))
+        return self.to_pixels(self.values(images))
 
-    def __call__(self, images, train: bool = False):
-        """[b h w c] -> [b n d]: features before quantisation; training and evaluation are the same."""
-        return rearrange(self.features(images), "b r s d -> b (r s) d")
+    def encode_tapped(self, images, taps: Sequence[int] = (), train: bool = False):
+        """As the contract says; the top are the features before quantisation, and training is as evaluation."""
+        features, tapped = self.features(images, taps)
+        top, *lower = (rearrange(x, "b r s d -> b (r s) d") for x in (features, *tapped))
+        return top, lower
 
-    def pool(self, tokens, how: str):
-        """[b n d] -> [b d]: the mean, in float32. Raises ConfigError for "cls", which a tokenizer has not."""
-        if how != "mean":
-            raise ConfigError(f"a tokenizer has no cls token to pool by '{how}'; use pool=mean")
-        return tokens.astype(jnp.float32).mean(1)
+    def with_final_norm(self, keep: bool) -> Encoder:
+        raise ConfigError(f"a {type(self).__name__} has no blocks to fine-tune; start from a ViT or a Swin")
 
     def flops(self, kept: int | None = None) -> int:
         """Forward FLOPs per image of the codes; every patch counts, whatever `kept`."""
-        n, size = math.prod(self.grid), len(self.quantiser_levels)
-        stem = stack_flops(self.grid, self.patch**2 * self.channels, self.width, self.depth)
-        return stem + flops.dense(n, self.width, size)
+        return self.way_flops(self.patch**2 * self.channels, len(self.quantiser_levels))
 
     def painter_flops(self) -> int:
         """Forward FLOPs per image of the way back to pixels."""
-        n, pixels = math.prod(self.grid), self.patch**2 * self.channels
-        stack = stack_flops(self.grid, len(self.quantiser_levels), self.width, self.depth)
-        return stack + flops.dense(n, self.width, pixels)
+        return self.way_flops(len(self.quantiser_levels), self.patch**2 * self.channels)
 
-
-def stack_flops(grid: tuple[int, int], width_in: int, width: int, depth: int) -> int:
-    """Forward FLOPs of a ConvStack; what a 3x3 kernel would multiply beyond the border is not counted."""
-    tokens, joined = math.prod(grid), math.prod(3 * side - 2 for side in grid)
-    return flops.dense(tokens, width_in, width) + depth * flops.dense(joined + tokens, width, width)
+    def way_flops(self, width_in: int, width_out: int) -> int:
+        """Of a ConvStack and a linear layer; what a 3x3 kernel would multiply beyond the border is not counted."""
+        tokens, joined = math.prod(self.grid), math.prod(3 * side - 2 for side in self.grid)
+        outer = flops.dense(tokens, width_in, self.width) + flops.dense(tokens, self.width, width_out)
+        return outer + self.depth * flops.dense(joined + tokens, self.width, self.width)

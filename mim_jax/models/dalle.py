@@ -1,6 +1,6 @@
 """The image tokenizer of DALL-E (arXiv 2102.12092, appendix A), its encoder alone: BEiT's targets (arXiv 2106.08254, 2.1).
 
-It is used frozen and there is no decoder here. Released weights are read by convert/tokenizer.py.
+It is used frozen and there is no decoder here. Released weights are read by convert/reading/dalle_weights.py.
 """
 
 from typing import Any

@@ -7,9 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange, reduce
 
-from mim_jax.models import flops
+from mim_jax.models import flops, vit
 from mim_jax.models.layers import Dense, LayerNorm, token_init
-from mim_jax.models.vit import Block
 from mim_jax.tokens import Visible, spread
 
 fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(+-1/sqrt(fan_in)), as convolutions have it
@@ -20,6 +19,7 @@ class MaskedDecoder(nn.Module):
 
     Linear to its own width, mask tokens in the hidden places, positions, blocks, norm, linear to the target. What is
     hidden are the u units of a grid; each holds s x s tokens, s = 1 in a ViT, where a cls token comes first (`cls`).
+    With a `scale` the map is brought to another grid before the last layer, `scale` times that of the tokens (LocalMIM).
     """
 
     width: int
@@ -30,14 +30,10 @@ class MaskedDecoder(nn.Module):
     relative: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
+    scale: float | None = None
 
     @nn.compact
     def __call__(self, tokens, visible: Visible, units, positions=0, buckets=None, train: bool = False):
-        x, _ = self.decode(tokens, visible, units, positions, buckets, train)
-        return Dense(self.out, self.dtype, name="pred")(x)
-
-    def decode(self, tokens, visible: Visible, units, positions=0, buckets=None, train: bool = False):
-        """-> normalised tokens [r n width] without cls, and their grid; `units` is the grid of what is hidden."""
         x = Dense(self.width, self.dtype, name="embed")(tokens)
         mask_token = self.param("mask_token", token_init, (1, 1, self.width)).astype(self.dtype)
         first = int(self.cls)
@@ -47,35 +43,25 @@ class MaskedDecoder(nn.Module):
         shown = rearrange(shown, "r (y x) (i j) d -> r (y i x j) d", y=units[0], i=side)
         x = jnp.concatenate([x[:, :first], shown + positions], 1)
         self.sow("intermediates", "tokens_in", x)
-        block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+        block = nn.remat(vit.Block, static_argnums=(3,)) if self.remat else vit.Block
         for i in range(self.depth):
             x = block(self.heads, 4.0, self.relative, dtype=self.dtype, name=f"block_{i:02d}")(x, buckets, train)
-        return LayerNorm(self.dtype, name="norm")(x)[:, first:], (units[0] * side, units[1] * side)
-
-
-class ScaleDecoder(MaskedDecoder):
-    """[r (1+)(k s s) d] -> [r n' out]: a MaskedDecoder whose map is brought to another scale (LocalMIM).
-
-    The grid of the output is `scale` times that of the tokens.
-    """
-
-    scale: float = 1.0
-
-    @nn.compact
-    def __call__(self, tokens, visible: Visible, units, positions=0, train: bool = False):
-        x, (rows, _) = self.decode(tokens, visible, units, positions, train=train)
-        x = Rescale(self.scale, self.dtype, name="rescale")(rearrange(x, "r (y x) d -> r y x d", y=rows))
+        x = LayerNorm(self.dtype, name="norm")(x)[:, first:]
+        if self.scale is None:
+            return Dense(self.out, self.dtype, name="pred")(x)
+        x = Rescale(self.scale, self.dtype, name="rescale")(rearrange(x, "r (y x) d -> r y x d", y=units[0] * side))
         x = Dense(self.out, self.dtype, kernel_init=fan_in, name="pred")(x)
         return rearrange(x, "r y x d -> r (y x) d")
 
     def flops(self, kept: int, tokens: int, width_in: int) -> int:
-        """Forward FLOPs on one image: `kept` tokens come in, cls not counted, and `tokens` are decoded."""
-        first, width, cells = int(self.cls), self.width, tokens
-        total = flops.dense(first + kept, width_in, width) + self.depth * flops.block(first + tokens, width)
-        for _ in range(doublings(self.scale)):
+        """Forward FLOPs on one image or window: `kept` tokens come in, cls not counted, and `tokens` are decoded."""
+        first, width, cells, scale = int(self.cls), self.width, tokens, self.scale or 1
+        total = flops.dense(first + kept, width_in, width)
+        total += self.depth * flops.block(first + tokens, width, relative=self.relative)
+        for _ in range(doublings(scale)):
             total += flops.dense(cells, width, 4 * (width // 2))
             cells, width = 4 * cells, width // 2
-        return total + flops.dense(round(tokens * self.scale**2), width, self.out)
+        return total + flops.dense(round(tokens * scale**2), width, self.out)
 
 
 def doublings(scale: float) -> int:

@@ -69,36 +69,29 @@ class Linear(nn.Module):
         return x @ bounded_gradient(kernel) + bounded_gradient(bias)
 
 
-class LinearProbeHead(nn.Module):
-    """[b d] -> [b classes]: BatchNorm without affine, then linear (MAE's linear probe, arXiv 2111.06377 A.1)."""
+class ProbeHead(nn.Module):
+    """BatchNorm without affine, then linear (MAE's linear probe, arXiv 2111.06377 A.1): [b d] -> [b classes].
 
-    classes: int
-    unbiased: bool = True
+    With `queries`, [b n d] -> [b classes]: what learned queries gather from the patch tokens, then linear (arXiv 2506.10178).
+    The norm is over images and places, for the blocks of an encoder differ in scale. Each of m queries q attends to the tokens
+    directly, softmax(q x^T / sqrt(d)), with no projection of queries or keys. One linear layer gives the values; its output is
+    split over the queries, d/m channels each, and concatenated again.
 
-    @nn.compact
-    def __call__(self, features, train: bool):
-        x = BatchNorm(self.unbiased, name="norm")(features, train)
-        return Linear(self.classes, name="linear")(x)
-
-
-class AttentiveHead(nn.Module):
-    """[b n d] -> [b classes]: what learned queries gather from the patch tokens, then linear (arXiv 2506.10178).
-
-    The tokens pass a BatchNorm without affine (over images and places), for the blocks of an encoder differ in scale. Each of
-    m queries q attends to them directly, softmax(q x^T / sqrt(d)), with no projection of queries or keys. One linear layer
-    gives the values; its output is split over the queries, d/m channels each, and concatenated again.
-
-    LARS trains it as it does the linear probe: AdamW was no better on the sample, and would be a second optimiser.
-    Raises ValueError unless `queries` divides d.
+    LARS trains either: AdamW was no better on the sample, and would be a second optimiser. Raises ValueError unless `queries`
+    divides d.
     """
 
     classes: int
-    queries: int = 16
+    queries: int = 0
     unbiased: bool = True
 
     @nn.compact
-    def __call__(self, tokens, train: bool):
-        x = BatchNorm(self.unbiased, name="norm")(tokens, train)
+    def __call__(self, x, train: bool):
+        x = BatchNorm(self.unbiased, name="norm")(x, train)
+        return Linear(self.classes, name="linear")(self.gathered(x) if self.queries else x)
+
+    def gathered(self, x):
+        """[b n d] -> [b d]."""
         d = x.shape[-1]
         if d % self.queries:
             raise ValueError(f"{self.queries} queries do not divide the width {d} of the tokens")
@@ -108,10 +101,6 @@ class AttentiveHead(nn.Module):
         queries, kernel, bias = (bounded_gradient(p) for p in (queries, kernel, bias))
         attention = jax.nn.softmax(jnp.einsum("md,bnd->bmn", queries, x) * d**-0.5)
         # Weights sum to 1, so averaging first and projecting then is the same, for n times less work.
-        gathered = jnp.einsum("bmn,bnd->bmd", attention, x)
-        values = jnp.einsum("bmd,dme->bme", gathered, rearrange(kernel, "d (m e) -> d m e", m=self.queries))
-        values = rearrange(values, "b m e -> b (m e)") + bias
-        return Linear(self.classes, name="linear")(values)
-
-
-HEADS = {"linear": LinearProbeHead, "attentive": AttentiveHead}
+        mean = jnp.einsum("bmn,bnd->bmd", attention, x)
+        values = jnp.einsum("bmd,dme->bme", mean, rearrange(kernel, "d (m e) -> d m e", m=self.queries))
+        return rearrange(values, "b m e -> b (m e)") + bias

@@ -32,13 +32,8 @@ def resize_table(table, old_grid, new_grid, cls: bool):
     """[1 (1+)n d] -> [1 (1+)n' d]: bicubic with a = -0.75 and half-pixel centres, as torch does; a cls row is kept."""
     head, body = (table[:, :1], table[:, 1:]) if cls else (table[:, :0], table)
     body = jnp.asarray(body).reshape(old_grid[0], old_grid[1], -1)
-    body = jnp.einsum(
-        "ir,js,rsd->ijd",
-        cubic_matrix(old_grid[0], new_grid[0]),
-        cubic_matrix(old_grid[1], new_grid[1]),
-        body,
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    rows, columns = map(cubic_matrix, old_grid, new_grid)
+    body = jnp.einsum("ir,js,rsd->ijd", rows, columns, body, precision=jax.lax.Precision.HIGHEST)
     return jnp.concatenate([jnp.asarray(head), body.reshape(1, -1, body.shape[-1])], 1)
 
 

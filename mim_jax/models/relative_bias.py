@@ -4,8 +4,6 @@ A table of a grid of rows x columns has (2 rows - 1)(2 columns - 1) offsets, row
 entries: from cls to a token, from a token to cls, from cls to itself.
 """
 
-import dataclasses
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,11 @@ CLS_ENTRIES = 3
 def offsets(grid) -> int:
     """How many offsets two tokens of a grid can have."""
     return (2 * grid[0] - 1) * (2 * grid[1] - 1)
+
+
+def entries(grid) -> int:
+    """Of a table for a grid with a cls token."""
+    return offsets(grid) + CLS_ENTRIES
 
 
 def resize_offsets(table, old, new, cls: bool):
@@ -58,25 +61,20 @@ def region_bias(table, grid, region):
 
 @flax.struct.dataclass
 class RelativeBias:
-    """What a block adds to its logits: the one matrix that all blocks share, or how to make it of the block's own table.
+    """How to make of a table what a block adds to its logits.
 
-    matrix: [heads n n] or [r heads n n], or None; grid: the table's; region: rows and columns of what is looked at;
-    ids: [r k] where only these tokens of the region are there, else None.
+    grid: the table's; region: rows and columns of what is looked at; ids: [r k] where only these tokens of the region are
+    there, else None.
     """
 
-    matrix: jax.Array | None
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
     region: tuple[int, int] = flax.struct.field(pytree_node=False)
     ids: jax.Array | None = None
 
     def of(self, table):
-        """[offsets+3 heads] -> what to add to the logits of the tokens that are there."""
+        """[offsets+3 heads] -> [heads n n] or [r heads n n] for the tokens that are there."""
         matrix = region_bias(table, self.grid, self.region)
         if self.ids is None:
             return matrix
         there = jnp.pad(self.ids + 1, ((0, 0), (1, 0)))  # cls comes first
         return jax.vmap(lambda i: matrix[:, i[:, None], i[None, :]])(there)
-
-    def shared(self, table):
-        """The same with the matrix made, for all blocks."""
-        return dataclasses.replace(self, matrix=self.of(table))

@@ -5,6 +5,7 @@ stage a visible unit is a complete square of side x side tokens (8, 4, 2, 1), an
 are [b u s s d] throughout, and what is hidden is simply not there.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from einops import rearrange
 
 from mim_jax.config import ConfigError
 from mim_jax.models import flops
+from mim_jax.models.encoder import Encoder
 from mim_jax.models.layers import LAYER_NORM_EPS, Dense, DropPath, LayerNorm, Mlp
 from mim_jax.models.window_attention import WindowAttention, WindowLayout
 from mim_jax.tokens import Visible, keep, patchify
@@ -86,30 +88,26 @@ class Stage(nn.Module):
         return self.merge(x) if self.side > 1 else x
 
 
-class Swin(nn.Module):
+class Swin(Encoder):
     """Patch embedding with norm, stages, final norm. `grid` counts patches: 56 x 56 of 4 px in an image of 224 px.
 
-    `sparse` False computes hidden units as well and hides them from attention: the same numbers for more work. `eps` is
-    that of every norm but the blocks' second, which has `norm2_eps` (released models differ).
+    `sparse` False computes hidden units as well and hides them from attention: the same numbers for more work. `norm_eps`
+    is that of every norm but the blocks' second, which may have another one, `norm2_eps` (released models differ).
     """
 
-    grid: tuple[int, int]
     patch: int = 4
-    channels: int = 3
     width: int = 128
     depths: tuple[int, ...] = (2, 2, 18, 2)
     heads: tuple[int, ...] = (4, 8, 16, 32)
     window: int = 7
     mlp_ratio: float = 4.0
     drop_path: float = 0.0
-    eps: float = LAYER_NORM_EPS
-    norm2_eps: float = LAYER_NORM_EPS
+    norm_eps: float = LAYER_NORM_EPS
+    norm2_eps: float | None = None
     final_norm: bool = True
     sparse: bool = True
-    remat: bool = False
-    dtype: Any = jnp.float32
 
-    has_cls = False
+    kind, place = "swin", "stage"
 
     def __post_init__(self):
         """Raises ConfigError for sizes that no Swin can have."""
@@ -119,7 +117,7 @@ class Swin(nn.Module):
         if self.window < 1:
             raise ConfigError(f"encoder.window={self.window}: a window has at least one token a side")
         if any(g % self.side for g in self.grid):
-            h, w = (g * self.patch for g in self.grid)
+            h, w = self.image_size
             raise ConfigError(
                 f"image size {h}x{w} is not a multiple of {self.unit}, the pixels that one token of the last of "
                 f"{len(self.depths)} stages covers"
@@ -127,18 +125,19 @@ class Swin(nn.Module):
 
     def setup(self):
         self.patch_embed = Dense(self.width, self.dtype)
-        self.patch_norm = LayerNorm(self.dtype, self.eps)
+        self.patch_norm = LayerNorm(self.dtype, self.norm_eps)
         first, total = 0, sum(self.depths)
         for i, depth in enumerate(self.depths):
             rates = tuple(self.drop_path * (first + j) / max(total - 1, 1) for j in range(depth))
             setattr(self, f"stage_{i}", self.stage(i, rates))
             first += depth
         if self.final_norm:
-            self.norm = LayerNorm(self.dtype, self.eps)
+            self.norm = LayerNorm(self.dtype, self.norm_eps)
 
     def stage(self, i: int, drop_paths) -> Stage:
-        return Stage(self.units, self.side >> i, self.heads[i], self.window, drop_paths, self.mlp_ratio, self.eps,
-                     self.norm2_eps, self.remat, self.dtype)  # fmt: skip
+        norm2_eps = self.norm_eps if self.norm2_eps is None else self.norm2_eps
+        sizes = (self.units, self.side >> i, self.heads[i], self.window, drop_paths, self.mlp_ratio)
+        return Stage(*sizes, self.norm_eps, norm2_eps, self.remat, self.dtype)
 
     @property
     def side(self) -> int:
@@ -147,26 +146,22 @@ class Swin(nn.Module):
 
     @property
     def unit(self) -> int:
-        """Pixels of a side of what is hidden or visible as one."""
         return self.patch * self.side
 
     @property
-    def units(self) -> tuple[int, int]:
-        """The grid of what is hidden or visible as one."""
-        return self.grid[0] // self.side, self.grid[1] // self.side
-
-    @property
     def levels(self) -> int:
-        """How many places a tap can have: the stages."""
         return len(self.depths)
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return tuple(self.depths)
+
     def tap_shape(self, tap: int) -> tuple[int, int]:
-        """-> pixels of a side of one token, and the width, after stage `tap` and its merging."""
+        """As the contract says, after stage `tap` and its merging."""
         merged = min(tap + 1, len(self.depths) - 1)
         return self.patch * 2**merged, self.width * 2**merged
 
     def tables(self) -> dict[str, tuple[int, int]]:
-        """{path of a parameter whose shape depends on the windows: the window it is made for}."""
         found = {}
         for i, depth in enumerate(self.depths):
             window = WindowLayout.of(self.units, self.side >> i, self.window, shifted=False).window
@@ -174,22 +169,28 @@ class Swin(nn.Module):
         return found
 
     def flops(self, kept: int | None = None) -> int:
-        """Forward FLOPs per image, with `kept` units visible or all of them."""
-        return flops.swin(self, kept)
+        """As the contract says; windows are multiplied whole, see WindowAttention."""
+        units = math.prod(self.units)
+        kept = kept if kept and self.sparse else units
+        total = flops.dense(kept * self.side**2, self.patch**2 * self.channels, self.width)
+        for i, depth in enumerate(self.depths):
+            side, width = self.side >> i, self.width * 2**i
+            window = [min(self.window, u * side) for u in self.units]
+            attention = 4 * units * side * side * window[0] * window[1] * width
+            linear = flops.dense(kept * side * side, width, round(width * (4 + 2 * self.mlp_ratio)))
+            total += depth * (linear + attention)
+            if side > 1:
+                total += flops.dense(kept * side * side // 4, 4 * width, 2 * width)
+        return total
 
     def embed(self, images, visible: Visible | None = None):
         """[b h w c] -> [b u s s d]: the tokens of all units, or of the visible ones alone."""
         patches = patchify(images, self.patch)
         patches = rearrange(patches, "b (y i) (x j) d -> b (y x) i j d", i=self.side, j=self.side)
-        if visible is not None:
-            patches = keep(patches, visible)
-        return self.patch_norm(self.patch_embed(patches))
+        return self.patch_norm(self.patch_embed(patches if visible is None else keep(patches, visible)))
 
     def encode(self, tokens, taps: Sequence[int] = (), *, visible=None, decouple: bool = False, train: bool = False):
-        """[b u s s d] -> [b n d] after the final norm, and the outputs [b n' d'] of the stages in `taps`, unit by unit.
-
-        With `decouple` no gradient passes a tap from above.
-        """
+        """[b u s s d] -> [b n d] after the final norm, and the outputs [b n' d'] of the stages in `taps`, unit by unit."""
         tapped, last = [], len(self.depths) - 1
         for i in range(len(self.depths)):
             tokens = self.run_stage(i, tokens, visible, train)
@@ -204,35 +205,26 @@ class Swin(nn.Module):
     def run_stage(self, i: int, tokens, visible, train: bool):
         return getattr(self, f"stage_{i}")(tokens, visible, train)
 
-    def encode_visible(
-        self, images, visible: Visible, taps: Sequence[int] = (), *, ids=None, decouple=False, train: bool = False
-    ):
-        """[b h w c], Visible of the units -> [b k d] after the final norm, and the tapped ones.
-
-        `ids` is there for ViT's sake: the images of a Swin are whole.
-        """
+    def encode_visible(self, images, visible: Visible, taps: Sequence[int] = (), *, ids=None, decouple=False, train=False):
+        """As the contract says, [b k d]; `ids` is there for ViT's sake: the images of a Swin are whole."""
         assert ids is None
         tokens = self.embed(images, visible if self.sparse else None)
         tokens, tapped = self.encode(tokens, taps, visible=visible, decouple=decouple, train=train)
         return (tokens if self.sparse else keep(tokens, visible)), tapped
 
     def encode_masked(self, images, hidden, mask_token, *, ids=None, train: bool = False):
-        """[b h w c], bool [b rows columns] of patches, [1 1 d] -> [b n d]: hidden patches enter as the mask token."""
         assert ids is None
         units = rearrange(hidden, "b (y i) (x j) -> b (y x) i j 1", i=self.side, j=self.side)
         tokens = jnp.where(units, mask_token.astype(self.dtype), self.embed(images))
         return self.encode(tokens, train=train)[0]
 
-    def __call__(self, images, train: bool = False):
-        """[b h w c] -> [b n d]: the last stage on the whole image, row by row, nothing hidden."""
-        return self.encode_tapped(images, train=train)[0]
-
     def encode_tapped(self, images, taps: Sequence[int] = (), train: bool = False):
-        """[b h w c] -> what `encode` gives of the whole image, nothing hidden; tapped tokens come unit by unit."""
+        """As the contract says; tapped tokens come unit by unit."""
         return self.encode(self.embed(images), taps, train=train)
 
-    def pool(self, tokens, how: str):
-        """[b n d] -> [b d]: the mean, in float32. Raises ConfigError for "cls", which a Swin has not."""
-        if how != "mean":
-            raise ConfigError(f"a Swin has no cls token to pool by '{how}'; use pool=mean")
-        return tokens.astype(jnp.float32).mean(1)
+    def in_rows(self, tokens):
+        (rows, columns), side = self.units, math.isqrt(tokens.shape[1] // math.prod(self.units))
+        return rearrange(tokens, "b (y x i j) d -> b (y i x j) d", y=rows, x=columns, i=side, j=side)
+
+    def with_final_norm(self, keep: bool) -> Encoder:
+        return self.clone(final_norm=keep)

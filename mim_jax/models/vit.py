@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mim_jax.config import choice
-from mim_jax.models import flops, irpe
-from mim_jax.models.attention import Attention
+from mim_jax.models import flops, irpe, relative_bias
+from mim_jax.models.encoder import Encoder
 from mim_jax.models.layers import Dense, DropPath, LayerNorm, Mlp, token_init
 from mim_jax.models.posembed import sincos_table
-from mim_jax.models.relative_bias import CLS_ENTRIES, RelativeBias, offsets
+from mim_jax.models.self_attention import Attention
 from mim_jax.tokens import Visible, keep, patchify
 
 POSITIONS = ("rpe", "absolute", "learned", "shared_bias", "layer_bias")
@@ -35,7 +35,7 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, buckets=None, train: bool = False, bias: RelativeBias | None = None):
+    def __call__(self, x, buckets=None, train: bool = False, bias=None):
         drop = DropPath(self.drop_path)
         h = LayerNorm(self.dtype, name="norm1")(x)
         attention = Attention(self.heads, self.relative, self.own_bias, self.qkv_bias, self.dtype, name="attn")
@@ -51,7 +51,7 @@ class Block(nn.Module):
         return branch * self.param(name, init, branch.shape[-1:]).astype(branch.dtype)
 
 
-class ViT(nn.Module):
+class ViT(Encoder):
     """Patch embedding, cls token, blocks, final norm.
 
     position: "rpe" (iRPE in every block, nothing added to tokens), "absolute" (a fixed sin-cos table is added),
@@ -61,10 +61,6 @@ class ViT(nn.Module):
     Where a method takes `ids`, the images are parts of larger ones: ids [r n] are the places of their patches in `grid`.
     """
 
-    grid: tuple[int, int]
-    patch: int = 16
-    channels: int = 3
-    width: int = 768
     depth: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
@@ -73,8 +69,8 @@ class ViT(nn.Module):
     layer_scale: float = 0.0
     drop_path: float = 0.0
     final_norm: bool = True
-    remat: bool = False
-    dtype: Any = jnp.float32
+
+    kind, has_cls, takes_parts = "vit", True, True
 
     def setup(self):
         choice("encoder.position", self.position, POSITIONS)
@@ -84,61 +80,37 @@ class ViT(nn.Module):
         if self.position == "learned":
             self.pos_embed = self.param("pos_embed", lambda _: jnp.asarray(sincos_table(self.width, self.grid, cls=True))[None])
         if self.position == "shared_bias":
-            shape = (offsets(self.grid) + CLS_ENTRIES, self.heads)
+            shape = (relative_bias.entries(self.grid), self.heads)
             self.relative_bias = self.param("relative_bias", nn.initializers.zeros, shape)
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+        options = (self.position == "layer_bias", self.qkv_bias, self.layer_scale, self.dtype)
         for i in range(self.depth):
             rate = self.drop_path * i / max(self.depth - 1, 1)  # linear in depth, as timm's
-            made = block(
-                self.heads, self.mlp_ratio, self.relative, rate, self.position == "layer_bias", self.qkv_bias,
-                self.layer_scale, self.dtype,
-            )  # fmt: skip
-            setattr(self, f"block_{i:02d}", made)
+            setattr(self, f"block_{i:02d}", block(self.heads, self.mlp_ratio, self.relative, rate, *options))
         if self.final_norm:
             self.norm = LayerNorm(self.dtype)
-
-    has_cls = True
 
     @property
     def relative(self) -> bool:
         return self.position == "rpe"
 
     @property
-    def unit(self) -> int:
-        """Pixels of a side of what is hidden or visible as one: a patch."""
-        return self.patch
-
-    @property
-    def units(self) -> tuple[int, int]:
-        """The grid of what is hidden or visible as one."""
-        return self.grid
-
-    @property
     def levels(self) -> int:
-        """How many places a tap can have: the blocks."""
         return self.depth
 
-    def tap_shape(self, tap: int) -> tuple[int, int]:
-        """-> pixels of a side of one token, and the width, after block `tap`."""
-        return self.patch, self.width
-
     def tables(self) -> dict[str, tuple[int, int]]:
-        """{path of a parameter whose shape depends on the image size: the grid it is made for}."""
-        if self.position == "learned":
-            return {"pos_embed": self.grid}
-        if self.position == "shared_bias":
-            return {"relative_bias": self.grid}
-        own = self.position == "layer_bias"
-        return {f"block_{i:02d}/attn/relative_bias": self.grid for i in range(self.depth) if own}
+        own = [f"block_{i:02d}/attn/relative_bias" for i in range(self.depth)]
+        paths = {"learned": ["pos_embed"], "shared_bias": ["relative_bias"], "layer_bias": own}
+        return dict.fromkeys(paths.get(self.position, ()), self.grid)
 
-    def flops(self, kept: int | None = None) -> int:
-        """Forward FLOPs per image, with `kept` patches visible or all of them."""
+    def fixed_tables(self):
+        return {"pos_embed": sincos_table(self.width, self.grid, cls=True)[None]} if self.position == "absolute" else {}
+
+    def flops(self, kept: int | None = None, embedded: float | None = None) -> int:
+        """As the contract says; `embedded` is how many patches are embedded, where not as many as are kept."""
         kept = kept or self.grid[0] * self.grid[1]
-        return flops.vit(self, 1 + kept, kept)
-
-    def embed_patches(self, patches):
-        """[... (p p c)] -> [... d], nothing added."""
-        return self.patch_embed(patches)
+        embed = flops.dense(embedded or kept, self.patch**2 * self.channels, self.width)
+        return embed + self.depth * flops.block(1 + kept, self.width, self.mlp_ratio, self.relative)
 
     def embed(self, images):
         """[b h w c] -> [b n d]: all tokens of the image, positions added where the model adds them."""
@@ -146,8 +118,7 @@ class ViT(nn.Module):
 
     def tokens_of(self, images):
         """[r h w c] -> [r n d], nothing added."""
-        tokens = self.embed_patches(patchify(images, self.patch))
-        return tokens.reshape(tokens.shape[0], -1, self.width)
+        return rearrange(self.patch_embed(patchify(images, self.patch)), "r y x d -> r (y x) d")
 
     def positions(self, ids=None):
         """-> [n d], or [r n d] of the places `ids` [r n], or 0 where nothing is added to patch tokens."""
@@ -168,7 +139,7 @@ class ViT(nn.Module):
         """[r n d] with cls first -> [r n d] after the final norm, and a list of the outputs of the blocks in `taps`.
 
         The tokens are those of a region of this many (rows, columns), the whole grid by default; or only those at the
-        places `ids` [r k] of that region. With `decouple` no gradient passes a tap from above.
+        places `ids` [r k] of that region.
         """
         buckets, bias = self.relations(region or self.grid, ids)
         self.sow("intermediates", "tokens_in", tokens)
@@ -181,7 +152,7 @@ class ViT(nn.Module):
         return (self.norm(tokens) if self.final_norm else tokens), tapped
 
     def relations(self, region, ids=None):
-        """-> iRPE's buckets and the learned bias between cls and the tokens of a region, or None for what is not used."""
+        """-> iRPE's buckets, and the learned bias that blocks share or how to make their own, or None for what is not used."""
         buckets, bias = None, None
         if self.relative:
             buckets = jnp.asarray(irpe.bucket_table(region))
@@ -189,43 +160,24 @@ class ViT(nn.Module):
                 there = jnp.pad(ids + 1, ((0, 0), (1, 0)))  # cls comes first
                 buckets = buckets[there[:, :, None], there[:, None, :]]
         if self.position in ("shared_bias", "layer_bias"):
-            bias = RelativeBias(None, self.grid, region, ids)
-            bias = bias.shared(self.relative_bias) if self.position == "shared_bias" else bias
+            bias = relative_bias.RelativeBias(self.grid, region, ids)
+            bias = bias.of(self.relative_bias) if self.position == "shared_bias" else bias
         return buckets, bias
 
-    def encode_visible(
-        self, images, visible: Visible, taps: Sequence[int] = (), *, ids=None, decouple=False, train: bool = False
-    ):
-        """[r h w c], Visible of the patches -> [r 1+k d] after the final norm, and the tapped ones: MAE's encoder.
-
-        Hidden patches are not even embedded.
-        """
+    def encode_visible(self, images, visible: Visible, taps: Sequence[int] = (), *, ids=None, decouple=False, train=False):
+        """As the contract says, [r 1+k d]: MAE's encoder. Hidden patches are not even embedded."""
         patches = patchify(images, self.patch)
-        tokens = self.embed_patches(keep(rearrange(patches, "r y x d -> r (y x) d"), visible))
+        tokens = self.patch_embed(keep(rearrange(patches, "r y x d -> r (y x) d"), visible))
         places = visible.ids if ids is None else jnp.take_along_axis(ids, visible.ids, 1)
-        return self.encode(
-            self.with_cls(tokens + self.positions(places)),
-            taps,
-            region=patches.shape[1:3],
-            ids=visible.ids,
-            decouple=decouple,
-            train=train,
-        )
+        tokens, region = self.with_cls(tokens + self.positions(places)), patches.shape[1:3]
+        return self.encode(tokens, taps, region=region, ids=visible.ids, decouple=decouple, train=train)
 
     def encode_masked(self, images, hidden, mask_token, *, ids=None, train: bool = False):
-        """[r h w c], bool [r rows columns] of patches, [1 1 d] -> [r 1+n d]: hidden patches enter as the mask token."""
         tokens = jnp.where(rearrange(hidden, "r y x -> r (y x) 1"), mask_token.astype(self.dtype), self.tokens_of(images))
         return self.encode(self.with_cls(tokens + self.positions(ids)), region=hidden.shape[1:], train=train)[0]
 
-    def __call__(self, images, train: bool = False):
-        """[b h w c] -> [b 1+n d]: the whole image, nothing hidden."""
-        return self.encode_tapped(images, train=train)[0]
-
     def encode_tapped(self, images, taps: Sequence[int] = (), train: bool = False):
-        """[b h w c] -> what `encode` gives of the whole image, nothing hidden."""
         return self.encode(self.with_cls(self.embed(images)), taps, train=train)
 
-    def pool(self, tokens, how: str):
-        """[b 1+n d] -> [b d]: "cls", or "mean" over the patch tokens, in float32."""
-        tokens = tokens.astype(jnp.float32)
-        return tokens[:, 0] if how == "cls" else tokens[:, 1:].mean(1)
+    def with_final_norm(self, keep: bool) -> Encoder:
+        return self.clone(final_norm=keep)

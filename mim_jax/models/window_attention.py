@@ -64,11 +64,9 @@ class WindowLayout:
         """-> [m n n] bool: pairs that a rolled window holds though the image's border lies between them, or None."""
         if not any(self.shift):
             return None
-        region = [
-            np.searchsorted([g - w, g - s], np.arange(g), "right")
-            for g, w, s in zip(self.grid, self.window, self.shift, strict=True)
-        ]
-        region = region[0][:, None] * 3 + region[1]  # of the rolled grid
+        bands = lambda g, w, s: np.searchsorted([g - w, g - s], np.arange(g), "right")
+        rows, columns = map(bands, self.grid, self.window, self.shift)
+        region = rows[:, None] * 3 + columns  # of the rolled grid
         region = rearrange(region, "(y r) (x c) -> (y x) (r c)", r=self.window[0], c=self.window[1])
         return region[:, :, None] != region[:, None, :]
 

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
-from mim_jax.models import flops
-from mim_jax.models.layers import Dense, token_init
-from mim_jax.objectives.masked import BlockPrediction, Region
+from mim_jax.objectives.masked import BlockPrediction
+from mim_jax.objectives.objective import Output
 from mim_jax.targets.pixels import masked_mean
 from mim_jax.tokens import keep, visible
 
@@ -23,29 +22,25 @@ class BEiT(BlockPrediction):
     tokenizer: nn.Module | None = None
     mask_ratio: float = 0.383
 
+    needs_tokenizer = True
     frozen = (r"^tokenizer/",)
 
-    def setup(self):
-        self.check()
-        self.mask_token = self.param("mask_token", token_init, (1, 1, self.encoder.width))
-        self.head = Dense(self.tokenizer.classes, self.dtype)
+    @property
+    def target_width(self) -> int:
+        return self.tokenizer.classes
 
     def __call__(self, images, masks, train: bool = False):
-        """As `predict` says, but scores are made for hidden patches alone: 8192 for every patch would cost the most."""
+        """Scores are made for hidden patches alone: 8192 for every patch, as `predict` gives them, would cost the most."""
         if self.is_initializing():  # what only pictures need has parameters too
             self.tokenizer.paint(self.tokenizer.codes(images), self.encoder.grid)
         region = self.region(images, masks)
         hidden = rearrange(region.hidden, "r y x -> r (y x)")
         which = visible(~hidden, self.hidden_count)  # the hidden ones
         scores = self.head(keep(self.encode_masked(region, train), which)).astype(jnp.float32)
-        codes = keep(self.of_regions(self.targets(images), masks), which)[..., 0]
+        codes = keep(self.region_targets(images, masks), which)[..., 0]
         counts = keep(hidden, which)  # all of them, but of masks with fewer hidden than `hidden_count`
         loss = masked_mean(optax.softmax_cross_entropy_with_integer_labels(scores, codes), counts)
         return loss, {"accuracy": masked_mean(scores.argmax(-1) == codes, counts)}
-
-    def predict_region(self, region: Region, train: bool = False):
-        """-> [r n classes], the scores of every code."""
-        return self.head(self.encode_masked(region, train)).astype(jnp.float32)
 
     def targets(self, images):
         """[b h w c] -> [b n 1] int32."""
@@ -53,14 +48,13 @@ class BEiT(BlockPrediction):
             return self.tokenizer.codes(images)[..., None]
 
     @property
-    def standardised(self) -> dict[str, None]:
-        return dict.fromkeys(super().standardised)
+    def outputs(self) -> tuple[Output, ...]:
+        return (Output(self.place, None),)
 
     def reconstruct(self, images, masks, fill):
         """As the base class says, of hits instead of values: a prediction of 1 is the right code, so that the squared
         error is the share of wrong codes; the baseline are the codes of the completed images."""
-        ((name, parts),) = super().reconstruct(images, masks, fill).items()
-        scores, codes, filled, weight = parts
+        ((name, (scores, codes, filled, weight)),) = super().reconstruct(images, masks, fill).items()
         hit = lambda found: (found == codes[..., 0]).astype(jnp.float32)[..., None]
         return {name: (hit(scores.argmax(-1)), jnp.ones_like(weight)[..., None], hit(filled[..., 0]), weight)}
 
@@ -68,16 +62,15 @@ class BEiT(BlockPrediction):
         """As the base class says, the codes of everything, and the same with the predicted ones in hidden places."""
         shown = self.shown(masks)
         region = self.region(images, shown)
-        codes = self.of_regions(self.targets(images), shown)[..., 0]
+        codes = self.region_targets(images, shown)[..., 0]
         hidden = rearrange(region.hidden, "r y x -> r (y x)")
         predicted = jnp.where(hidden, self.predict_region(region).argmax(-1), codes)
         paint = lambda codes: self.tokenizer.paint(codes, self.units)
         return super().pictures(images, masks) | {"codes": paint(codes), "predicted_codes": paint(predicted)}
 
-    def flops(self) -> int:
-        """Forward FLOPs per image, the tokenizer not counted."""
-        regions = max(1, self.windows)
-        return self.encoder_flops() + regions * flops.dense(self.hidden_count, self.encoder.width, self.tokenizer.classes)
+    @property
+    def scored(self) -> int:
+        return self.hidden_count
 
     def training_flops(self) -> int:
         return super().training_flops() + self.tokenizer.flops()  # it only runs forward

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from mim_jax.models.layers import Dense, LayerNorm
-from mim_jax.objectives.base import Objective
+from mim_jax.objectives.objective import Labelled
 
 
 def soft_cross_entropy(logits, targets):
@@ -23,7 +23,7 @@ def one_hot_targets(targets, classes: int, smoothing: float = 0.0):
     return targets if targets.ndim == 2 else smooth_labels(targets, classes, smoothing)
 
 
-class Classify(Objective):
+class Classify(Labelled):
     """Encoder, pooling, norm, linear head. Here `masks` are the targets: [b] labels or [b classes].
 
     pool "mean": mean of patch tokens, then `fc_norm`; the encoder has no final norm. pool "cls": the cls token after it; pool
@@ -46,13 +46,10 @@ class Classify(Objective):
         pooled = self.encoder.pool(self.encoder(images, train), "cls" if self.pool == "cls" else "mean")
         return self.fc_norm(pooled) if self.pool == "mean" else pooled
 
-    def logits(self, images, train: bool = False):
-        return self.head(self.features(images, train=train))
-
-    def flops(self) -> int:
-        return self.encoder.flops()
+    def logits(self, images, train: bool = False) -> dict:
+        return {"": self.head(self.features(images, train=train))}
 
     def __call__(self, images, targets, train: bool = False):
-        logits = self.logits(images, train)
+        logits = self.logits(images, train)[""]
         loss = soft_cross_entropy(logits, one_hot_targets(targets, self.classes, self.smoothing)).mean()
         return loss, {"accuracy": (logits.argmax(-1) == (targets if targets.ndim == 1 else targets.argmax(-1))).mean()}

@@ -1,7 +1,7 @@
 """LocalMIM: reconstruction at several encoder stages, each at its own scale (arXiv 2303.05251)."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,34 @@ from einops import rearrange
 
 from mim_jax.config import ConfigError, choice
 from mim_jax.masking import random
-from mim_jax.models.decoders import ScaleDecoder, doublings
+from mim_jax.models.decoders import MaskedDecoder, doublings
 from mim_jax.models.layers import LayerNorm
 from mim_jax.models.posembed import sincos_table
-from mim_jax.objectives.base import Objective
+from mim_jax.objectives.objective import Objective, Output
 from mim_jax.targets.hog import hog
 from mim_jax.targets.pixels import masked_mean, pixel_targets
 from mim_jax.tokens import patchify, to_cells, visible
 
 BIAS_LIMIT = 1 / 3  # of the frozen bias on the gradients, drawn as the bias of a 3x3 convolution would be
+PER_TAP = ("scales", "target", "decoder_width", "decoder_depth", "decoder_heads")
+
+
+class Tap(NamedTuple):
+    """What is predicted after one block or stage: from `grid` tokens of `stride` px, by a decoder of these sizes."""
+
+    place: int
+    stride: int
+    grid: tuple[int, int]
+    scale: float
+    target: str
+    width: int
+    depth: int
+    heads: int
+
+    @property
+    def cell(self) -> int:
+        """Pixels of a side of what is predicted as one."""
+        return round(self.stride / self.scale)
 
 
 class LocalMIM(Objective):
@@ -45,43 +64,52 @@ class LocalMIM(Objective):
     frozen = (r"^hog_bias_",)
 
     def setup(self):
-        e = self.encoder
         self.check()
-        for j in range(len(self.taps)):
-            if self.taps[j] != e.levels - 1:  # the top tap is the encoder's own output, with its final norm
+        for j, tap in enumerate(self.plan):
+            if tap.place != self.encoder.levels - 1:  # the top tap is the encoder's own output, with its final norm
                 setattr(self, f"norm_{j}", LayerNorm(self.dtype))
-            setattr(self, f"decoder_{j}", self.decoder(j))
-            if self.hog_bias and self.target_of(j) == "hog":
+            setattr(self, f"decoder_{j}", self.decoder(tap))
+            if self.hog_bias and tap.target == "hog":
                 draw = lambda key: jax.random.uniform(key, (2,), minval=-BIAS_LIMIT, maxval=BIAS_LIMIT)
                 setattr(self, f"hog_bias_{j}", self.param(f"hog_bias_{j}", draw))
 
     def check(self):
         """Raises ConfigError for taps, scales, decoders and targets that cannot be, before any compute."""
-        e = self.encoder
-        check_taps(e, self.taps, self.scales)
-        for name in ("decoder_width", "decoder_depth", "decoder_heads", "target"):
-            for_taps(name, getattr(self, name), self.taps)
-        for j in range(len(self.taps)):
-            choice("localmim.target", self.target_of(j), ("hog", "pixels"))
+        e, taps = self.encoder, tuple(self.taps)
+        if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= e.levels:
+            raise ConfigError(
+                f"localmim.taps={taps} must be ascending, each once, between 0 and {e.levels - 1}: this encoder has "
+                f"{e.levels} {e.place}s, counted from 0"
+            )
         if self.bins < 1:
             raise ConfigError(f"localmim.bins={self.bins} must be 1 or more")
-        for j in range(len(self.taps)):
-            decoder = self.decoder(j, parent=None)
-            narrowest = decoder.width >> doublings(self.scales[j])
-            if decoder.depth < 0 or decoder.heads < 1 or decoder.width % decoder.heads or narrowest < 1:
+        if self.decouple_stages and len(taps) == 1:
+            raise ConfigError(f"localmim.decouple_stages has nothing to cut: localmim.taps={taps} is one tap")
+        for tap in self.plan:
+            self.check_scale(tap)
+            choice("localmim.target", tap.target, ("hog", "pixels"))
+            halved = doublings(tap.scale)
+            if tap.depth < 0 or tap.heads < 1 or tap.width % tap.heads or tap.width >> halved < 1:
                 raise ConfigError(
-                    f"localmim.decoder_width={decoder.width}, decoder_heads={decoder.heads}, decoder_depth={decoder.depth} "
-                    f"at tap {self.taps[j]}: heads must divide the width, which scale {self.scales[j]} halves "
-                    f"{doublings(self.scales[j])} times; depth must not be below 0"
+                    f"localmim.decoder_width={tap.width}, decoder_heads={tap.heads}, decoder_depth={tap.depth} at tap "
+                    f"{tap.place}: heads must divide the width, which scale {tap.scale} halves {halved} times; depth must "
+                    "not be below 0"
                 )
-        for j, cell in enumerate(self.cells):
-            if self.norm_pix and self.target_of(j) == "pixels" and cell * cell * e.channels == 1:
-                raise ConfigError(
-                    f"localmim.scales={self.scales}: at scale {self.scales[j]} a cell is one number, which norm_pix cannot "
-                    "standardise; use a smaller scale, larger patches or localmim.norm_pix=False"
-                )
-        if self.decouple_stages and len(self.taps) == 1:
-            raise ConfigError(f"localmim.decouple_stages has nothing to cut: localmim.taps={self.taps} is one tap")
+
+    def check_scale(self, tap: Tap):
+        """Raises ConfigError for a scale that is no power of two, does not divide patch or grid, or makes cells too small."""
+        scale, (rows, columns), where = tap.scale, tap.grid, f"localmim.scales={tuple(self.scales)}: "
+        if not (scale > 0 and math.log2(scale).is_integer()):
+            raise ConfigError(f"{where}{scale} is not a power of two, such as 4, 2, 1 or 0.5")
+        if scale > 1 and tap.stride % scale:
+            raise ConfigError(f"{where}scale {scale} does not divide the {tap.stride} pixels of a token at tap {tap.place}")
+        if scale < 1 and (rows * scale % 1 or columns * scale % 1):
+            raise ConfigError(f"{where}scale {scale} does not divide the {rows}x{columns} grid at tap {tap.place}")
+        if self.norm_pix and tap.target == "pixels" and tap.cell**2 * self.encoder.channels == 1:
+            raise ConfigError(
+                f"{where}at scale {scale} a cell is one number, which norm_pix cannot standardise; use a smaller scale, larger "
+                "patches or localmim.norm_pix=False"
+            )
 
     def warnings(self) -> list[str]:
         if self.taps and max(self.taps) < self.encoder.levels - 1:
@@ -89,28 +117,40 @@ class LocalMIM(Objective):
         return []
 
     @property
-    def cells(self) -> tuple[int, ...]:
-        """Pixels of a side of what each tap predicts as one."""
-        return tuple(round(self.encoder.tap_shape(t)[0] / s) for t, s in zip(self.taps, self.scales, strict=True))
+    def plan(self) -> tuple[Tap, ...]:
+        """Raises ConfigError for settings that are neither one value for all taps nor one for each."""
+        e, each = self.encoder, []
+        for name in PER_TAP:
+            value = getattr(self, name)
+            values = tuple(value) if isinstance(value, tuple | list) else (value,)
+            if len(values) not in (1, len(self.taps)):
+                raise ConfigError(
+                    f"localmim.{name}={values} needs one value for all, or one for each, of the "
+                    f"localmim.taps={tuple(self.taps)}"
+                )
+            each.append(values * (len(self.taps) if len(values) == 1 else 1))
+        strides = [e.tap_shape(place)[0] for place in self.taps]
+        grids = [(e.image_size[0] // stride, e.image_size[1] // stride) for stride in strides]
+        return tuple(Tap(*values) for values in zip(self.taps, strides, grids, *each, strict=True))
 
     @property
-    def outputs(self) -> tuple:
-        bins = lambda j: self.bins if self.target_of(j) == "hog" else 0
-        return tuple((f"tap {t}: {self.cells[j]} px", self.cells[j], bins(j)) for j, t in enumerate(self.taps))
+    def cells(self) -> tuple[int, ...]:
+        """Pixels of a side of what each tap predicts as one."""
+        return tuple(tap.cell for tap in self.plan)
 
-    def decoder(self, j: int, **options) -> ScaleDecoder:
-        """The decoder of tap j."""
-        e, cell = self.encoder, self.cells[j]
-        out = e.channels * (self.bins if self.target_of(j) == "hog" else cell * cell)
-        width, depth, heads = (
-            for_taps(name, getattr(self, name), self.taps)[j] for name in ("decoder_width", "decoder_depth", "decoder_heads")
-        )
-        return ScaleDecoder(
-            width, depth, heads, out, cls=e.has_cls, remat=e.remat, dtype=self.dtype, scale=self.scales[j], **options
-        )
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        found = []
+        for j, tap in enumerate(self.plan):
+            bins = self.bins if tap.target == "hog" else 0
+            found.append(Output(f"tap{j}", bins > 0 or self.norm_pix, f"tap {tap.place}: {tap.cell} px", tap.cell, bins))
+        return tuple(found)
 
-    def target_of(self, j: int) -> str:
-        return for_taps("target", self.target, self.taps)[j]
+    def decoder(self, tap: Tap, **options) -> MaskedDecoder:
+        """The decoder of a tap, of the running module, or with parent=None only for its sizes."""
+        e, sizes = self.encoder, (tap.width, tap.depth, tap.heads)
+        out = e.channels * (self.bins if tap.target == "hog" else tap.cell**2)
+        return MaskedDecoder(*sizes, out, e.has_cls, remat=e.remat, dtype=self.dtype, scale=tap.scale, **options)
 
     @property
     def kept(self) -> int:
@@ -123,103 +163,50 @@ class LocalMIM(Objective):
 
     def __call__(self, images, masks, train: bool = False):
         """[b h w c], TokenMask -> loss [], the loss of each tap."""
-        predictions = self.predict(images, masks, train)
-        losses = []
-        for j, (predicted, target, weight) in enumerate(
-            zip(predictions, self.targets(images), self.weights(masks), strict=True)
-        ):
+        parts = (self.predict(images, masks, train), self.targets(images), self.weights(masks))
+        losses = {}
+        for j, (predicted, target, weight) in enumerate(zip(*parts, strict=True)):
             error = jnp.square(predicted - target).mean(-1)
             self.sow("intermediates", f"error_{j}", error)
-            losses.append(masked_mean(error, weight))
-        return sum(losses), {f"loss_tap{j}": loss for j, loss in enumerate(losses)}
+            losses[f"loss_tap{j}"] = masked_mean(error, weight)
+        return sum(losses.values()), losses
 
     def predict(self, images, masks, train: bool = False):
         """-> what each tap predicts everywhere, [b n' t] float32, n' cells of the image row by row."""
-        e, which = self.encoder, visible(masks.hidden, self.kept)
+        e, which, predictions = self.encoder, visible(masks.hidden, self.kept), []
         normed, tapped = e.encode_visible(images, which, self.taps, decouple=self.decouple_stages, train=train)
-        predictions = []
-        for j, tokens in enumerate(tapped):
-            tokens = normed if self.taps[j] == e.levels - 1 else getattr(self, f"norm_{j}")(tokens)
+        for j, (tap, tokens) in enumerate(zip(self.plan, tapped, strict=True)):
+            tokens = normed if tap.place == e.levels - 1 else getattr(self, f"norm_{j}")(tokens)
             self.sow("intermediates", f"latent_{j}", tokens)
-            stride, _ = e.tap_shape(self.taps[j])
-            grid = tuple(u * e.unit // stride for u in e.units)
-            decoder = getattr(self, f"decoder_{j}")
-            positions = jnp.asarray(sincos_table(decoder.width, grid), self.dtype)
-            decoded = decoder(tokens, which, e.units, positions, train=train)
+            positions = jnp.asarray(sincos_table(tap.width, tap.grid), self.dtype)
+            decoded = getattr(self, f"decoder_{j}")(tokens, which, e.units, positions, train=train)
             predictions.append(decoded.astype(jnp.float32))
         return predictions
 
     def targets(self, images):
         """[b h w c] -> [b n' t] for each tap: vectors (channel, bin), or standardised pixels (row, column, channel)."""
-        flat = lambda x: rearrange(x, "b y x d -> b (y x) d")
-        taps = range(len(self.taps))
-        hogs = [j for j in taps if self.target_of(j) == "hog"]
+        hogs = {j: tap.cell for j, tap in enumerate(self.plan) if tap.target == "hog"}
         biases = [getattr(self, f"hog_bias_{j}") for j in hogs] if self.hog_bias else None
-        cells = [self.cells[j] for j in hogs]
-        found = dict(zip(hogs, hog(images, cells, self.bins, biases) if hogs else [], strict=True))
+        found = dict(zip(hogs, hog(images, [*hogs.values()], self.bins, biases) if hogs else [], strict=True))
         pixels = lambda cell: pixel_targets(patchify(images, cell), self.norm_pix)
-        return [flat(found[j] if j in found else pixels(self.cells[j])) for j in taps]
+        grids = [found[j] if j in found else pixels(cell) for j, cell in enumerate(self.cells)]
+        return [rearrange(grid, "b y x t -> b (y x) t") for grid in grids]
 
     def weights(self, masks):
         """-> [b n'] for each tap: 1 where hidden, 0 where visible, the hidden share of a cell that holds several units."""
-        hidden = masks.hidden.astype(jnp.float32)
-        hidden = rearrange(hidden, "b (y x) -> b y x", y=self.encoder.units[0])
+        hidden = rearrange(masks.hidden.astype(jnp.float32), "b (y x) -> b y x", y=self.encoder.units[0])
         return [rearrange(to_cells(hidden, self.encoder.unit / cell), "b y x -> b (y x)") for cell in self.cells]
 
-    @property
-    def standardised(self) -> dict[str, bool]:
-        """Whether the target of each tap has lost its contrast."""
-        return {f"tap{j}": self.norm_pix or self.target_of(j) == "hog" for j in range(len(self.taps))}
-
     def reconstruct(self, images, masks, fill):
-        """-> {tap: (prediction, target, baseline, weight)}; the baseline is the target of the image that `fill(images,
-        hidden pixels)` completes."""
-        e = self.encoder
-        hidden = to_cells(rearrange(masks.hidden, "b (y x) -> b y x", y=e.units[0]), e.unit)
+        """As the base class says, of each tap."""
+        hidden = to_cells(rearrange(masks.hidden, "b (y x) -> b y x", y=self.encoder.units[0]), self.encoder.unit)
         parts = (self.predict(images, masks), self.targets(images), self.targets(fill(images, hidden)), self.weights(masks))
         return {f"tap{j}": part for j, part in enumerate(zip(*parts, strict=True))}
 
     def flops(self) -> int:
         """Forward FLOPs per image: visible tokens through the encoder, all places through the decoders."""
-        e, total = self.encoder, self.encoder.flops(self.kept)
-        for j, tap in enumerate(self.taps):
-            stride, width = e.tap_shape(tap)
-            per_unit = (e.unit // stride) ** 2
-            decoder = self.decoder(j, parent=None)  # for its sizes, outside this module's tree
-            total += decoder.flops(self.kept * per_unit, math.prod(e.units) * per_unit, width)
+        total, units = self.encoder.flops(self.kept), math.prod(self.encoder.units)
+        for tap in self.plan:
+            tokens, width = math.prod(tap.grid), self.encoder.tap_shape(tap.place)[1]
+            total += self.decoder(tap, parent=None).flops(self.kept * tokens // units, tokens, width)
         return total
-
-
-def for_taps(name: str, value, taps) -> tuple:
-    """One value for every tap, of one for all or one for each. Raises ConfigError for another number of them."""
-    values = tuple(value) if isinstance(value, tuple | list) else (value,)
-    values *= len(taps) if len(values) == 1 else 1
-    if len(values) != len(taps):
-        raise ConfigError(
-            f"localmim.{name}={values} needs one value for all, or one for each, of the localmim.taps={tuple(taps)}"
-        )
-    return values
-
-
-def check_taps(encoder, taps, scales):
-    """Raises ConfigError for taps that are out of range or order, and for scales that do not divide patch and grid."""
-    what = "blocks" if encoder.has_cls else "stages"
-    if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= encoder.levels:
-        raise ConfigError(
-            f"localmim.taps={tuple(taps)} must be ascending, each once, between 0 and {encoder.levels - 1}: this encoder has "
-            f"{encoder.levels} {what}, counted from 0"
-        )
-    for tap, scale in zip(taps, for_taps("scales", tuple(scales), taps)):
-        stride, _ = encoder.tap_shape(tap)
-        rows, columns = (u * encoder.unit // stride for u in encoder.units)
-        power = scale > 0 and math.log2(scale).is_integer()
-        if not power:
-            raise ConfigError(f"localmim.scales={tuple(scales)}: {scale} is not a power of two, such as 4, 2, 1 or 0.5")
-        if scale > 1 and stride % scale:
-            raise ConfigError(
-                f"localmim.scales={tuple(scales)}: scale {scale} does not divide the {stride} pixels of a token at tap {tap}"
-            )
-        if scale < 1 and (rows * scale % 1 or columns * scale % 1):
-            raise ConfigError(
-                f"localmim.scales={tuple(scales)}: scale {scale} does not divide the {rows}x{columns} grid at tap {tap}"
-            )

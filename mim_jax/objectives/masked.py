@@ -6,7 +6,7 @@ own with its true places in the image, and LoMaR's hiding inside.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,11 @@ from einops import rearrange
 
 from mim_jax.config import ConfigError
 from mim_jax.masking import block, windows
-from mim_jax.masking.random import TokenMask
+from mim_jax.masking.random import TokenMask, kept_count
 from mim_jax.models import flops
-from mim_jax.objectives.base import Objective
+from mim_jax.models.decoders import MaskedDecoder
+from mim_jax.models.layers import Dense, token_init
+from mim_jax.objectives.objective import Objective, Output
 from mim_jax.targets.pixels import masked_mean, pixel_targets, repaint
 from mim_jax.tokens import cut_windows, patchify, to_cells, unpatchify
 
@@ -31,12 +33,15 @@ class Region(NamedTuple):
 
 
 class MaskedPrediction(Objective):
-    """A method says what to hide of whole images, what to predict, from what, and how errors count."""
+    """A method says what to hide of whole images, what to predict (`targets`: [b n t] of units), from what, and how errors
+    count."""
 
     mask_ratio: float = 0.75
-    windows: int = 0
     window: int = 7
     dtype: Any = jnp.float32
+
+    windows: ClassVar[int] = 0  # how many are looked at; 0: the whole image. A field of the methods that have the choice
+    pairing: ClassVar[str] = "paper"  # of images with windows (masking/windows.py)
 
     def hide(self, key, batch_size: int) -> TokenMask:
         """What is hidden of the cells of whole images."""
@@ -44,10 +49,6 @@ class MaskedPrediction(Objective):
 
     def predict_region(self, region: Region, train: bool = False):
         """-> [r n t] float32 for the n units of the region."""
-        raise NotImplementedError
-
-    def targets(self, images):
-        """[b h w c] -> [b n t] for the n units of whole images."""
         raise NotImplementedError
 
     def loss(self, prediction, target, hidden):
@@ -64,14 +65,30 @@ class MaskedPrediction(Objective):
     @property
     def cells(self) -> tuple[int, int]:
         """Rows and columns of cells in a region."""
-        if self.windows:
-            return (self.window, self.window)
-        return tuple(u * self.encoder.unit // self.cell for u in self.encoder.units)
+        return tuple(u * self.encoder.unit // self.cell for u in self.units)
 
     @property
     def units(self) -> tuple[int, int]:
         """Rows and columns of the encoder's units in a region."""
         return (self.window, self.window) if self.windows else self.encoder.units
+
+    @property
+    def regions(self) -> int:
+        """How many regions are looked at in an image."""
+        return max(1, self.windows)
+
+    @property
+    def window_side(self) -> int:
+        return self.window * self.encoder.patch if self.windows else 0
+
+    @property
+    def place(self) -> str:
+        """What a region is called."""
+        return "window" if self.windows else "image"
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return (Output(self.place),)
 
     def check(self):
         """Raises ConfigError for settings that cannot be, before any compute."""
@@ -79,8 +96,8 @@ class MaskedPrediction(Objective):
             raise ConfigError(f"mask_ratio={self.mask_ratio} is not a share between 0 and 1")
         if self.windows < 0:
             raise ConfigError(f"windows={self.windows} must be 0, for the whole image, or more")
-        if self.windows and not self.encoder.has_cls:
-            raise ConfigError("windows need a ViT: a Swin attends inside windows of its own; use windows=0")
+        if self.windows and not self.encoder.takes_parts:
+            raise ConfigError(f"windows need a ViT: a {type(self.encoder).__name__} takes whole images only; use windows=0")
         if self.windows:
             windows.check(self.encoder.grid, self.window, self.windows, self.mask_ratio, "paper")
 
@@ -89,15 +106,13 @@ class MaskedPrediction(Objective):
         self.check()
         if not self.windows:
             return self.hide(key, batch_size)
-        return windows.draw(
-            key, batch_size, self.encoder.grid, window=self.window, views=self.windows, mask_ratio=self.mask_ratio
-        )
+        sizes = dict(window=self.window, views=self.windows, mask_ratio=self.mask_ratio)
+        return windows.draw(key, batch_size, self.encoder.grid, pairing=self.pairing, **sizes)
 
     def __call__(self, images, masks, train: bool = False):
-        """[b h w c], masks -> loss [], metrics."""
         region = self.region(images, masks)
         prediction = self.predict_region(region, train)
-        return self.loss(prediction, self.of_regions(self.targets(images), masks), region.hidden)
+        return self.loss(prediction, self.region_targets(images, masks), region.hidden)
 
     def region(self, images, masks) -> Region:
         """The whole images, or all their windows."""
@@ -112,19 +127,25 @@ class MaskedPrediction(Objective):
         ids = rows[..., :, None] * self.encoder.grid[1] + columns[..., None, :]
         return Region(crops, hidden, rearrange(ids, "b m y x -> (b m) (y x)"))
 
-    def encode_masked(self, region: Region, train: bool = False):
-        """-> [r n d] of the region's units, for methods in which hidden places enter the encoder as `self.mask_token`."""
-        e = self.encoder
-        patches = to_cells(region.hidden, self.cell // e.patch)
-        tokens = e.encode_masked(region.images, patches, self.mask_token, ids=region.ids, train=train)
-        return tokens[:, int(e.has_cls) :]
-
     def of_regions(self, values, masks):
         """[b n t] of whole images -> [r n t] of the regions."""
         if not self.windows:
             return values
         grid = rearrange(values, "b (y x) t -> b y x t", y=self.encoder.grid[0])
         return rearrange(cut_windows(grid, masks.corners, self.window), "b m n t -> (b m) n t")
+
+    def region_targets(self, images, masks):
+        """[b h w c], masks -> [r n t]: what is to be predicted."""
+        return self.of_regions(self.targets(images), masks)
+
+    def filled_targets(self, images, masks, filled):
+        """The same, of the images in which `filled` [r h' w' c] takes the place of the region."""
+        if not self.windows:
+            return self.targets(filled)
+        corners = rearrange(masks.corners, "b m i -> (b m) i")
+        paste = lambda image, window, at: jax.lax.dynamic_update_slice(image, window, (*(at * self.encoder.patch), 0))
+        whole = jax.vmap(paste)(jnp.repeat(images, self.windows, 0), filled, corners)
+        return self.region_targets(whole, windows.WindowMask(corners[:, None], None))
 
     def predict(self, images, masks, train: bool = False):
         """[b h w c], masks -> [r n t] float32, r the images or all their windows."""
@@ -135,27 +156,9 @@ class MaskedPrediction(Objective):
         hidden pixels, or those of one window at a time, `fill(pictures, hidden pixels)` completes from what is visible."""
         region = self.region(images, masks)
         filled = fill(region.images, to_cells(region.hidden, self.cell))
-        if self.windows:
-            corners = rearrange(masks.corners, "b m i -> (b m) i")
-            around = jnp.repeat(images, self.windows, 0)
-            paste = lambda image, window, at: jax.lax.dynamic_update_slice(image, window, (*(at * self.encoder.patch), 0))
-            filled = jax.vmap(paste)(around, filled, corners)
-            baseline = self.of_regions(self.targets(filled), windows.WindowMask(corners[:, None], None))
-        else:
-            baseline = self.targets(filled)
-        parts = (
-            self.predict_region(region),
-            self.of_regions(self.targets(images), masks),
-            baseline,
-            self.unit_weights(region.hidden),
-        )
-        joined = lambda x: rearrange(x, "(b m) n ... -> b (m n) ...", b=images.shape[0])
-        return {"window" if self.windows else "image": tuple(joined(part) for part in parts)}
-
-    @property
-    def standardised(self) -> dict[str, bool | None]:
-        """Whether the targets have lost their contrast; None for hits and misses."""
-        return {"window" if self.windows else "image": False}
+        answers = (self.region_targets(images, masks), self.filled_targets(images, masks, filled))
+        parts = (self.predict(images, masks), *answers, self.unit_weights(region.hidden))
+        return {self.place: tuple(rearrange(x, "(b m) n ... -> b (m n) ...", b=images.shape[0]) for x in parts)}
 
     def pictures(self, images, masks):
         """-> {name: [b h w c]} of the images, or of the first window of each: what is visible."""
@@ -173,28 +176,53 @@ class MaskedPrediction(Objective):
         """The masks of what pictures show: the whole images, or the first window of each."""
         return windows.WindowMask(masks.corners[:, :1], masks.hidden[:, :1]) if self.windows else masks
 
-    def encoder_flops(self, kept: int | None = None) -> int:
-        """Forward FLOPs of the encoder per image, with `kept` units of each region visible or all of them."""
-        if not self.windows:
-            return self.encoder.flops(kept)
-        kept = kept or self.window**2
-        return self.windows * flops.vit(self.encoder, 1 + kept, kept)
 
-    def head_flops(self, width_out: int) -> int:
-        """Forward FLOPs per image of one linear layer on every unit of every region."""
-        _, width = self.encoder.tap_shape(self.encoder.levels - 1)
-        return max(1, self.windows) * flops.dense(math.prod(self.units), width, width_out)
+class MaskTokenPrediction(MaskedPrediction):
+    """Methods in which hidden places enter the encoder as mask tokens, and one linear layer predicts from what comes out."""
+
+    def setup(self):
+        self.check()
+        self.mask_token = self.param("mask_token", token_init, (1, 1, self.encoder.width))
+        self.head = Dense(self.target_width, self.dtype)
+
+    @property
+    def target_width(self) -> int:
+        """What is predicted for a unit: so many numbers."""
+        raise NotImplementedError
+
+    @property
+    def scored(self) -> int:
+        """How many units of a region training predicts something for."""
+        return math.prod(self.units)
+
+    def encode_masked(self, region: Region, train: bool = False):
+        """-> [r n d] of the region's units."""
+        e = self.encoder
+        patches = to_cells(region.hidden, self.cell // e.patch)
+        tokens = e.encode_masked(region.images, patches, self.mask_token, ids=region.ids, train=train)
+        return tokens[:, int(e.has_cls) :]
+
+    def predict_region(self, region: Region, train: bool = False):
+        return self.head(self.encode_masked(region, train)).astype(jnp.float32)
+
+    def flops(self) -> int:
+        head = flops.dense(self.scored, self.encoder.top_width, self.target_width)
+        return self.regions * (self.encoder.flops(math.prod(self.units)) + head)
 
 
-class BlockPrediction(MaskedPrediction):
-    """Methods that hide int(n * mask_ratio) patches of an image in blocks (masking/block.py). They need a ViT."""
+class BlockPrediction(MaskTokenPrediction):
+    """Methods that hide int(n * mask_ratio) patches of an image in blocks (masking/block.py). They need a token for each."""
 
     min_block: int = 16
+    windows: int = 0
 
     def check(self):
         super().check()
-        if not self.encoder.has_cls:
-            raise ConfigError(f"{type(self).__name__} is here for a ViT, as in its paper")
+        if self.encoder.unit != self.encoder.patch:
+            raise ConfigError(
+                f"{type(self).__name__} predicts every patch, and a {type(self.encoder).__name__} keeps one token for several: "
+                "it is here for a ViT, as in its paper"
+            )
         if not self.windows:
             try:
                 block.check(self.encoder.grid, self.hidden_count, self.min_block)
@@ -221,17 +249,42 @@ class PixelPrediction(MaskedPrediction):
         return pixel_targets(rearrange(patchify(images, self.encoder.unit), "b y x d -> b (y x) d"), self.norm_pix)
 
     @property
-    def standardised(self) -> dict[str, bool]:
-        return dict.fromkeys(super().standardised, self.norm_pix)
+    def outputs(self) -> tuple[Output, ...]:
+        return (Output(self.place, self.norm_pix),)
 
     def pictures(self, images, masks):
         """As the base class says, and what is predicted; see targets/pixels.repaint."""
         region, unit = self.region(images, self.shown(masks)), self.encoder.unit
         patches = rearrange(patchify(region.images, unit), "r y x d -> r (y x) d")
-        painted = repaint(self.predict_region(region), patches, self.unit_weights(region.hidden) > 0, self.norm_pix)
+        prediction, hidden = self.predict(images, self.shown(masks)), self.unit_weights(region.hidden) > 0
+        painted = repaint(prediction, patches, hidden, self.norm_pix)
         if self.cell < unit:  # a unit may be visible in part, and none as a whole
             painted.pop("reconstruction_own", None)
         visible = ~to_cells(region.hidden, self.cell)[..., None]
         whole = lambda x: unpatchify(rearrange(x, "r (y x) d -> r y x d", y=self.units[0]), unit)
         painted = {name: jnp.where(visible, region.images, whole(x)) for name, x in painted.items()}
         return painted | super().pictures(images, masks)
+
+
+class DecodedPixels(PixelPrediction):
+    """Methods that predict pixels from visible units alone, with MAE's decoder."""
+
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+
+    def pixel_decoder(self, **options) -> MaskedDecoder:
+        """The decoder, of the running module, or with parent=None only for its sizes."""
+        e, sizes = self.encoder, (self.decoder_width, self.decoder_depth, self.decoder_heads)
+        return MaskedDecoder(*sizes, e.unit**2 * e.channels, e.has_cls, remat=e.remat, dtype=self.dtype, **options)
+
+    def decoder_flops(self, **options) -> int:
+        """Forward FLOPs on one region."""
+        decoder = self.pixel_decoder(parent=None, **options)
+        return decoder.flops(self.kept, math.prod(self.units), self.encoder.top_width)
+
+    @property
+    def kept(self) -> int:
+        """Visible units of an image or window."""
+        n = math.prod(self.units)
+        return n - windows.hidden_count(self.window, self.mask_ratio) if self.windows else kept_count(n, self.mask_ratio)

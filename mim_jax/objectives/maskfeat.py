@@ -1,11 +1,10 @@
 """MaskFeat: blocks enter the encoder as mask tokens, one linear layer predicts histograms of gradients (arXiv 2112.09133)."""
 
-import jax.numpy as jnp
 from einops import rearrange
 
 from mim_jax.config import ConfigError
-from mim_jax.models.layers import Dense, token_init
-from mim_jax.objectives.masked import BlockPrediction, Region
+from mim_jax.objectives.masked import BlockPrediction
+from mim_jax.objectives.objective import Output
 from mim_jax.targets.hog import maskfeat_hog
 from mim_jax.tokens import to_cells
 
@@ -22,11 +21,6 @@ class MaskFeat(BlockPrediction):
     hog_cell: int = 8
     gaussian: bool = True
 
-    def setup(self):
-        self.check()
-        self.mask_token = self.param("mask_token", token_init, (1, 1, self.encoder.width))
-        self.head = Dense(self.target_width, self.dtype)
-
     def check(self):
         super().check()
         patch = self.encoder.patch
@@ -41,9 +35,6 @@ class MaskFeat(BlockPrediction):
     def target_width(self) -> int:
         return self.encoder.channels * self.bins * (self.encoder.patch // self.hog_cell) ** 2
 
-    def predict_region(self, region: Region, train: bool = False):
-        return self.head(self.encode_masked(region, train)).astype(jnp.float32)
-
     def targets(self, images):
         """[b h w c] -> [b n (c bins p p)], p x p cells of `hog_cell` px in a patch."""
         return maskfeat_hog(images, self.bins, self.hog_cell, self.encoder.patch, self.gaussian)
@@ -57,13 +48,5 @@ class MaskFeat(BlockPrediction):
         return {name: (*map(cells, vectors), weight)}
 
     @property
-    def outputs(self) -> tuple:
-        return ((f"{self.hog_cell} px", self.hog_cell, self.bins),)
-
-    @property
-    def standardised(self) -> dict[str, bool]:
-        return {"image": True}
-
-    def flops(self) -> int:
-        """Forward FLOPs per image."""
-        return self.encoder_flops() + self.head_flops(self.target_width)
+    def outputs(self) -> tuple[Output, ...]:
+        return (Output(self.place, True, f"{self.hog_cell} px", self.hog_cell, self.bins),)

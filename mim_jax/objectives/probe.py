@@ -1,31 +1,37 @@
 """Probes of a frozen encoder: heads on several of its levels, of several learning rates, trained side by side in one pass."""
 
 import itertools
-import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models.heads import HEADS
-from mim_jax.objectives.base import Objective
+from mim_jax.models.heads import ProbeHead
+from mim_jax.objectives.objective import Labelled
 
 LOGIT_LIMIT = 1e4  # far above any logit of a head that learns
 
 
 class Head(NamedTuple):
-    """A head's place, kind and learning rate per 256 images."""
+    """A head's place, kind, and learning rate per 256 images, the `index`-th of several."""
 
     tap: int
     kind: str
+    index: int
     base_lr: float
 
     @property
     def name(self) -> str:
+        """What its metrics are called."""
         return f"tap{self.tap}_{self.kind}_lr{self.base_lr:g}"
 
+    @property
+    def module(self) -> str:
+        """What its parameters are called."""
+        return f"head_tap{self.tap}_{self.kind}_{self.index}"
 
-class Probe(Objective):
+
+class Probe(Labelled):
     """MAE's linear probe (arXiv 2111.06377, A.1), for each of `taps`, `kinds` and `base_lrs` a head. `masks` are labels [b].
 
     Taps are blocks of a ViT and stages of a Swin, counted from 0; the last is the encoder's output after its final norm, the
@@ -56,58 +62,42 @@ class Probe(Objective):
 
     @property
     def heads(self) -> tuple[Head, ...]:
-        return tuple(itertools.starmap(Head, itertools.product(self.levels, self.kinds, self.base_lrs)))
+        places = itertools.product(self.levels, self.kinds, enumerate(self.base_lrs))
+        return tuple(Head(tap, kind, *rate) for tap, kind, rate in places)
 
     def setup(self):
         for head in self.heads:
-            more = {"queries": self.queries} if head.kind == "attentive" else {}
-            setattr(self, f"head_{head.name}", HEADS[head.kind](self.classes, **more))
+            setattr(self, head.module, ProbeHead(self.classes, self.queries if head.kind == "attentive" else 0))
 
-    def lr_scale(self, path: str) -> float:
+    def lr_scales(self, path: str) -> float:
         """The learning rate of the parameter at this path, in units of that of the first of `base_lrs`."""
-        name = re.match("head_([^/]+)/", path).group(1)
-        return {head.name: head.base_lr for head in self.heads}[name] / self.base_lrs[0]
+        return {head.module: head.base_lr for head in self.heads}[path.partition("/")[0]] / self.base_lrs[0]
 
-    def tokens(self, images) -> dict:
-        """[b h w c] -> {tap: [b n d]}: nothing hidden, nothing random, no gradient; with cls first where there is one."""
-        lower = tuple(tap for tap in self.levels if tap != self.top)
-        if not lower:  # an image tokenizer has no other
-            return jax.lax.stop_gradient({self.top: self.encoder(images)})
-        last, tapped = self.encoder.encode_tapped(images, lower)
-        return jax.lax.stop_gradient(dict(zip(lower, tapped, strict=True)) | {self.top: last})
-
-    def inputs(self, images, pool: str = "") -> dict:
-        """[b h w c] -> {(tap, kind): what heads of this kind take there, in float32: [b d], or patch tokens [b n d]}."""
-        tokens, found = self.tokens(images), {}
-        for tap, kind in itertools.product(self.levels, self.kinds):
-            patches = tokens[tap][:, 1:] if self.encoder.has_cls else tokens[tap]
-            pooled = self.encoder.pool(tokens[tap], pool or self.pool)
-            found[tap, kind] = patches.astype(jnp.float32) if kind == "attentive" else pooled
-        return found
+    def inputs(self, images) -> dict:
+        """[b h w c] -> {(tap, kind): what heads of this kind take there, in float32: [b d], or patch tokens [b n d]}: nothing
+        hidden, nothing random, no gradient."""
+        e, lower = self.encoder, tuple(tap for tap in self.levels if tap != self.top)
+        last, tapped = e.encode_tapped(images, lower)
+        tokens = jax.lax.stop_gradient(dict(zip(lower, tapped, strict=True)) | {self.top: last})
+        of_kind = {"linear": lambda x: e.pool(x, self.pool), "attentive": lambda x: x[:, int(e.has_cls) :].astype(jnp.float32)}
+        return {(tap, kind): of_kind[kind](tokens[tap]) for tap, kind in itertools.product(self.levels, self.kinds)}
 
     def features(self, images, pool: str = ""):
         return jax.lax.stop_gradient(self.encoder.pool(self.encoder(images), pool or self.pool))
 
-    def head_logits(self, images, train: bool) -> dict:
-        inputs = self.inputs(images)
-        return {head.name: getattr(self, f"head_{head.name}")(inputs[head.tap, head.kind], train) for head in self.heads}
-
-    def logits(self, images, train: bool = False):
-        """[b h w c] -> [b classes], or {name of a head: [b classes]} where there are several."""
-        found = self.head_logits(images, train)
-        return found if len(found) > 1 else found.popitem()[1]
-
-    def flops(self) -> int:
-        return self.encoder.flops()
+    def logits(self, images, train: bool = False) -> dict:
+        inputs, heads = self.inputs(images), self.heads
+        name = lambda head: head.name if len(heads) > 1 else ""
+        return {name(head): getattr(self, head.module)(inputs[head.tap, head.kind], train) for head in heads}
 
     def training_flops(self) -> int:
         """The frozen encoder runs forward only; heads are not worth counting."""
         return self.flops()
 
     def __call__(self, images, targets, train: bool = False):
-        loss, metrics, found = 0.0, {}, self.head_logits(images, train)
-        for name, logits in found.items():
-            suffix = f"/{name}" if len(found) > 1 else ""
+        loss, metrics = 0.0, {}
+        for name, logits in self.logits(images, train).items():
+            suffix = f"/{name}" if name else ""
             own = bounded_cross_entropy(logits, targets).mean()
             right = (logits.argmax(-1) == targets) & jnp.isfinite(logits).all(-1)
             loss, metrics["accuracy" + suffix] = loss + own, right.mean()

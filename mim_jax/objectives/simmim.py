@@ -7,23 +7,18 @@ from einops import rearrange, repeat
 
 from mim_jax.config import ConfigError
 from mim_jax.masking import random
-from mim_jax.models.layers import Dense, token_init
-from mim_jax.objectives.masked import PixelPrediction, Region
+from mim_jax.objectives.masked import MaskTokenPrediction, PixelPrediction
 from mim_jax.targets.pixels import masked_mean
 from mim_jax.tokens import patchify, to_cells
 
 
-class SimMIM(PixelPrediction):
+class SimMIM(MaskTokenPrediction, PixelPrediction):
     """Squares of `mask_size` px are hidden; the whole image goes through the encoder; the mean |error| of hidden pixels."""
 
     mask_ratio: float = 0.6
     mask_size: int = 32
     norm_pix: bool = False
-
-    def setup(self):
-        self.check()
-        self.mask_token = self.param("mask_token", token_init, (1, 1, self.encoder.width))
-        self.head = Dense(self.encoder.unit**2 * self.encoder.channels, self.dtype)
+    windows: int = 0
 
     def check(self):
         """Raises ConfigError for squares that do not fit patches, units and image, or that hide nothing or everything."""
@@ -50,6 +45,10 @@ class SimMIM(PixelPrediction):
         return self.encoder.patch if self.windows else self.mask_size
 
     @property
+    def target_width(self) -> int:
+        return self.encoder.unit**2 * self.encoder.channels
+
+    @property
     def hidden_count(self) -> int:
         """Hidden squares per image, rounded up."""
         return math.ceil(self.mask_ratio * math.prod(self.cells))
@@ -58,9 +57,6 @@ class SimMIM(PixelPrediction):
         """Random squares."""
         n = math.prod(self.cells)
         return random.draw(key, batch_size, n, n - self.hidden_count)
-
-    def predict_region(self, region: Region, train: bool = False):
-        return self.head(self.encode_masked(region, train)).astype(jnp.float32)
 
     def loss(self, prediction, target, hidden):
         """The released code adds 1e-5 to the number of hidden pixels, which float32 cannot tell from none."""
@@ -77,7 +73,3 @@ class SimMIM(PixelPrediction):
         sizes = dict(y=e.units[0], p=self.cell, q=self.cell, i=e.unit // self.cell, j=e.unit // self.cell)
         split = lambda x: rearrange(x, "b (y x) (i p j q c) -> b (y i x j) (p q c)", c=e.channels, **sizes)
         return {name: (*map(split, parts[:3]), masks.hidden.astype(jnp.float32)) for name, parts in found.items()}
-
-    def flops(self) -> int:
-        """Forward FLOPs per image."""
-        return self.encoder_flops() + self.head_flops(self.encoder.unit**2 * self.encoder.channels)

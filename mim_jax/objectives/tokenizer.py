@@ -10,13 +10,17 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mim_jax.masking.random import TokenMask
-from mim_jax.objectives.base import Objective
+from mim_jax.models.codebook import to_codes
+from mim_jax.objectives.objective import Objective, Output
 from mim_jax.tokens import patchify
 
 
 class TokenizerTraining(Objective):
     """Squared error of the pictures that the codes paint, on normalised pixels; nothing is hidden, and rounding has no
     parameters that would need a loss of their own."""
+
+    hides = False
+    outputs = (Output("image"),)
 
     def masks(self, key, batch_size: int) -> TokenMask:
         """Nothing is hidden, whatever the key."""
@@ -26,22 +30,18 @@ class TokenizerTraining(Objective):
         """[b h w c], TokenMask -> loss [], and of the codes of the (micro-)batch: `perplexity`, the number of codes that
         would be as hard to guess if all were equally frequent, and `codes_used`, the share of all codes that occur."""
         e = self.encoder
-        values = e.quantise(e.latent(images))
-        return jnp.square(e.to_pixels(values) - images).mean(), code_usage(e.to_codes(values), e.classes)
-
-    @property
-    def standardised(self) -> dict[str, bool]:
-        """Patches keep their contrast."""
-        return {"image": False}
+        values = e.values(images)
+        codes = to_codes(values, e.quantiser_levels)
+        return jnp.square(e.to_pixels(values) - images).mean(), code_usage(codes, e.classes)
 
     def reconstruct(self, images, masks, fill):
-        """-> {"image": (prediction, target, baseline [b n (p p c)], weight [b n])}; everything counts. Nothing is hidden that
-        `fill` could complete: the baseline is each patch's own mean colour."""
+        """As the base class says; everything counts. Nothing is hidden that `fill` could complete: the baseline is each
+        patch's own mean colour."""
         e = self.encoder
         flat = lambda x: rearrange(patchify(x, e.patch), "b y x d -> b (y x) d")
         target = flat(images)
-        colours = rearrange(target, "b n (q c) -> b n q c", c=e.channels).mean(2, keepdims=True)
-        baseline = jnp.broadcast_to(colours, (*target.shape[:2], e.patch**2, e.channels)).reshape(target.shape)
+        colours = rearrange(target, "b n (q c) -> b n q c", c=e.channels).mean(2)
+        baseline = jnp.tile(colours, e.patch**2)
         return {"image": (flat(e.reconstruct(images)), target, baseline, jnp.ones(target.shape[:2]))}
 
     def pictures(self, images, masks):

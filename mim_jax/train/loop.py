@@ -2,14 +2,18 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 
 from mim_jax import sharding
 from mim_jax.clock import Clock
 from mim_jax.logs import Logger
-from mim_jax.train.checkpoint import Checkpoints
+from mim_jax.runs.checkpoint import Checkpoints
+from mim_jax.runs.stopping import Stopping
+from mim_jax.train.experiment import Experiment
+from mim_jax.train.state import TrainState
+from mim_jax.train.step import make_step
 
 MAX_SKIPPED_IN_ROW = 5
 
@@ -26,47 +30,71 @@ class ScheduledEvaluator:
         return step == total or (self.every > 0 and step % self.every == 0)
 
 
-def train(
-    state, step_fn, batches, *, first: int, total: int, batch_size: int, mesh, evaluators: Sequence[ScheduledEvaluator],
-    checkpoints: Checkpoints, clock: Clock, logger: Logger, log_every: int, meta: dict,
-):  # fmt: skip
-    """Runs steps `first` to `total` -> (state, the last evaluation, whether the end was reached).
+@dataclasses.dataclass
+class Run:
+    """A run under way: where it stands and what it has opened. `meta` goes into every checkpoint."""
+
+    state: TrainState
+    first: int
+    shardings: TrainState
+    checkpoints: Checkpoints
+    logger: Logger
+    clock: Clock
+    stopping: Stopping
+    meta: dict
+
+
+def train(e: Experiment, run: Run) -> tuple[dict, bool]:
+    """Runs steps `run.first` to the last -> (the last evaluation, whether the end was reached).
 
     Raises FloatingPointError when several steps in a row had non-finite gradients; the state is not touched by such steps.
     """
-    results, metrics, compiled = {}, None, False
+    step_fn = make_step(e.objective, e.optimizer, e.mesh, run.shardings, prepare=e.inputs, seed=e.config.seed,
+                        accumulation=e.length.accumulation, lr=e.rate.function())  # fmt: skip
+    first, total, results = run.first, e.length.total, {}
     for step in range(first, total + 1):
-        with clock.measure("eval"):
-            for evaluator in evaluators:
-                if evaluator.due(step, total):
-                    scalars, images = evaluator.run(state)
-                    report(logger, step, evaluator.name, scalars, images)
-                    results.update(scalars)
-        stop = checkpoints.should_stop(step)
-        if stop or checkpoints.due(step, first) or step == total:
-            with clock.measure("save"):
-                checkpoints.save(step, state, {**meta, "step": step, "examples": step * batch_size, "clock": clock.state()})
+        results |= evaluate(e, run, step)
+        stop = run.stopping.asked(step)
+        if stop or run.checkpoints.due(step, first) or step == total:
+            save(e, run, step)
         if stop and step < total:
-            logger.say(f"stopping at step {step} as asked; the same command continues from here")
-            return state, results, False
+            run.logger.say(f"stopping at step {step} as asked; the same command continues from here")
+            return results, False
         if step == total:
             break
-        with clock.measure("data"):
-            batch = batches.batch(step)
-        batch = sharding.to_global({key: batch[key] for key in ("image", "label")}, mesh)
-        with clock.measure("compile") if not compiled else contextlib.nullcontext():
-            state, metrics = step_fn(state, batch)
-            if not compiled:
+        with run.clock.measure("data"):
+            batch = e.batches.batch(step)
+        batch = sharding.to_global({key: batch[key] for key in ("image", "label")}, e.mesh)
+        with run.clock.measure("compile") if step == first else contextlib.nullcontext():
+            run.state, metrics = step_fn(run.state, batch)
+            if step == first:
                 jax.block_until_ready(metrics)
-                compiled = True
-                clock.rate(step + 1)
+                run.clock.rate(step + 1)
         done = step + 1
-        if done % log_every == 0 or done == total or done == first + 1:
-            log_step(logger, clock, metrics, done, total, batch_size)
-    return state, results, True
+        if done % e.config.log.every_steps == 0 or done in (first + 1, total):
+            log_step(run, metrics, done, e.length)
+    return results, True
 
 
-def log_step(logger: Logger, clock: Clock, metrics, done: int, total: int, batch_size: int):
+def evaluate(e: Experiment, run: Run, step: int) -> dict:
+    """What the evaluators that are due say of the state."""
+    results = {}
+    with run.clock.measure("eval"):
+        for evaluator in e.evaluators:
+            if evaluator.due(step, e.length.total):
+                scalars, images = evaluator.run(run.state)
+                report(run.logger, step, evaluator.name, scalars, images)
+                results.update(scalars)
+    return results
+
+
+def save(e: Experiment, run: Run, step: int):
+    with run.clock.measure("save"):
+        meta = {**run.meta, "step": step, "examples": step * e.length.batch_size, "clock": run.clock.state()}
+        run.checkpoints.save(step, run.state, meta)
+
+
+def log_step(run: Run, metrics, done: int, length):
     """The one place that waits for the device."""
     values = {key: float(value) for key, value in metrics.items()}
     in_row = int(values["skipped_in_row"])
@@ -75,11 +103,12 @@ def log_step(logger: Logger, clock: Clock, metrics, done: int, total: int, batch
             f"loss or gradients were not finite in steps {done - in_row} to {done - 1}; the state is that of step "
             f"{done - in_row}. Lower the learning rate, set optim.clip_norm, or use compute_dtype=float32"
         )
-    rate = clock.rate(done)
-    per_second = rate * batch_size
+    rate = run.clock.rate(done)
+    per_second = rate * length.batch_size
     rates = {"images_per_second": per_second, "images_per_second_per_device": per_second / jax.device_count()}
-    logger.scalars(done, {**values, **rates, **clock.shares()})
-    logger.progress(done, total, values["loss"], values["lr"], per_second, (total - done) / rate if rate else 0)
+    run.logger.scalars(done, {**values, **rates, **run.clock.shares()})
+    left = (length.total - done) / rate if rate else 0
+    run.logger.progress(done, length.total, values["loss"], values["lr"], per_second, left)
 
 
 def report(logger: Logger, step: int, name: str, scalars: dict, images: dict):

@@ -9,6 +9,69 @@ import jax.numpy as jnp
 import optax
 
 from mim_jax import tree
+from mim_jax.config import ConfigError
+from mim_jax.durations import Duration, stated
+from mim_jax.models.encoder import Encoder
+from mim_jax.sections import BelowOne, NotNegative, Section, beside
+from mim_jax.train.schedule import SCHEDULES, Cosine, Steps, scaled_lr
+
+
+class Optim(Section):
+    """`optim`, whichever optimiser it names. One of `base_lr` (per 256 images) and `lr` (absolute) is not 0."""
+
+    name: str
+    base_lr: NotNegative
+    lr: NotNegative
+    weight_decay: NotNegative
+    warmup: Duration = stated()
+    schedule: Cosine | Steps = beside(SCHEDULES, "cosine")
+
+    def check(self):
+        if bool(self.base_lr) == bool(self.lr):
+            raise ConfigError(
+                f"set one of optim.base_lr (per 256 images, now {self.base_lr}) and optim.lr (absolute, now {self.lr}), the "
+                "other 0"
+            )
+
+    def peak(self, batch_size: int) -> float:
+        """The learning rate at the end of the warm-up."""
+        return self.lr or scaled_lr(self.base_lr, batch_size)
+
+
+class AdamW(Optim):
+    """`optim.name=adamw`."""
+
+    b1: BelowOne
+    b2: BelowOne
+    no_decay: tuple[str, ...]
+    clip_norm: NotNegative
+
+    def check(self):
+        super().check()
+        for pattern in self.no_decay:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"{self.at}no_decay: '{pattern}' is no regular expression ({error})") from error
+
+    def transform(self, lr, lr_scales=None) -> optax.GradientTransformation:
+        """`lr` a function of the step; `lr_scales`: path -> what the learning rate of this parameter is multiplied by."""
+        return adamw(lr, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay, no_decay=self.no_decay,
+                     clip_norm=self.clip_norm, lr_scales=lr_scales)  # fmt: skip
+
+
+class Lars(Optim):
+    """`optim.name=lars`."""
+
+    momentum: BelowOne
+
+    def transform(self, lr, lr_scales=None) -> optax.GradientTransformation:
+        """As AdamW.transform."""
+        made = lars(lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        return optax.chain(made, scale_by_path(lr_scales)) if lr_scales else made
+
+
+OPTIMIZERS = {"adamw": AdamW, "lars": Lars}
 
 
 def decays(path: str, leaf, no_decay=()) -> bool:
@@ -16,27 +79,9 @@ def decays(path: str, leaf, no_decay=()) -> bool:
     return leaf.ndim > 1 and not tree.matches(no_decay, path)
 
 
-def layer_id(path: str, depth: int | tuple[int, ...]) -> int:
-    """0 for tokens, positions and patch embedding; i+1 for block i; the number of blocks + 1 for the rest (MAE, BEiT).
-
-    `depth`: the number of blocks, or of every stage of a Swin: its blocks are counted over the stages, and the merging
-    at the end of a stage goes with the stage's last block. Only the encoder has layers: decoders are of the rest.
-    """
-    depths = (depth,) if isinstance(depth, int) else tuple(depth)
-    if re.match(r"(encoder/)?(cls_token|mask_token|pos_embed|patch_embed|patch_norm)(/|$)", path):
-        return 0
-    found = re.match(r"encoder/(?:stage_(\d+)/)?(?:block_(\d+)|merge)/", path)
-    if not found:
-        return sum(depths) + 1
-    stage, index = int(found.group(1) or 0), found.group(2)
-    before, blocks = sum(depths[:stage]), depths[stage]
-    return before + (int(index) + 1 if index else blocks)
-
-
-def lr_scale(path: str, depth: int | tuple[int, ...], layer_decay: float) -> float:
-    """layer_decay^(number of blocks + 1 - layer): the last block gets decay^1, the head 1."""
-    blocks = depth if isinstance(depth, int) else sum(depth)
-    return layer_decay ** (blocks + 1 - layer_id(path, depth))
+def lr_scale(path: str, encoder: Encoder, layer_decay: float) -> float:
+    """layer_decay^(layers + 1 - layer): the encoder's last block gets decay^1, the head 1 (MAE, BEiT)."""
+    return layer_decay ** (encoder.layers + 1 - encoder.layer_of(path))
 
 
 def adamw(lr, *, b1: float, b2: float, weight_decay: float, no_decay=(), clip_norm: float = 0.0, lr_scales=None):

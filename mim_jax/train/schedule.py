@@ -1,8 +1,37 @@
-"""Learning rates as functions of the step."""
+"""Learning rates as functions of the step, and the keys of `optim` that state them."""
 
 import jax.numpy as jnp
 
-from mim_jax.config import ConfigError
+from mim_jax.sections import NotNegative, Positive, Section, Share
+
+
+class Cosine(Section):
+    """Keys beside `optim.schedule=cosine`."""
+
+    min_lr: NotNegative = 0.0
+
+    def __call__(self, peak: float, total: float, warmup: float):
+        """-> lr(step)."""
+        return warmup_cosine(peak, total, warmup, self.min_lr)
+
+
+class Steps(Section):
+    """Keys beside `optim.schedule=steps`."""
+
+    warmup_start: Share
+    milestones: tuple[float, ...]
+    milestone_rate: Positive
+
+    def check(self):
+        for share in self.milestones:
+            self.require(0 < share < 1, "milestones", f"has {share}, which is not a share of the run between 0 and 1")
+
+    def __call__(self, peak: float, total: float, warmup: float):
+        """-> lr(step)."""
+        return warmup_constant(peak, total, warmup, self.milestones, self.milestone_rate, self.warmup_start)
+
+
+SCHEDULES = {"cosine": Cosine, "steps": Steps}
 
 
 def warmup_cosine(peak: float, total_steps: float, warmup_steps: float, min_lr: float = 0.0):
@@ -25,13 +54,7 @@ def warmup_constant(peak: float, total_steps: float, warmup_steps: float, milest
 
     Milestones are shares of the whole run, warm-up included, so that they move with its length. SimMIM (arXiv 2111.09886,
     its ImageNet recipe of 800 epochs): milestones (700 / 800,), rate .1, start 5e-7 / 1e-4.
-
-    Raises:
-      ConfigError: a milestone is not inside the run.
     """
-    for share in milestones:
-        if not 0 < share < 1:  # NaN included
-            raise ConfigError(f"optim.milestones={tuple(milestones)}: {share} is not a share of the run between 0 and 1")
 
     def lr(step):
         step = jnp.asarray(step, jnp.float32)

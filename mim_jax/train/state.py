@@ -68,12 +68,10 @@ def create(fresh, shardings, replace=None) -> TrainState:
     state = jax.jit(fresh, out_shardings=shardings)()
     if replace:
 
-        def pick(path, leaf, where):
-            return jax.device_put(replace[path].astype(leaf.dtype), where) if path in replace else leaf
-
         def put(part, where):
             where = tree.flatten(where)
-            return tree.map_named(lambda path, leaf: pick(path, leaf, where[path]), part)
+            pick = lambda path, x: jax.device_put(replace[path].astype(x.dtype), where[path]) if path in replace else x
+            return tree.map_named(pick, part)
 
         state = state.replace(params=put(state.params, shardings.params), frozen=put(state.frozen, shardings.frozen))
         if optax.tree.get(state.opt_state, "average") is not None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from einops import rearrange
-from recorded import Case, Report, compare_gradients, look_at_encoder, run_and_look
+from recorded import Case, Report, compare_gradients, from_released, look_at_encoder, run_and_look
 
 from mim_jax.convert import names
 from mim_jax.masking.random import TokenMask
@@ -36,7 +36,7 @@ class BeitPort:
             qkv_bias="qv",
             layer_scale=case.meta["init_values"] if "param/blocks.0.gamma_1" in case else 0.0,
         )
-        self.params = names.from_released(case.under("param/"), self.rules)
+        self.params = from_released(case.under("param/"), self.rules)
         hidden = case["input/mask"].reshape(len(case["input/mask"]), -1).sum(1)
         self.objective = BEiT(
             encoder=encoder,
@@ -50,10 +50,10 @@ class BeitPort:
         images, masks = case.images(), TokenMask(jnp.asarray(flat(case["input/mask"]) > 0))
         grid = made.encoder.grid
         numbers = np.arange(offsets(grid) + CLS_ENTRIES, dtype=np.float32)[:, None]
-        index = RelativeBias(None, grid, grid).of(jnp.asarray(numbers))[0]
+        index = RelativeBias(grid, grid).of(jnp.asarray(numbers))[0]
         report.add("derived/relative_position_index", index, case.get("derived/relative_position_index"))
         if "out/rel_pos_bias" in case:
-            bias = made.apply(variables, method=lambda o: o.encoder.relations(grid)[1].matrix)
+            bias = made.apply(variables, method=lambda o: o.encoder.relations(grid)[1])
             report.add("out/rel_pos_bias", bias, case["out/rel_pos_bias"])
         embedded = made.apply(variables, images, method=lambda o, x: o.encoder.tokens_of(x))
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))

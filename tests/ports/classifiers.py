@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from recorded import Case, Report, compare_gradients, look_at_encoder, run_and_look
+from recorded import Case, Report, compare_gradients, from_released, look_at_encoder, run_and_look
 
 from mim_jax import tree
 from mim_jax.convert import names
@@ -27,7 +27,7 @@ class ClassifierPort:
         unused = (r"^pos_embed$",) * relative + (r"^norm\.",) * (pool == "mean")
         state = {key: x for key, x in case.under("param/").items() if not tree.matches(unused, key)}
         self.rules = names.CLASSIFIER_RULES
-        self.params = names.from_released(state, self.rules, ignore=())
+        self.params = from_released(state, self.rules, ignore=())
 
     def inputs(self, micro_step: int):
         images = self.case.images()
@@ -53,6 +53,6 @@ class ClassifierPort:
         embed = lambda o, x: o.encoder.embed(x) - o.encoder.positions()
         report.add("out/patch_embed", made.apply(variables, images, method=embed), case.get("out/patch_embed"))
         report.add("out/features", made.apply(variables, images, method="features"), case.get("out/features"))
-        report.add("out/logits", made.apply(variables, images, method="logits"), case.get("out/logits"))
+        report.add("out/logits", made.apply(variables, images, method="logits")[""], case.get("out/logits"))
         report.add("loss/cross_entropy", loss, case.get("loss/cross_entropy"))
         compare_gradients(report, case, made, self.params, self.rules, (images, labels))

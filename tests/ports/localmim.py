@@ -1,5 +1,6 @@
 """LocalMIM on a ViT and on a Swin, coupled or with the gradient cut at the taps."""
 
+import dataclasses
 import math
 import re
 
@@ -7,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from recorded import Case, Report, capture, compare_gradients, run_and_look
+from recorded import Case, Report, capture, compare_gradients, from_released, run_and_look
 
 from mim_jax import tokens
 from mim_jax.convert import names
@@ -103,7 +104,7 @@ class LocalVitPort(LocalPort):
         encoder = case.encoder(position="absolute")
         scales = tuple(self.scale_of(j) for j in range(len(taps)))
         self.rules = names.localmim_vit_rules(scales, last_is_top=taps[-1] == encoder.depth - 1)
-        self.params = names.from_released(case.under("param/"), self.rules)
+        self.params = from_released(case.under("param/"), self.rules)
         if taps[-1] != encoder.depth - 1:
             raise ValueError(f"taps {taps} leave the top of {encoder.depth} blocks untrained; such a case has no port")
         self.objective = LocalMIM(
@@ -208,7 +209,7 @@ class ReleasedCoordinates(Swin):
 
     def stage(self, i: int, drop_paths):
         return CoordinateStage(
-            self.units, self.side >> i, self.heads[i], self.window, drop_paths, self.mlp_ratio, self.eps, self.norm2_eps
+            self.units, self.side >> i, self.heads[i], self.window, drop_paths, self.mlp_ratio, self.norm_eps, self.norm_eps
         )
 
     def run_stage(self, i: int, x, visible, train: bool):
@@ -230,7 +231,7 @@ class LocalSwinPort(LocalPort):
 
     def __init__(self, case: Case):
         self.case = case
-        self.params = names.from_released(case.under("param/"), self.rules)
+        self.params = from_released(case.under("param/"), self.rules)
         encoder = swin_of(case, "encoder.")
         options = settings(case, len(encoder.depths), encoder.channels)
         taps = tuple(range(len(encoder.depths)))
@@ -278,7 +279,7 @@ class LocalSwinPort(LocalPort):
             self.add_scales(report, images, masks, loss, seen, None, "fixcoords/")
             for j in range(len(made.taps)):
                 report.add(f"fixcoords/out/latent{j}", seen[f"latent_{j}"][0], case.get(f"fixcoords/out/latent{j}"))
-        fields = {key: getattr(made.encoder, key) for key in Swin.__dataclass_fields__ if key not in ("parent", "name")}
+        fields = {f.name: getattr(made.encoder, f.name) for f in dataclasses.fields(Swin) if f.name not in ("parent", "name")}
         released = made.clone(encoder=ReleasedCoordinates(**fields, places=tuple(places)))
         loss, seen = run_and_look(released, {"params": self.params}, images, masks)
         predictions = released.apply({"params": self.params}, images, masks, method="predict")

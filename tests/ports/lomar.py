@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from recorded import Case, Report, capture, compare_gradients, look_at_encoder, run_and_look
+from recorded import Case, Report, capture, compare_gradients, from_released, look_at_encoder, run_and_look
 
 from mim_jax.convert import names
 from mim_jax.masking import windows
@@ -29,7 +29,7 @@ class LomarPort:
             norm_pix=meta["norm_pix_loss"],
             pairing="released",
         )
-        self.params = names.from_released(case.under("param/"), self.rules)
+        self.params = from_released(case.under("param/"), self.rules)
 
     def masks(self, draws: str, batch_size: int) -> windows.WindowMask:
         """The recorded draws under a prefix, through this project's own pairing and hiding."""
@@ -68,14 +68,14 @@ class LomarPort:
         m, columns = made.views, made.encoder.grid[1]
         report.add("derived/top", case["rand/top_randperm"][:m], case.get("derived/top"))
         report.add("derived/left", case["rand/left_randperm"][:m], case.get("derived/left"))
-        report.add("derived/rp_bucket", irpe.bucket_table(made.region), case.get("derived/rp_bucket"))
+        report.add("derived/rp_bucket", irpe.bucket_table(made.units), case.get("derived/rp_bucket"))
         ids = jnp.arange(made.encoder.grid[0] * columns).reshape(1, *made.encoder.grid, 1)
         ids = cut_windows(jnp.broadcast_to(ids, (images.shape[0], *ids.shape[1:])), masks.corners, made.window)
         report.add("derived/ids", as_rows(ids[..., 0]), case.get("derived/ids"))
 
         variables = {"params": self.params}
         loss, seen = run_and_look(made, variables, images, masks)
-        prediction, patches = made.apply(variables, images, masks, method="predict")
+        prediction = made.apply(variables, images, masks, method="predict_taps")[-1]
         look_at_encoder(report, case, seen, as_image_rows(masks))
         embedded = made.apply(variables, images, method=lambda o, x: o.encoder.embed(x))
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))
@@ -83,7 +83,9 @@ class LomarPort:
         whole = capture(seen, "encoder/norm")[as_image_rows(masks)] @ head["kernel"] + head["bias"]  # the cls row too
         report.add("out/encoder_pred", whole, case.get("out/encoder_pred"))
         report.add("out/pred", as_rows(prediction), case.get("out/pred"))
-        report.add("target/patches", as_rows(pixel_targets(patches, made.norm_pix)), case.get("target/patches"))
+        report.add(
+            "target/patches", as_rows(pixel_targets(made.patches(images, masks), made.norm_pix)), case.get("target/patches")
+        )
         report.add("loss/per_patch", as_rows(seen["error"][0]), case.get("loss/per_patch"))
         report.add("loss/total", loss, case.get("loss/total"))
         compare_gradients(report, case, made, self.params, self.rules, (images, masks))

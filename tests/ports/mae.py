@@ -4,7 +4,7 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
-from recorded import Case, Report, capture, compare_gradients, run_and_look
+from recorded import Case, Report, capture, compare_gradients, from_released, run_and_look
 
 from mim_jax import tokens
 from mim_jax.convert import names
@@ -19,7 +19,7 @@ class MaePort:
 
     def __init__(self, case: Case):
         self.case, meta = case, case.meta
-        self.params = names.from_released(case.under("param/"), self.rules)
+        self.params = from_released(case.under("param/"), self.rules)
         self.objective = MAE(
             encoder=case.encoder(position="absolute"),
             mask_ratio=meta["mask_ratio"],

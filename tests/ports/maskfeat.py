@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from recorded import Case, Report, compare_gradients, look_at_encoder, run_and_look
+from recorded import Case, Report, compare_gradients, from_released, look_at_encoder, run_and_look
 
 from mim_jax.convert import names
 from mim_jax.masking.random import TokenMask
@@ -23,7 +23,7 @@ class MaskfeatPort:
 
     def __init__(self, case: Case):
         self.case, meta = case, case.meta
-        self.params = names.from_released(case.under("param/"), self.rules, ignore=(r"^hogs\.",))
+        self.params = from_released(case.under("param/"), self.rules, ignore=(r"^hogs\.",))
         encoder = case.encoder(position="learned")
         if meta["gaussian_window"] not in (0, encoder.patch):
             raise ValueError(f"a Gaussian window of {meta['gaussian_window']} px has no port: here it is a token's side")

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from recorded import Case, Report, capture, compare_gradients, look_at_encoder, run_and_look
+from recorded import Case, Report, capture, compare_gradients, from_released, look_at_encoder, run_and_look
 
 from mim_jax.convert import names
 from mim_jax.masking.random import TokenMask
@@ -21,8 +21,8 @@ class SimmimPort:
             encoder = case.encoder(prefix, position="shared_bias", qkv_bias="qv", layer_scale=0.1)
         else:
             self.rules, self.no_decay = names.SIMMIM_SWIN_RULES, (r"mask_token$", r"relative_bias$")
-            encoder = swin_of(case, prefix, eps=EPS, norm2_eps=EPS)
-        self.params = names.from_released(case.under("param/"), self.rules)
+            encoder = swin_of(case, prefix, norm_eps=EPS)
+        self.params = from_released(case.under("param/"), self.rules)
         self.objective = SimMIM(encoder=encoder, mask_size=encoder.patch)  # masks are recorded patch by patch
 
     def masks(self) -> TokenMask:
@@ -34,7 +34,7 @@ class SimmimPort:
         loss, seen = run_and_look(made, variables, images, masks)
         if e.has_cls:
             embedded = made.apply(variables, images, method=lambda o, x: o.encoder.tokens_of(x))
-            bias = made.apply(variables, method=lambda o: o.encoder.relations(o.encoder.grid)[1].matrix)
+            bias = made.apply(variables, method=lambda o: o.encoder.relations(o.encoder.grid)[1])
             report.add("out/rel_pos_bias", bias, case.get("out/rel_pos_bias"))
             look_at_encoder(report, case, seen, np.arange(len(images)))
         else:

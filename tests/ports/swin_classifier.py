@@ -5,7 +5,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from recorded import Case, Report, capture, compare_gradients, run_and_look
+from recorded import Case, Report, capture, compare_gradients, from_released, run_and_look
 
 from mim_jax.convert import names
 from mim_jax.models.window_attention import WindowLayout, bias_matrix
@@ -24,7 +24,7 @@ class SwinClassifierPort(ClassifierPort):
         encoder = swin_of(case, "", norm2_eps=blocks[0][0].get("norm2_eps", 1e-5), final_norm=False)
         smoothing = float(case.meta.get("smoothing", case.meta.get("label_smoothing", 0.0)))
         self.objective = Classify(encoder=encoder, classes=case["param/head.weight"].shape[0], smoothing=smoothing)
-        self.params = names.from_released(case.under("param/"), self.rules)
+        self.params = from_released(case.under("param/"), self.rules)
 
     def compare(self, report: Report):
         case, made = self.case, self.objective
@@ -47,7 +47,7 @@ class SwinClassifierPort(ClassifierPort):
         pooled = made.apply(variables, images, method=lambda o, x: o.encoder.pool(o.encoder(x), "mean"))
         report.add("out/avgpool", pooled[..., None], case.get("out/avgpool"))
         report.add("out/features", made.apply(variables, images, method="features"), case.get("out/features"))
-        report.add("out/logits", made.apply(variables, images, method="logits"), case.get("out/logits"))
+        report.add("out/logits", made.apply(variables, images, method="logits")[""], case.get("out/logits"))
         report.add("loss/cross_entropy", loss, case.get("loss/cross_entropy"))
         compare_gradients(report, case, made, self.params, self.rules, (images, labels))
 

@@ -4,15 +4,18 @@ import json
 import pathlib
 import re
 
+import built
 import jax
 import numpy as np
 import pytest
 from jax import jit
 
-from mim_jax import build, supervised, tree
+from mim_jax import tree
 from mim_jax.config import load
-from mim_jax.convert import export as export_lib
-from mim_jax.convert import importing, torch_file
+from mim_jax.convert.reading import weights_file
+from mim_jax.convert.reading.recognition import Options
+from mim_jax.convert.reading.released_model import release
+from mim_jax.convert.writing import export as export_lib
 
 torch = pytest.importorskip("torch", reason="make test-torch has PyTorch's libraries")
 pytestmark = pytest.mark.torch
@@ -31,8 +34,8 @@ def model(spec: str, size=None, pool: str = "", **encoder):
     if pool and config.encoder.get("position") == "absolute":
         config.encoder.position = "learned"
     config.encoder.update(encoder)
-    made = supervised.classifier(config, CLASSES) if pool else build.objective(config)
-    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), *build.example(config, made)))["params"]
+    made = built.classifier(config, CLASSES) if pool else built.objective(config)
+    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), *made.example()))["params"]
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -155,7 +158,7 @@ def test_other_readers_of_safetensors_see_the_same(tmp_path, monkeypatch):
     loaded(config, params, "timm", tmp_path, monkeypatch)
     with safe_open("exported.safetensors", "np") as file:
         assert file.metadata()["method"] == "mae" and file.metadata()["format"] == "pt"
-        for name, x in torch_file.read("exported.safetensors").items():
+        for name, x in weights_file.read("exported.safetensors").items():
             np.testing.assert_array_equal(file.get_tensor(name), x)
 
 
@@ -184,11 +187,11 @@ def test_models_of_timm_compute_the_same_here(name):
     other.load_state_dict({key: torch.from_numpy(x) for key, x in state.items()})
     half = (0.5,) * 3
     said = dict(size=None if "swin" in name else SMALL_VIT["img_size"], pool="normed" if "after" in name else "")
-    found = importing.release(state, importing.Options("timm", mean=half, std=half, licence="mit", **said))
-    made = supervised.classifier(found.config, CLASSES) if found.kind.pool else build.objective(found.config)
+    found = release(state, Options("timm", mean=half, std=half, licence="mit", **said))
+    made = built.classifier(found.config, CLASSES) if found.kind.pool else built.objective(found.config)
     params, images = tree.nest(found.params()), images_of(found.config, 1)
     if found.kind.pool:
-        want = jit(lambda p, x: made.apply({"params": p}, x, method="logits"))(params, images)
+        want = jit(lambda p, x: made.apply({"params": p}, x, method="logits")[""])(params, images)
         return np.testing.assert_allclose(theirs(other, images), want, **CLOSE)
     want = jit(made.encoder.apply)({"params": params["encoder"]}, images)
     np.testing.assert_allclose(theirs(other.forward_features, images).reshape(want.shape), want, **CLOSE)

@@ -9,6 +9,7 @@ import importlib.util
 import os
 
 import numpy as np
+from einops import rearrange
 from PIL import Image
 
 from mim_jax.data.augment import DataError
@@ -53,10 +54,8 @@ def load_photo(name):
         )
     path = os.path.join(os.path.dirname(spec.origin), file)
     if not os.path.exists(path):
-        raise DataError(
-            f"data.source=sample: this version of {package} does not bundle {file!r}: "
-            "pip install scikit-image==0.26.0 scikit-learn"
-        )
+        words = "pip install scikit-image==0.26.0 scikit-learn"
+        raise DataError(f"data.source=sample: this version of {package} does not bundle {file!r}: {words}")
     with Image.open(path) as image:
         gray = np.asarray(image.convert("L"))  # ITU-R 601
     h, w = (min(side, REGION) // BLOCK * BLOCK for side in gray.shape)
@@ -66,23 +65,18 @@ def load_photo(name):
 
 def split_of(i, j):
     """Row and column of a block -> the split that owns it; neighbours are never in the same training set."""
-    if (i + j) % 2 == 0:
-        return "train"
-    return "test" if i % 2 else "validation"
+    return "train" if (i + j) % 2 == 0 else "test" if i % 2 else "validation"
 
 
 def pieces(gray, side):
-    """uint8 [h w] -> uint8 [n side side]: non-overlapping squares, row by row."""
-    rows, columns = gray.shape[0] // side, gray.shape[1] // side
-    grid = gray[: rows * side, : columns * side].reshape(rows, side, columns, side)
-    return grid.transpose(0, 2, 1, 3).reshape(-1, side, side)
+    """uint8 [h w], multiples of side -> uint8 [n side side]: non-overlapping squares, row by row."""
+    return rearrange(gray, "(y h) (x w) -> (y x) h w", h=side, w=side)
 
 
 def load(split):
     """Split -> images uint8 [n h w 1], labels int32 [n] (indices into NAMES), skipped (number of flat pieces).
 
-    "train" gives the training blocks whole (h = w = BLOCK), for random crops; "train_tiles", "validation" and
-    "test" give tiles (h = w = TILE).
+    "train" gives the training blocks whole (h = w = BLOCK), for random crops; all others give tiles (h = w = TILE).
 
     Raises:
       DataError: unknown split, or a package that holds the photos is missing.

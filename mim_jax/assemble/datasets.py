@@ -1,0 +1,120 @@
+"""The `data` section of a config, and from it the splits and batches that a run reads.
+
+The pipeline itself, mim_jax.data, imports TensorFlow and is imported only when it is needed.
+"""
+
+from typing import Literal
+
+import jax
+import numpy as np
+
+from mim_jax.config import ConfigError
+from mim_jax.paths import Place
+from mim_jax.sections import Natural, NotNegative, Positive, Section, nested
+from mim_jax.targets.pixels import Normaliser
+
+
+class Data(Section):
+    """Where images are, and how they are seen: evaluation cuts the centre out, `resize_ratio` of the shorter side."""
+
+    source: str
+    path: Place
+    data_dir: Place
+    normalise: Literal["dataset", "image"]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize_ratio: Positive
+
+    def check(self):
+        self.require(self.resize_ratio <= 1, "resize_ratio", "is not a share between 0 and 1")
+        self.require(min(self.std, default=1) > 0, "std", "must be above 0 in every channel")
+        if max((*map(abs, self.mean), *self.std), default=0) > 1:
+            raise ConfigError(
+                f"{self.at}mean={self.mean}, {self.at}std={self.std} are of values in [0, 255]; here pixels are in [0, 1]: "
+                "divide both by 255"
+            )
+
+    def normaliser(self, channels: int) -> Normaliser:
+        """Raises ConfigError unless mean and std have a number for each channel."""
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise ConfigError(f"data.mean and data.std need one number for each of the {channels} channels")
+        return Normaliser(self.mean, self.std, per_image=self.normalise == "image")
+
+    def opened(self, split: str, channels: int):
+        """-> Source. Raises DataError for a data set that is not there, before anything is compiled."""
+        from mim_jax.data.sources import open_source
+
+        return open_source(self.source, split, path=self.path, data_dir=self.data_dir, channels=channels)
+
+
+class TrainingData(Data):
+    """Random crops of the training split (RandomResizedCrop): shares of the area, width / height, and a flip."""
+
+    train_split: str
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: bool
+
+
+class PretrainingData(TrainingData):
+    """visualise draws from `picture_split`; `jitter` is the strength of colour jitter (BEiT: .4)."""
+
+    picture_split: str
+    jitter: NotNegative = 0.0
+
+
+class RandAugmentation(Section):
+    """`data.randaugment`, see data/randaugment.py; no layers: none."""
+
+    layers: Natural
+    magnitude: float
+    std: float
+
+
+class FinetuningData(TrainingData):
+    randaugment: RandAugmentation = nested(RandAugmentation)
+
+
+class ProbeData(Data):
+    """Splits of a probe on cached features; no validation split: a tenth of the training images serves."""
+
+    train_split: str
+    validation_split: str
+    test_split: str
+
+
+class FeatureData(Data):
+    split: str
+
+
+def synthetic_batch(size: tuple[int, int], channels: int, batch_size: int, seed: int = 0) -> dict:
+    """Random uint8 images and labels in place of a pipeline: for benchmarks and compilation."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (batch_size, *size, channels), np.uint8)
+    return {"image": image, "label": rng.integers(0, 10, batch_size, np.int32)}
+
+
+def training_batches(config, source, augment: RandAugmentation | None = None):
+    """The pipeline of training batches of a job: batch(step) is a pure function of (seed, step, process)."""
+    from mim_jax.data.augment import RandomCrop
+    from mim_jax.data.pipeline import TrainBatches
+    from mim_jax.data.randaugment import RandAugment
+
+    data, policy = config.data, None
+    if augment and augment.layers:
+        fill = tuple(round(255 * m) for m in data.mean)
+        policy = RandAugment(layers=augment.layers, magnitude=augment.magnitude, std=augment.std, fill=fill)
+    crop = RandomCrop(scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip)
+    process = jax.process_index(), jax.process_count()
+    options = dict(batch_size=config.batch_size, size=config.image_size, seed=config.seed, process=process)
+    return TrainBatches(source, crop=crop, augment=policy, **options)
+
+
+def split_batches(source, size, resize_ratio: float, batch_size: int, limit: int = 0):
+    """-> (batches(), number of examples): padded batches over a split, each example once."""
+    from mim_jax.data.pipeline import eval_batches
+
+    whole, process = -(-batch_size // jax.device_count()) * jax.device_count(), (jax.process_index(), jax.process_count())
+    options = dict(batch_size=whole, size=size, resize_ratio=resize_ratio, limit=limit, process=process)
+    count = min(limit, source.num_examples) if limit else source.num_examples
+    return lambda: eval_batches(source, **options), count

@@ -1,0 +1,96 @@
+"""From the `encoder` section of a config to the encoder. The literal dict ENCODERS is the whole name service."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from mim_jax.assemble.datasets import split_batches
+from mim_jax.config import ConfigDict, ConfigError, choice
+from mim_jax.models.codebook import Tokenizer
+from mim_jax.models.encoder import Encoder
+from mim_jax.models.swin import Swin
+from mim_jax.models.vit import ViT
+from mim_jax.paths import Place
+from mim_jax.sections import Count, Section, build, fit, kept
+from mim_jax.targets.pixels import Normaliser
+from mim_jax.tokens import grid_size
+
+ENCODERS = {"vit": ViT, "swin": Swin, "tokenizer": Tokenizer}
+# (key, type, least value), of a number or of one for each stage of a Swin.
+SEVERAL = int | tuple[int, ...]
+LEAST = (("patch", int, 1), ("width", int, 1), ("depth", int, 0), ("depths", tuple[int, ...], 0), ("heads", SEVERAL, 1),
+         ("window", int, 1), ("layer_scale", float, 0), ("drop_path", float, 0), ("mlp_ratio", float, 1e-6),
+         ("norm_eps", float, 0))  # fmt: skip
+
+
+def encoder_class(config) -> type[Encoder]:
+    """Of a whole config."""
+    return ENCODERS[choice("encoder.kind", config["encoder"].get("kind"), ENCODERS)]
+
+
+class WithEncoder(Section):
+    """What every job says that looks at images through an encoder; those that start from a run take `encoder` from there.
+
+    A job adds `data` (datasets.Data, or what derives from it).
+    """
+
+    job: str
+    init_from: Place
+    image_size: tuple[int, int]
+    channels: Count
+    compute_dtype: Literal["auto", "float32", "bfloat16"]
+    remat: bool
+    encoder: ConfigDict = kept(encoder_class)
+
+    def check(self):
+        self.require(min(self.image_size) >= 1, "image_size", "must be (height, width) in pixels")
+        self.normaliser()
+
+    def normaliser(self) -> Normaliser:
+        """Raises ConfigError unless mean and std have a number for each channel."""
+        return self.data.normaliser(self.channels)
+
+    def opened(self, split: str):
+        """-> Source. Raises DataError for a data set that is not there, before anything is compiled."""
+        return self.data.opened(split, self.channels)
+
+    def batches(self, source, batch_size: int, limit: int = 0):
+        """-> (batches(), number of examples): padded batches over a split, each example once."""
+        return split_batches(source, self.image_size, self.data.resize_ratio, batch_size, limit)
+
+    def made(self, complete: bool = True) -> Encoder:
+        """The encoder; `complete`: its section may lack keys, as an old run's does. Raises ConfigError for what cannot be."""
+        return encoder(self.encoder, self.image_size, self.channels, self.compute_dtype, self.remat, complete)
+
+
+def encoder(section, image_size, channels: int, compute_dtype="float32", remat=False, complete: bool = False) -> Encoder:
+    """The encoder of a section for images of this size (h, w); `complete`: of an old run, which may lack keys.
+
+    Raises ConfigError for what cannot be.
+    """
+    kind = encoder_class({"encoder": section})
+    keys = {key: section[key] for key in section if key != "kind"}
+    for key, type_, least in LEAST:
+        value = fit(keys[key], type_, f"encoder.{key}") if key in keys else least
+        if min(value if isinstance(value, tuple) else (value,), default=-1) < least:
+            raise ConfigError(f"encoder.{key}={value} must be {least} or more")
+    if keys.get("drop_path", 0) >= 1:
+        raise ConfigError(f"encoder.drop_path={keys['drop_path']} is not a probability below 1")
+    grid = grid_size(image_size, keys.get("patch", 1))
+    given = dict(grid=grid, channels=channels, remat=remat, dtype=dtype(compute_dtype))
+    return build(kind, keys, "encoder.", complete, kind.KEYS, **given)
+
+
+def dtype(name: str):
+    """float32, or bfloat16 matrix products; "auto" is bfloat16 wherever it is fast."""
+    if choice("compute_dtype", name, ("auto", "float32", "bfloat16")) == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def pooling(key: str, how: str, encoder: Encoder) -> str:
+    """How tokens become one feature: "cls" or "mean". Raises ConfigError for the cls token of a Swin."""
+    if choice(key, how, ("cls", "mean")) not in encoder.pools:
+        raise ConfigError(f"{key}={how}: a {type(encoder).__name__} has no {how} token; use {key}=mean")
+    return how

@@ -1,0 +1,38 @@
+"""What happens to a batch on the device before an objective sees it: `(batch, key) -> (images, masks or targets)`."""
+
+import jax.numpy as jnp
+
+from mim_jax import prng
+from mim_jax.config import ConfigError
+from mim_jax.objectives.classify import smooth_labels
+from mim_jax.objectives.objective import Objective
+from mim_jax.targets.pixels import Normaliser
+
+
+def pretraining_inputs(objective: Objective, normalise: Normaliser, channels: int, jitter: float = 0.0):
+    """Normalised images, their colours jittered before, and what is hidden in them."""
+    from mim_jax.data.jitter import colour_jitter
+
+    if jitter and channels not in (1, 3):
+        raise ConfigError(f"data.jitter={jitter} must be 0 for images of other than 1 or 3 channels (now {channels})")
+
+    def inputs(batch, key):
+        images, masks = batch["image"], objective.masks(key, batch["image"].shape[0])
+        if jitter:
+            images = colour_jitter(images.astype(jnp.float32) / 255, prng.named(key, "jitter"), jitter) * 255
+        return normalise(images), masks
+
+    return inputs
+
+
+def mixed_inputs(normalise: Normaliser, classes: int, smoothing: float, erasing: float, mixing: dict):
+    """Normalised images, erased in part and mixed, and their soft targets, in timm's order."""
+    from mim_jax.data.erasing import erase
+    from mim_jax.data.mixing import mix
+
+    def inputs(batch, key):
+        images = erase(normalise(batch["image"]), prng.named(key, "erase"), erasing)
+        targets = smooth_labels(batch["label"], classes, smoothing)
+        return mix(images, targets, prng.named(key, "mix"), **mixing)
+
+    return inputs

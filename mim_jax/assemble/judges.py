@@ -1,0 +1,234 @@
+"""From the `evals` section of a config to what judges a run. The literal dict EVALUATORS is the whole name service."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+from absl import logging
+
+from mim_jax import prng
+from mim_jax.assemble.encoders import WithEncoder, pooling
+from mim_jax.config import ConfigError
+from mim_jax.durations import Duration, stated
+from mim_jax.evaluators import fewshot, knn, nmi, reconstruct, top_k
+from mim_jax.evaluators.panels import drawing
+from mim_jax.evaluators.split_runner import SplitRunner
+from mim_jax.objectives.objective import Objective
+from mim_jax.sections import Count, Natural, Positive, Section
+from mim_jax.targets.pixels import Normaliser
+from mim_jax.train.loop import ScheduledEvaluator
+
+IMAGENET_CLASSES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What is judged, on which data. class_names: those it was trained on, where they are known; averaged: whether the run
+    keeps a moving average of its weights."""
+
+    objective: Objective
+    config: WithEncoder
+    mesh: jax.sharding.Mesh
+    seed: int = 0
+    class_names: tuple[str, ...] = ()
+    averaged: bool = False
+
+    @functools.cached_property
+    def normalise(self) -> Normaliser:
+        return self.config.normaliser()
+
+    def runner(self, fn, source, batch_size: int, limit: int = 0) -> SplitRunner:
+        """`fn(variables, batch)` over a split."""
+        return SplitRunner(fn, self.mesh, *self.config.batches(source, batch_size, limit))
+
+    def features(self, source, pool: str, batch_size: int, limit: int = 0) -> SplitRunner:
+        """Features and labels of a split."""
+
+        def fn(variables, batch):
+            features = self.objective.apply(variables, self.normalise(batch["image"]), pool, method="features")
+            return {"features": features, "label": batch["label"]}
+
+        return self.runner(fn, source, batch_size, limit)
+
+
+class Evaluation(Section):
+    """What every evaluator says: whether it is on, when it runs (never in between: at the end), and images at a time."""
+
+    type: str
+    on: bool
+    batch_size: Count
+    every: Duration = stated()
+
+    def made(self, judged: Judged):
+        """state -> ({name: float}, {name: uint8 [h w 3]}), or None where its data may be missing, and is.
+
+        Raises ConfigError for what cannot be judged.
+        """
+        raise NotImplementedError
+
+    def opened(self, judged: Judged, key: str, labels: bool = False):
+        """Opens the split that a key names. Raises ConfigError (DataError) naming the key."""
+        name = getattr(self, key)
+        other = f"--config.{self.at}{key}=... names another split"
+        try:
+            source = judged.config.opened(name)
+        except ConfigError as error:
+            raise type(error)(f"{error}; {other}") from error
+        if labels and not source.num_classes:
+            raise ConfigError(f"{self.type} needs labels, which {source.name} '{source.split}' has not; {other}")
+        return source
+
+
+class Knn(Evaluation):
+    train_split: str
+    test_split: str
+    train_examples: Natural
+    pool: str
+    k: Count
+    temperature: Positive
+
+    def made(self, judged: Judged):
+        bank, queries = self.opened(judged, "train_split", labels=True), self.opened(judged, "test_split")
+        pool = pooling("pool", self.pool, judged.objective.encoder)
+        found = judged.features(bank, pool, self.batch_size, self.train_examples)
+        asked = judged.features(queries, pool, self.batch_size)
+        return functools.partial(knn.judge, found, asked, bank.num_classes, self.k, self.temperature)
+
+
+class Fewshot(Evaluation):
+    train_split: str
+    test_split: str
+    shots: tuple[int, ...]
+    draws: Count
+    l2: Positive
+    pool: str
+
+    def check(self):
+        self.require(min(self.shots, default=0) >= 1, "shots", "must be numbers of 1 or more")
+
+    def made(self, judged: Judged):
+        bank, queries = (self.opened(judged, key, labels=True) for key in ("train_split", "test_split"))
+        if self.train_split == self.test_split:
+            raise ConfigError(f"train_split and test_split are both '{self.test_split}': judged on what it learned from")
+        pool = pooling("pool", self.pool, judged.objective.encoder)
+        runners = (judged.features(source, pool, self.batch_size) for source in (bank, queries))
+        options = dict(draws=self.draws, l2=self.l2, seed=judged.seed)
+        return functools.partial(fewshot.judge, *runners, bank.num_classes, self.shots, options)
+
+
+class Reconstruct(Evaluation):
+    split: str
+    examples: Natural
+    pictures: Natural
+
+    def made(self, judged: Judged):
+        made, source = judged.objective, self.opened(judged, "split")
+        key = prng.stream(judged.seed, "reconstruct")
+
+        def fn(variables, batch):
+            images = judged.normalise(batch["image"])
+            masks = made.masks(key, images.shape[0])
+            return reconstruct.moments(made.apply(variables, images, masks, reconstruct.harmonic_inpaint, method="reconstruct"))
+
+        shown, sample = drawing(made, judged.normalise), []
+
+        def draw(state):
+            if jax.process_count() > 1 or not self.pictures:
+                return {}  # pictures of a run on several hosts come from visualise
+            if not sample:
+                batches, _ = judged.config.batches(source, self.batch_size, self.examples)
+                sample.append(next(iter(batches()))["image"][: self.pictures])
+            return {"reconstruct/pictures": shown(state.variables(), sample[0], key)}
+
+        runner = judged.runner(fn, source, self.batch_size, self.examples)
+        return functools.partial(reconstruct.judge, runner, made.outputs, draw)
+
+
+class Nmi(Evaluation):
+    split: str
+    examples: Natural
+
+    def made(self, judged: Judged):
+        batches = judged.config.batches(self.opened(judged, "split"), self.batch_size, self.examples)
+        return functools.partial(nmi.judge, nmi.nmi_runner(judged.objective, judged.normalise, judged.mesh, *batches))
+
+
+class Classify(Evaluation):
+    """On the run's data, or on another data set of the same classes (`source`), which may be missing if `optional`."""
+
+    weights: Literal["trained", "average"]
+    source: str
+    split: str
+    examples: Natural
+    optional: bool
+
+    def made(self, judged: Judged):
+        source = self.labelled_split(judged)
+        if source is None:
+            return None
+
+        def fn(variables, batch):
+            labels = batch["label"]
+            heads = judged.objective.apply(variables, judged.normalise(batch["image"]), method="logits")
+            found = {f"{name}/top{k}".lstrip("/"): top_k.hits(x, labels, k) for name, x in heads.items() for k in (1, 5)}
+            return {**found, "counted": top_k.labelled(labels)}
+
+        average = self.weights == "average"
+        title = (f"{self.source}/{self.split}" if self.source else self.split) + ("_average" if average else "")
+        return functools.partial(top_k.judge, judged.runner(fn, source, self.batch_size, self.examples), title, average)
+
+    def labelled_split(self, judged: Judged):
+        """The split, or None. Raises ConfigError when its classes are others than those of the classifier."""
+        from mim_jax.data.source import NotPrepared
+        from mim_jax.data.sources import open_source  # imports TensorFlow
+
+        if self.weights == "average" and not judged.averaged:
+            raise ConfigError(
+                "weights=average: this run keeps no moving average of its weights; fine-tuning with optim.average=0.9999 does"
+            )
+        data, classes = judged.config.data, judged.objective.classes
+        path = data.path if self.source in ("", data.source) else ""
+        options = dict(path=path, data_dir=data.data_dir, channels=judged.config.channels, label_sets=True)
+        try:
+            source = open_source(self.source or data.source, self.split, **options)
+        except NotPrepared as error:
+            if not self.optional:
+                raise
+            if classes == IMAGENET_CLASSES:  # of another data set nobody expects these
+                logging.warning("left out: %s", str(error).splitlines()[0])
+            return None
+        if source.num_classes != classes:
+            found = f"{source.num_classes} classes" if source.num_classes else "no labels"
+            raise ConfigError(
+                f"{source.name} '{self.split}' has {found}, the classifier {classes} classes: only a split of the same "
+                "classes can be judged"
+            )
+        if source.name == "folder" and judged.class_names and judged.class_names != tuple(source.class_names):
+            strange = next((a, b) for a, b in zip(judged.class_names, source.class_names) if a != b)
+            raise ConfigError(
+                f"classes of '{self.split}' are not those of the training ('{strange[0]}' there, '{strange[1]}' here): labels "
+                "are counted in the order of the names, so give the folders the same names"
+            )
+        return source
+
+
+EVALUATORS = {"nmi": Nmi, "knn": Knn, "fewshot": Fewshot, "reconstruct": Reconstruct, "classify": Classify}
+
+
+def evaluators(evals: dict[str, Evaluation], judged: Judged, steps: Callable) -> tuple[ScheduledEvaluator, ...]:
+    """Those that are on; `steps(duration)` tells how many steps apart they run."""
+    scheduled = []
+    for name, section in evals.items():
+        every = steps(section.every)
+        if not section.on:
+            continue
+        try:
+            evaluator = section.made(judged)
+        except ConfigError as error:
+            words = f"evaluator '{name}': --config.{section.at}on=False leaves it out"
+            raise type(error)(f"{error} ({words})") from error
+        if evaluator is not None:
+            scheduled.append(ScheduledEvaluator(name, evaluator, every))
+    return tuple(scheduled)

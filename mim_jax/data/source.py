@@ -1,0 +1,86 @@
+"""What every source of examples offers to the pipeline."""
+
+import dataclasses
+
+import numpy as np
+import tensorflow as tf
+
+from mim_jax.data.augment import DataError, decode
+
+WAYS = """provide data in one of three ways:
+  TFDS:          data.source=imagenet2012 data.data_dir=DIR, a folder prepared once with
+                 tfds build imagenet2012 --data_dir=DIR --manual_dir=TARS --file_format=array_record
+  image folder:  data.source=folder data.path=DIR, with DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg,
+                 or any folder of images without labels
+  sample:        data.source=sample (a few photographs bundled with scikit-image and scikit-learn)"""
+
+
+class NotPrepared(DataError):
+    """The data set is known and not there; the first line of the message says how to get it."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """A split of labelled or unlabelled images; examples are numbered 0 .. num_examples - 1.
+
+    Without `random_access`, `stream` replaces `lookup`. `load` works inside tf.data. With `label_sets` an example may have
+    several classes, or none.
+    """
+
+    name: str
+    split: str
+    num_examples: int
+    class_names: tuple[str, ...]  # none without labels
+    channels: int
+    random_access: bool = True
+    label_sets: bool = False
+    bulk = False  # whether lookup is worth calling with many ids at once
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def lookup(self, ids):
+        """int64 [b] -> items [b]: what `load` needs of each example."""
+        return ids
+
+    def load(self, item):
+        """One item -> (bytes or uint8 [h w c], label int32 []; -1 without labels; of label sets uint8 [classes], 0 or 1)."""
+        raise NotImplementedError
+
+    def stream(self, low, high, seed=None):
+        """The examples low .. high - 1 as a tf.data.Dataset of (id, item), shuffled if there is a seed [2]."""
+        raise NotImplementedError(f"{self.name} has random access")
+
+    def is_broken(self, item) -> bool:
+        """Whether the image of an item cannot be read or decoded; tries to."""
+        try:
+            image, _ = self.load(item)
+            if image.dtype == tf.string:
+                decode(image, self.channels)
+        except Exception:  # pylint: disable=broad-except  # PIL and TensorFlow raise a dozen kinds
+            return True
+        return False
+
+    def describe(self, example_id):
+        """What a person calls the example: a path, or a place in the split."""
+        return f"example {example_id} of {self.name!r}, split {self.split!r}"
+
+    def file_name(self, example_id) -> str:
+        """A name of the example for tables: its path below data.path, or "<split>/<id>"."""
+        return f"{self.split}/{int(example_id)}"
+
+    def no_labels(self, count: int):
+        """-> [count] or [count classes] of numpy: what `load` gives of examples that are not there."""
+        return np.zeros((count, self.num_classes), np.uint8) if self.label_sets else np.full(count, -1, np.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArraySource(Source):
+    """Images in memory, all of one size."""
+
+    images: tf.Tensor = None  # uint8 [n h w c]
+    labels: tf.Tensor = None  # int32 [n]
+
+    def load(self, item):
+        return self.images[item], self.labels[item]

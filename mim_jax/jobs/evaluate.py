@@ -1,0 +1,96 @@
+"""`job=eval`: a finished classifier on every split that its config names."""
+
+import dataclasses
+import time
+
+import jax
+from etils import epath
+
+from mim_jax import sharding, tree
+from mim_jax.assemble import encoders, judges, weights
+from mim_jax.assemble.datasets import Data
+from mim_jax.assemble.inheritance import inherit
+from mim_jax.config import ConfigDict, ConfigError
+from mim_jax.jobs import finetune, pretrain, streamed_probe
+from mim_jax.logs import Logger
+from mim_jax.objectives.objective import Objective
+from mim_jax.provenance import this_run, write_result
+from mim_jax.runs import saved
+from mim_jax.runs.workdir import RESULT, claimed, finished
+from mim_jax.sections import defaults, each, nested, read
+from mim_jax.train.loop import report
+
+
+class Evaluate(encoders.WithEncoder):
+    data: Data = nested(Data)
+    evals: dict = each("type", {"classify": judges.Classify})
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Weights of a checkpoint, as evaluators ask a state for them."""
+
+    kinds: dict  # "trained", "average" -> variables
+
+    def variables(self, average: bool = False) -> dict:
+        return self.kinds["average" if average else "trained"]
+
+
+def run(settings: ConfigDict, workdir: epath.Path) -> dict:
+    """Top-1 and top-5 of the classifier at `init_from` -> the numbers, also in result.json."""
+    began = time.perf_counter()
+    if not settings.init_from:
+        raise ConfigError("job=eval needs the run to start from: --config.init_from=<folder of a run>")
+    source, typed = saved.open(settings.init_from), settings.to_dict()
+    if source.config.job not in ("finetune", "linprobe"):
+        raise ConfigError(
+            f"job=eval judges a classifier, and {source.folder} is a {source.config.job} run; fine-tune or probe it first"
+        )
+    completed = inherit(settings, source.config)
+    config = read(Evaluate, completed)
+    judged = trained(config, source)
+    evaluators = judges.evaluators(config.evals, judged, steps=lambda duration: 0)
+    if not evaluators:
+        raise ConfigError(f"none of the splits {', '.join(sorted(config.evals))} is there and on: nothing to judge")
+    loaded, words = load(config, source, judged.objective, judged.mesh)
+    data = {key: getattr(config.data, key) for key in ("source", "path", "data_dir")}
+    origin = dict(
+        run=str(source.folder), step=source.step, image_size=list(config.image_size), splits=typed["evals"], data=data
+    )
+    with claimed(workdir, typed, defaults(Evaluate, completed)), Logger(workdir) as logger:
+        already = finished(workdir, origin)
+        logger.say(f"workdir      {workdir}\nweights      {words}")
+        if already:
+            logger.say(f"this evaluation is finished: {workdir / RESULT}")
+            return already
+        results = {}
+        for evaluator in evaluators:
+            scalars, images = evaluator.run(loaded)
+            report(logger, 0, evaluator.name, scalars, images)
+            results.update(scalars)
+        results.update(origin, seconds=time.perf_counter() - began)
+        return write_result(workdir / RESULT, results, this_run(typed, results["seconds"]))
+
+
+def trained(config: Evaluate, source: saved.Saved) -> judges.Judged:
+    """The classifier, or the probe, that the run trained, for images of the size here."""
+    there, encoder = source.config, config.made()
+    if tuned := there.job == "finetune":
+        past = read(finetune.Finetune, pretrain.saved_keys(there), complete=True)
+        made = finetune.classifier(encoder, there.classes, there.pool)
+    else:
+        past = read(streamed_probe.StreamedProbe, pretrain.saved_keys(there), complete=True)
+        made = past.probe(encoder, there.classes, past.optim.base_lrs(past.batch_size))
+    names, averaged = tuple(there.get("class_names", ())), tuned and past.optim.average > 0
+    return judges.Judged(made, config, sharding.make_mesh(), class_names=names, averaged=averaged)
+
+
+def load(config: Evaluate, source: saved.Saved, made: Objective, mesh) -> tuple[Loaded, str]:
+    """The weights that the splits ask for, trained or averaged, and what is said of them."""
+    stats = source.stats(jax.eval_shape(lambda: made.init(jax.random.key(0), *made.example())), mesh)
+    kinds, reports = {}, []
+    for kind in sorted({e.weights for e in config.evals.values() if e.on}):
+        params, words = weights.taken_over(source, made, config.encoder, mesh, weights.ALL, saved.PARTS[kind])
+        kinds[kind] = {"params": tree.nest(params), **stats}
+        reports.append(f"{kind}: {words}")
+    return Loaded(kinds), "; ".join(reports)

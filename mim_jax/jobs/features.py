@@ -1,0 +1,125 @@
+"""`job=features`: features of every image of a split, written batch by batch."""
+
+import time
+from typing import Literal
+
+import jax
+from etils import epath
+
+from mim_jax import sharding, tree
+from mim_jax.assemble import encoders, inheritance, weights
+from mim_jax.assemble.datasets import FeatureData
+from mim_jax.config import ConfigDict, ConfigError
+from mim_jax.evaluators.split_runner import SplitRunner
+from mim_jax.jobs.feature_files import FILES, Writer, check_room
+from mim_jax.logs import Logger
+from mim_jax.models.encoder import Encoder
+from mim_jax.objectives.objective import Extractor
+from mim_jax.provenance import git_hash, this_run, write_result
+from mim_jax.runs.workdir import RESULT, claimed, finished
+from mim_jax.sections import Count, defaults, nested, read
+
+SAY_EVERY = 30.0  # seconds
+
+
+class Features(encoders.WithEncoder):
+    format: Literal["npy", "parquet"]
+    pool: Literal["mean", "cls", "none"]
+    tap: str
+    batch_size: Count
+    data: FeatureData = nested(FeatureData)
+
+    def check(self):
+        super().check()
+        if self.format == "parquet" and self.pool == "none":
+            raise ConfigError("format=parquet holds one feature per image; write all tokens (pool=none) with format=npy")
+
+
+def extractor(made: Encoder, pool: str, tap: str) -> Extractor:
+    """The encoder, asked for its top or a tap. Raises ConfigError for a pool or a tap that it has not."""
+    if pool != "none":
+        pool = encoders.pooling("pool", pool, made)
+    if tap == "top":
+        return Extractor(made, pool)
+    if not tap.isdigit() or int(tap) >= made.levels:
+        raise ConfigError(f"tap={tap}: of this {type(made).__name__} it must be top, or a number from 0 to {made.levels - 1}")
+    return Extractor(made, pool, int(tap))
+
+
+def run(settings: ConfigDict, workdir: epath.Path) -> dict:
+    """Writes the features of `data.split` -> what result.json says of them; process 0 writes.
+
+    Raises ConfigError and its kin before any compute for what cannot work, and for a workdir that holds other features.
+    """
+    source, typed, mesh = inheritance.source_of(settings, workdir), settings.to_dict(), sharding.make_mesh()
+    completed = inheritance.inherit(settings, source.config)
+    config = read(Features, completed)
+    d, made = config.data, extractor(config.made(), config.pool, config.tap)
+    images = config.opened(d.split)
+    check_writing(config, images, workdir)
+    fits, words = weights.taken_over(source, made, config.encoder, mesh, weights.ENCODER)
+    variables = {"params": tree.nest(fits)}
+    row = jax.eval_shape(made.apply, variables, *made.example()).shape[1:]
+    shape = (images.num_examples, *row)
+    origin = dict(
+        run=str(source.folder), step=int(source.folder.name), pool=made.pool, tap=config.tap,
+        image_size=list(config.image_size), source=d.source, path=d.path, data_dir=d.data_dir, split=d.split,
+    )  # fmt: skip
+    check_room(workdir, config.format, shape)
+    with claimed(workdir, typed, defaults(Features, completed)), Logger(workdir) as logger:
+        already = finished(workdir, origin)
+        logger.say(f"workdir      {workdir}\nweights      {words}")
+        logger.say(f"data         {images.name} '{images.split}': {images.num_examples} images, {images.num_classes} classes")
+        if already:
+            logger.say(f"these features are finished: {workdir / RESULT}")
+            return already
+        writer = None
+        if jax.process_index() == 0:
+            writer = Writer(workdir, images, shape, config.format, {**origin, "git": git_hash()})
+        results = write(config, made, variables, images, mesh, writer, logger)
+        results = {**origin, **results, "shape": list(shape), "dtype": "float32", "files": list(FILES[config.format])}
+        logger.say(f"{results['count']} features {list(row)} at {results['images_per_second']:.1f} images/s: "
+                   f"{workdir / FILES[config.format][-1]}")  # fmt: skip
+        return write_result(workdir / RESULT, results, this_run(typed, results["seconds"]))
+
+
+def check_writing(config: Features, images, workdir: epath.Path):
+    """Raises ConfigError for a format that cannot be written there, or by these processes."""
+    if config.format == "npy" and "://" in str(workdir):
+        raise ConfigError(f"format=npy needs a local --workdir, not '{workdir}'; format=parquet writes there too")
+    if config.format == "parquet" and jax.process_count() > 1 and not images.random_access:
+        raise ConfigError(
+            f"several processes read {images.name} out of order, and parquet needs the order: use format=npy, one process, "
+            "or data prepared as array_record"
+        )
+
+
+def write(config: Features, made: Extractor, variables, images, mesh, writer: Writer | None, logger: Logger) -> dict:
+    """Asks the encoder for every image -> how many, seconds and images per second."""
+    normalise = config.normaliser()
+
+    def fn(variables, batch):
+        features = made.apply(variables, normalise(batch["image"]))
+        return {"features": features, "label": batch["label"], "id": batch["id"]}
+
+    batches = config.batches(images, config.batch_size)
+    began, first, said, done = time.perf_counter(), None, time.perf_counter(), 0
+    for rows in SplitRunner(fn, mesh, *batches).stream(variables):
+        if writer:
+            writer.write(rows["id"], rows["label"], rows["features"])
+        done += len(rows["id"])
+        now = time.perf_counter()
+        first = first or (now, done)  # the first batch compiles
+        if now - said > SAY_EVERY:
+            said = now
+            logger.say(f"{done} of {images.num_examples} images, {rate(began, first, now, done):.1f} images/s")
+    speed = rate(began, first, time.perf_counter(), done)
+    if writer:
+        writer.close()
+    return {"count": done, "seconds": time.perf_counter() - began, "images_per_second": speed}
+
+
+def rate(began: float, first: tuple[float, int], now: float, done: int) -> float:
+    """Images per second after the first batch, which compiles; of the first where there is no other."""
+    start, before = first if done > first[1] else (began, 0)
+    return (done - before) / (now - start)

@@ -1,0 +1,17 @@
+"""`run(config, workdir)`: everything `python -m mim_jax.main` does, callable from tests and notebooks."""
+
+from mim_jax.config import choice
+from mim_jax.jobs import cached_probe, evaluate, features, finetune, pretrain, streamed_probe
+from mim_jax.paths import expanded
+
+JOBS = {"pretrain": pretrain, "linprobe": None, "finetune": finetune, "eval": evaluate, "features": features}
+PROBES = {"cached": cached_probe, "streamed": streamed_probe}
+
+
+def run(config, workdir: str) -> dict:
+    """Runs the experiment and returns its last numbers; the same call again continues an interrupted run.
+
+    Raises ConfigError (and its kin DataError, CheckpointError) before any compute for anything that cannot work.
+    """
+    job = JOBS[choice("job", config.job, JOBS)] or PROBES[choice("features", config.features, PROBES)]
+    return job.run(config, expanded(workdir))

@@ -1,0 +1,122 @@
+"""What every method is: a module of encoder, decoders and loss; hiding is data that it is given."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mim_jax.models import flops
+from mim_jax.models.encoder import Encoder
+
+
+class Output(NamedTuple):
+    """One of what `reconstruct` gives. standardised: whether its targets have no contrast of their own (norm_pix, HOG); None
+    for hits. To be drawn by cells it has a title, `cell` pixels of a side, and histograms of `bins`, or 0 of pixels."""
+
+    name: str
+    standardised: bool | None = False
+    title: str = ""
+    cell: int = 0
+    bins: int = 0
+
+
+class Objective(nn.Module):
+    """The contract. `params["encoder"]` is what transfers; images are float32 [b h w c], already normalised."""
+
+    encoder: Encoder
+
+    hides: ClassVar[bool] = True  # whether there is a share of hidden places, `mask_ratio`
+    needs_tokenizer: ClassVar[bool] = False  # whether the weights of a trained tokenizer are part of it
+    frozen: ClassVar[tuple[str, ...]] = ()  # patterns of parameters outside the optimiser
+    lr_scales: ClassVar[Callable | None] = None  # path -> what the learning rate of this parameter is multiplied by
+    outputs = ()  # an Output for each that `reconstruct` gives
+
+    def warnings(self) -> list[str]:
+        """What a user should know of settings that work but may not be meant."""
+        return []
+
+    def masks(self, key, batch_size: int) -> Any:
+        """What to hide: arrays of static shape, first axis b, drawn on the device; no parameters."""
+        raise NotImplementedError
+
+    def example(self, batch_size: int = 2) -> tuple:
+        """-> images and masks of the right shapes, to make parameters from."""
+        return self.blank(batch_size), self.masks(jax.random.key(0), batch_size)
+
+    def blank(self, batch_size: int):
+        """-> zeros [b h w c]."""
+        return jnp.zeros((batch_size, *self.encoder.image_size, self.encoder.channels))
+
+    def with_mask_ratio(self, ratio: float) -> "Objective":
+        """The same with another share of hidden places; of a method that hides nothing, itself."""
+        return self.clone(mask_ratio=ratio) if self.hides else self
+
+    @property
+    def window_side(self) -> int:
+        """Pixels of a side of the windows that a method looks at, whose masks have `corners`; 0: it looks at whole images."""
+        return 0
+
+    def __call__(self, images, masks, train: bool = False):
+        """-> loss [], metrics {name: []}."""
+        raise NotImplementedError
+
+    def targets(self, images):
+        """[b h w c] -> what is to be predicted, or None where it is not made apart from the loss: asked for by benchmark."""
+        return None
+
+    def reconstruct(self, images, masks, fill):
+        """-> {output: (prediction, target, baseline [b n t], weight [b n])}, for evaluation: what is predicted, what it
+        should be, what it would be of images that `fill(images, hidden pixels [b h w])` completes, where it counts."""
+        raise NotImplementedError
+
+    def pictures(self, images, masks):
+        """-> {name: [b h w c]} of normalised pixels, for the figures of methods whose outputs have no cells (figures/)."""
+        raise NotImplementedError
+
+    def features(self, images, pool: str = "mean"):
+        """[b h w c] -> [b d]: nothing hidden, nothing random; the whole image, final norm, then the mean of its tokens or
+        the cls token. For kNN, probes and fine-tuning."""
+        return self.encoder.pool(self.encoder(images), pool)
+
+    def flops(self) -> int:
+        """Forward FLOPs per image of the matrix products, by formula (models/flops.py)."""
+        raise NotImplementedError
+
+    def training_flops(self) -> int:
+        """FLOPs per image of a training step: forward and backward."""
+        return flops.training(self.flops())
+
+
+class Labelled(Objective):
+    """What is trained on labels: in place of masks come classes [b], or soft targets [b classes]. It has heads."""
+
+    hides = False
+
+    def example(self, batch_size: int = 2) -> tuple:
+        return self.blank(batch_size), jnp.zeros((batch_size,), jnp.int32)
+
+    def logits(self, images, train: bool = False) -> dict:
+        """[b h w c] -> {name of a head: [b classes]}; the name of the only one is ""."""
+        raise NotImplementedError
+
+    def flops(self) -> int:
+        return self.encoder.flops()
+
+
+class Extractor(Objective):
+    """An encoder that is only asked for features: pool "mean", "cls" or "none", of the top (after the final norm) or of a
+    tap."""
+
+    pool: str = "mean"
+    tap: int | None = None
+
+    def example(self, batch_size: int = 2):
+        return (self.blank(batch_size),)
+
+    def __call__(self, images):
+        """[b h w c] -> float32 [b d], or [b t d] of all tokens: cls first where there is one, then row by row."""
+        e = self.encoder
+        tokens = e(images) if self.tap is None else e.in_rows(e.encode_tapped(images, (self.tap,))[1][0])
+        return tokens.astype(jnp.float32) if self.pool == "none" else e.pool(tokens, self.pool)
