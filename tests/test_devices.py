@@ -161,7 +161,7 @@ def methods_scenario():
         if name == "finetune":  # erased, mixed in groups that span devices, drop path; what it takes from a run
             run = load("configs/lomar_vitb.py:toy")
             config.update(dict(encoder=run.encoder, image_size=run.image_size, channels=1, erasing=1.0, batch_size=8))
-            config.data.update(dict(normalise="dataset", mean=(0.5,), std=(0.25,)))
+            config.data.update(dict(normalise="dataset", mean=(0.5,), std=(0.25,), resize_ratio=0.875))
             config.mixing.group = 4
             config.encoder.drop_path = 0.5
         return config

@@ -113,7 +113,7 @@ def test_a_fine_tuned_release_is_evaluated_as_it_is(case, tmp_path):
     settings.init_from = str(tmp_path / "run")
     source = saved.open(settings.init_from)
     config = read(evaluate.Evaluate, inherit(settings, source.config))
-    made = evaluate.trained_objective(config, source)
+    made = evaluate.trained(config, source).objective
     loaded, report = evaluate.load(config, source, made, sharding.make_mesh())
     assert "missing" not in report and "unexpected" not in report and config.data.source == "imagenet2012"
     pixels = config.data.normaliser(config.channels)(np.full((1, 1, 1, 3), 255, np.uint8))

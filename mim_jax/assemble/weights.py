@@ -53,7 +53,8 @@ def taken_over(
     old = encoder(there.encoder, there.image_size, there.channels, complete=True)
     loaded, resized = fit_tables(loaded, old, made.encoder)
     own, other = there.encoder.to_dict(), section.to_dict()
-    absent = {f.name: f.default for f in dataclasses.fields(made.encoder) if (f.name in own) != (f.name in other)}
+    fields = dataclasses.fields(made.encoder) if own["kind"] == other["kind"] else ()
+    absent = {f.name: f.default for f in fields if (f.name in own) != (f.name in other)}
     changed = differences(absent | own, absent | other)
     changed = [line for line in changed if line.split(":")[0] not in FREE]
     differs = f"its encoder is another one (there -> here): {'; '.join(changed)}" if changed else ""
