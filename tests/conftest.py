@@ -23,14 +23,34 @@ import pytest  # noqa: E402
 GOLDEN = REPO / "tests" / "golden"
 
 
+MOST_RESIDENT = 2 * 2**30  # bytes
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_one_file():
     """Compiled programs are dropped after every file: kept, they came to 5.6 GB. Their next use reads them from the disk."""
     yield
+    drop_programs()
+
+
+@pytest.fixture(autouse=True)
+def programs_of_a_long_file():
+    """And within a file once they are many: one file alone came to 3.2 GB."""
+    yield
+    if sys.platform == "linux" and resident() > MOST_RESIDENT:
+        drop_programs()
+
+
+def drop_programs():
     jax.clear_caches()
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, or the next file's comes on top
+
+
+def resident() -> int:
+    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(scope="session")
