@@ -55,6 +55,18 @@ def test_a_dead_writer_is_taken_over(changes, tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
+def test_a_dead_writer_is_taken_over_by_one_of_two(tmp_path, monkeypatch):
+    """Both saw the dead one; the file of the faster is there when the slower removes what it saw."""
+    left_behind(tmp_path)
+    path = epath.Path(tmp_path) / lock.NAME
+    seen, faster = lock.owner(path), {"id": "faster", "pid": os.getpid(), "began": lock.began(os.getpid())}
+    path.write_text(json.dumps(faster | {"place": lock.place()}))
+    look = lambda at, first=[seen]: first.pop() if first else json.loads(at.read_text())
+    monkeypatch.setattr(lock, "owner", look)
+    lock.take_over(epath.Path(tmp_path), path)
+    assert os.listdir(tmp_path) == [lock.NAME] and json.loads(path.read_text())["id"] == "faster"
+
+
 def test_a_writer_elsewhere_that_gives_a_sign_of_life_is_not(tmp_path):
     left_behind(tmp_path, place="elsewhere", beat=0)
     threading.Timer(0.5, lambda: left_behind(tmp_path, place="elsewhere", beat=1)).start()

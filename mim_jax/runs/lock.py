@@ -102,6 +102,8 @@ def take_over(workdir: epath.Path, path: epath.Path):
     aside = path.with_name(f"{NAME}.{uuid.uuid4().hex}")
     with contextlib.suppress(OSError):  # somebody else was faster: who it is, the next look tells
         path.rename(aside)
+        if owner(aside) != there:  # so much faster that this is already theirs, and not the file that was looked at
+            aside.rename(path)
         aside.unlink(missing_ok=True)
 
 
