@@ -49,7 +49,7 @@ quickstart: env
 	$(PY) -m mim_jax.main --config=configs/linprobe.py --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/probe"
 	$(PY) -m experiments.summarise "$(RUN)"
 
-# What stands beside the quickstart's LoMaR in the README's table, at the same number of images: LocalMIM, both with
+# What stands beside the quickstart's LoMaR in the table of results/README.md, at the same number of images: LocalMIM, both with
 # stages decoupled, and LocalMIM from the top alone.
 VARIANTS = lomar_decoupled localmim localmim_decoupled localmim_top
 SPEC_lomar_decoupled = configs/lomar_sample.py:taps=1,decouple

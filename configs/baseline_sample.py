@@ -12,7 +12,7 @@ Data, width and depth of the encoder, optimiser and length are those of lomar_sa
 was tuned for any of these methods. What a method adds is its full-size config's, scaled to 8 x 8 patches of 4 px: hidden
 squares of 2 x 2 patches (SimMIM), blocks of at least 5 patches (15 or 16 of 196; MaskFeat, BEiT), HOG cells of half a patch,
 units of 2 x 2 tokens on two stages (GreenMIM), LoMaR's windows of the sample (BEiT with windows). Measured results:
-results/ and the README.
+results/README.md.
 """
 
 from mim_jax.config import ConfigDict, arguments, choice

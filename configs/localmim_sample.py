@@ -12,8 +12,8 @@ Arguments
     decouple  no gradient passes a tap from above
     toy       two steps of a smaller model
 
-Data, optimiser and length are those of lomar_sample.py, where their source is told. Measured results: results/ and the
-README.
+Data, optimiser and length are those of lomar_sample.py, where their source is told. Measured results:
+results/README.md.
 """
 
 from mim_jax.config import ConfigDict, ConfigError, arguments, choice, numbers

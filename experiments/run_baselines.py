@@ -1,4 +1,4 @@
-"""`python -m experiments.run_baselines [--seed=0] [--methods=mae,beit]`: the README's table of methods on the embedded sample.
+"""`python -m experiments.run_baselines [--seed=0] [--methods=mae,beit]`: every method on the embedded sample.
 
 Three parts, each skipped where its file in results/ is there: how fast every method's step is, all in turn in one run
 (baseline_speed_cpu.json); a run of every method on the same number of images (baseline_images_*.json); and one with as many

@@ -1,5 +1,9 @@
 """Parts of a run, from a config as tests write it: keys that a test leaves out take their defaults."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from mim_jax import sharding
 from mim_jax.assemble import encoders, inheritance, methods, weights
 from mim_jax.assemble.datasets import synthetic_batch
@@ -12,6 +16,7 @@ from mim_jax.jobs.streamed_probe import StreamedProbe
 from mim_jax.runs import saved
 from mim_jax.runs.saved import modernised
 from mim_jax.sections import read
+from mim_jax.tree import flatten, nest
 
 JOBS = {"pretrain": Pretrain, "finetune": Finetune, "linprobe": StreamedProbe}
 
@@ -79,3 +84,10 @@ def completed(config):
     """The config of a fine-tuning as the run at `init_from` completes it."""
     merged = inheritance.inherit(config, saved.open(config.init_from).config)
     return finetune.adapt(merged) if config.job == "finetune" else merged
+
+
+def random_parameters(made, images, masks):
+    """Every parameter random: tables, tokens and biases start at or near zero, and zeros hide leaks."""
+    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), images, masks))["params"]
+    rng = np.random.default_rng(0)
+    return nest({path: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype) for path, s in flatten(shapes).items()})

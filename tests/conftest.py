@@ -12,8 +12,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Unoptimised machine code: compiling is most of the time of the tests, and takes half as long so. tests/parity.py and all
-# recorded runs use XLA as users do.
+# Unoptimised machine code: compiling is most of the time of the tests, and takes half as long so. `python
+# tests/parity.py` and the runs behind results/ use XLA as users do; tests/records was made with these flags.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import jax  # noqa: E402

@@ -14,7 +14,6 @@ from mim_jax.masking.windows import WindowMask
 from mim_jax.models.vit import ViT
 from mim_jax.objectives.lomar import LoMaR
 from mim_jax.tokens import patchify, unpatchify
-from mim_jax.tree import flatten, nest
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 GRID, PATCH, BATCH = (5, 6), 4, 2
@@ -44,13 +43,6 @@ def pictures(seed=0):
     return jax.random.normal(jax.random.key(seed), (BATCH, GRID[0] * PATCH, GRID[1] * PATCH, 3))
 
 
-def parameters(made, images, masks):
-    """Every parameter random: tables and biases start at zero, and zeros hide leaks."""
-    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), images, masks))["params"]
-    rng = np.random.default_rng(0)
-    return nest({path: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype) for path, s in flatten(shapes).items()})
-
-
 def places(masks, window=3):
     """-> three bool [b rows columns]: hidden in some window, visible in some window, in no window."""
     hidden, visible = np.zeros((2, BATCH, *GRID), bool)
@@ -74,7 +66,7 @@ def case(request):
     made = objective(*request.param)
     images = pictures()
     masks = made.masks(jax.random.key(1), BATCH)
-    params = parameters(made, images, masks)
+    params = built.random_parameters(made, images, masks)
     predict = jax.jit(lambda x, m: made.apply({"params": params}, x, m, method="predict").reshape(*m.hidden.shape, -1))
     return made, params, images, masks, predict
 
@@ -143,7 +135,7 @@ def test_cutting_before_the_embedding_is_cutting_after_it(position, arch):
     """The same windows, once among few (cut first) and once among many (embed first)."""
     few, many = (objective(position, arch, True, "paper", views) for views in (2, 5))
     images, masks = pictures(), many.masks(jax.random.key(2), BATCH)
-    params = parameters(many, images, masks)
+    params = built.random_parameters(many, images, masks)
     assert 2 * 9 <= GRID[0] * GRID[1] < 5 * 9
     part = WindowMask(masks.corners[:, :2], masks.hidden[:, :2])
 
@@ -183,7 +175,7 @@ def walk(jaxpr):
 def test_features_hide_nothing():
     made = objective("rpe", "simple", True, "paper", 2)
     images = pictures()
-    params = parameters(made, images, made.masks(jax.random.key(1), BATCH))
+    params = built.random_parameters(made, images, made.masks(jax.random.key(1), BATCH))
     features = jax.jit(lambda x, how: made.apply({"params": params}, x, how, method="features"), static_argnums=1)
     for how in ("mean", "cls"):
         want = np.asarray(features(images, how))

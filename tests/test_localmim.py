@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 
+import built
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from mim_jax.models.vit import ViT
 from mim_jax.objectives.localmim import LocalMIM
 from mim_jax.targets.hog import hog
 from mim_jax.tokens import patchify, unpatchify
-from mim_jax.tree import flatten, nest
+from mim_jax.tree import flatten
 
 BATCH = 2
 TAPS = (0, 1, 2)  # of three blocks or stages
@@ -45,13 +46,6 @@ def pictures(made, seed=0, batch=BATCH):
     return jax.random.normal(jax.random.key(seed), (batch, h, w, e.channels))
 
 
-def parameters(made, images, masks):
-    """Every parameter random: tokens and bias tables start near zero, and zeros hide leaks."""
-    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), images, masks))["params"]
-    rng = np.random.default_rng(0)
-    return nest({path: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype) for path, s in flatten(shapes).items()})
-
-
 def with_units(made, images, where, value):
     """The images with the units at `where` [b n] replaced."""
     units = np.array(patchify(images, made.encoder.unit))
@@ -68,7 +62,7 @@ class Case:
         self.images = pictures(self.made)
         self.masks = self.made.masks(jax.random.key(1), BATCH)
         assert (self.masks.hidden[0] != self.masks.hidden[1]).any()
-        self.params = parameters(self.made, self.images, self.masks)
+        self.params = built.random_parameters(self.made, self.images, self.masks)
 
     def apply(self, *inputs, method=None):
         """Compiled for these inputs."""

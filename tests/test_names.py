@@ -1,4 +1,4 @@
-"""Released names and layouts of LocalMIM and Swin (those of LoMaR and the ViT classifiers: test_pure.py)."""
+"""Released names and layouts: there and back, and for a parameter of every kind what it is called here."""
 
 import numpy as np
 import pytest
@@ -16,6 +16,11 @@ CASES = [
     ("swin_classifier_tiny", names.SWIN_CLASSIFIER_RULES, 4),
     ("simmim_vit_tiny", names.SIMMIM_VIT_RULES, 16),
     ("simmim_swin_tiny", names.SIMMIM_SWIN_RULES, 2),
+]
+LOMAR_AND_CLASSIFIERS = [
+    ("lomar_tiny", names.LOMAR_RULES, 8),
+    ("lomar_vit_classifier_tiny_gap", names.CLASSIFIER_RULES, 8),
+    ("vit_abs_classifier_tiny_gap", names.CLASSIFIER_RULES, 8),
 ]
 OURS = {  # a parameter of every kind: released name, our path, our shape
     "localmim_vit_tiny_hog9": {
@@ -82,7 +87,7 @@ def released(golden, case) -> dict:
     return {key.removeprefix("param/"): x for key, x in golden(case).items() if key.startswith("param/")}
 
 
-@pytest.mark.parametrize("case, rules, patch", CASES)
+@pytest.mark.parametrize("case, rules, patch", CASES + LOMAR_AND_CLASSIFIERS)
 def test_released_parameters_survive_the_round_trip(case, rules, patch, golden):
     state = released(golden, case)
     ours = tree.flatten(from_released(state, rules))

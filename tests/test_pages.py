@@ -93,6 +93,6 @@ def test_commands_are_found():
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_keys_named_in_the_text_are_there(page):
     known = {key for path in (REPO / "configs").glob("*.py") for key in flatten(load(str(path)))}
-    text = re.sub(r"```.*?```|^    .*?$", "", page.read_text(), flags=re.S | re.M)  # commands are tested above
+    text = re.sub(r"```.*?```|^    .*?$", "", page.read_text(), flags=re.S | re.M)  # of bash blocks tested above
     for key in re.findall(r"--config\.([a-z_.]+)=", text):
         assert key in known, f"{name_of(page)}: --config.{key}"

@@ -497,31 +497,6 @@ print(found + [fingerprints({"x": x})])
 
 # converters
 
-CONVERTED = [
-    ("lomar_tiny", names.LOMAR_RULES, 8),
-    ("lomar_vit_classifier_tiny_gap", names.CLASSIFIER_RULES, 8),
-    ("vit_abs_classifier_tiny_gap", names.CLASSIFIER_RULES, 8),
-]
-
-
-@pytest.mark.parametrize("case, rules, patch", CONVERTED)
-def test_released_parameters_survive_the_round_trip(case, rules, patch, golden):
-    state = {k.removeprefix("param/"): v for k, v in golden(case).items() if k.startswith("param/")}
-    ours = tree.flatten(from_released(state, rules))
-    seen = set()
-    for released, array in state.items():
-        named = names.our_name(released, rules)
-        if named is None:
-            assert released == "pos_embed"  # a fixed table
-            continue
-        path, layout = named
-        assert path not in seen, f"two released parameters are called {path}"
-        seen.add(path)
-        back = layouts.to_released(ours[path], layout, patch)
-        assert back.dtype == array.dtype
-        np.testing.assert_array_equal(back, array, err_msg=released)
-    assert seen == set(ours)
-
 
 def test_layouts_are_what_they_say():
     conv = RNG.normal(size=(5, 3, 2, 2)).astype(np.float32)  # out, channel, row, column
