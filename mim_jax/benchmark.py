@@ -19,7 +19,7 @@ from mim_jax.provenance import this_run, write_result
 
 CONFIG = flags.DEFINE_multi_string("config", None, "configs/NAME.py[:arguments]; may be given several times", required=True)
 BATCH = flags.DEFINE_integer("batch_size", 8, "images per step")
-STEPS = flags.DEFINE_integer("steps", 10, "measured steps of each config")
+STEPS = flags.DEFINE_integer("steps", 10, "measured steps of each config", lower_bound=1)
 DTYPE = flags.DEFINE_string("compute_dtype", "auto", "auto, float32 or bfloat16")
 REMAT = flags.DEFINE_bool("remat", False, "recompute blocks in the backward pass")
 COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "run nothing: report what the compiled steps tell (jobs/step_costs.py)")

@@ -31,9 +31,10 @@ def typed_spec(argv) -> str:
 
 def unknown_key(spec: str, argv) -> str:
     """Of the first typed `--config.KEY` that the config lacks: what is there instead. Empty when all are there."""
+    config = load(spec)
     for arg in argv[1:]:
         name = arg.lstrip("-").partition("=")[0]
-        node, path = load(spec), name.split(".")[1:]
+        node, path = config, name.split(".")[1:]
         for i, key in enumerate(path if name.startswith("config.") else ()):
             keys = sorted(node.keys()) if isinstance(node, ConfigDict) else []
             if key not in keys:

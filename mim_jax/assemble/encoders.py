@@ -17,11 +17,6 @@ from mim_jax.targets.pixels import Normaliser
 from mim_jax.tokens import grid_size
 
 ENCODERS = {"vit": ViT, "swin": Swin, "tokenizer": Tokenizer}
-# (key, type, least value), of a number or of one for each stage of a Swin.
-SEVERAL = int | tuple[int, ...]
-LEAST = (("patch", int, 1), ("width", int, 1), ("depth", int, 0), ("depths", tuple[int, ...], 0), ("heads", SEVERAL, 1),
-         ("window", int, 1), ("layer_scale", float, 0), ("drop_path", float, 0), ("mlp_ratio", float, 1e-6),
-         ("norm_eps", float, 0))  # fmt: skip
 
 
 def encoder_class(config) -> type[Encoder]:
@@ -55,6 +50,13 @@ class WithEncoder(Section):
         """-> Source. Raises DataError for a data set that is not there, before anything is compiled."""
         return self.data.opened(split, self.channels)
 
+    def labelled(self, split: str):
+        """-> Source. Raises ConfigError (DataError) for one without labels."""
+        source = self.opened(split)
+        if not source.num_classes:
+            raise ConfigError(f"job={self.job} needs labels, which {source.name} '{split}' at '{self.data.path}' has not")
+        return source
+
     def batches(self, source, batch_size: int, limit: int = 0):
         """-> (batches(), number of examples): padded batches over a split, each example once."""
         return split_batches(source, self.image_size, self.data.resize_ratio, batch_size, limit)
@@ -71,13 +73,7 @@ def encoder(section, image_size, channels: int, compute_dtype="float32", remat=F
     """
     kind = encoder_class({"encoder": section})
     keys = {key: section[key] for key in section if key != "kind"}
-    for key, type_, least in LEAST:
-        value = fit(keys[key], type_, f"encoder.{key}") if key in keys else least
-        if min(value if isinstance(value, tuple) else (value,), default=-1) < least:
-            raise ConfigError(f"encoder.{key}={value} must be {least} or more")
-    if keys.get("drop_path", 0) >= 1:
-        raise ConfigError(f"encoder.drop_path={keys['drop_path']} is not a probability below 1")
-    grid = grid_size(image_size, keys.get("patch", 1))
+    grid = grid_size(image_size, fit(keys.get("patch", 1), Count, "encoder.patch"))
     given = dict(grid=grid, channels=channels, remat=remat, dtype=dtype(compute_dtype))
     return build(kind, keys, "encoder.", complete, kind.KEYS, **given)
 

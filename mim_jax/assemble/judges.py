@@ -81,25 +81,34 @@ class Evaluation(Section):
         return source
 
 
-class Knn(Evaluation):
+class Neighbours(Evaluation):
+    """Features of `test_split` are judged by those of `train_split`."""
+
     train_split: str
     test_split: str
+
+    def both(self, judged: Judged):
+        """-> the labelled sources. Raises ConfigError where they are one."""
+        if self.train_split == self.test_split:
+            raise ConfigError(f"train_split and test_split are both '{self.test_split}': judged on what it learned from")
+        return (self.opened(judged, key, labels=True) for key in ("train_split", "test_split"))
+
+
+class Knn(Neighbours):
     train_examples: Natural
     pool: str
     k: Count
     temperature: Positive
 
     def made(self, judged: Judged):
-        bank, queries = self.opened(judged, "train_split", labels=True), self.opened(judged, "test_split")
+        bank, queries = self.both(judged)
         pool = pooling("pool", self.pool, judged.objective.encoder)
         found = judged.features(bank, pool, self.batch_size, self.train_examples)
         asked = judged.features(queries, pool, self.batch_size)
         return functools.partial(knn.judge, found, asked, bank.num_classes, self.k, self.temperature)
 
 
-class Fewshot(Evaluation):
-    train_split: str
-    test_split: str
+class Fewshot(Neighbours):
     shots: tuple[int, ...]
     draws: Count
     l2: Positive
@@ -109,9 +118,7 @@ class Fewshot(Evaluation):
         self.require(min(self.shots, default=0) >= 1, "shots", "must be numbers of 1 or more")
 
     def made(self, judged: Judged):
-        bank, queries = (self.opened(judged, key, labels=True) for key in ("train_split", "test_split"))
-        if self.train_split == self.test_split:
-            raise ConfigError(f"train_split and test_split are both '{self.test_split}': judged on what it learned from")
+        bank, queries = self.both(judged)
         pool = pooling("pool", self.pool, judged.objective.encoder)
         runners = (judged.features(source, pool, self.batch_size) for source in (bank, queries))
         options = dict(draws=self.draws, l2=self.l2, seed=judged.seed)
@@ -139,7 +146,8 @@ class Reconstruct(Evaluation):
                 return {}  # pictures of a run on several hosts come from visualise
             if not sample:
                 batches, _ = judged.config.batches(source, self.batch_size, self.examples)
-                sample.append(next(iter(batches()))["image"][: self.pictures])
+                batch = next(iter(batches()))
+                sample.append(batch["image"][batch["valid"]][: self.pictures])  # without the padding
             return {"reconstruct/pictures": shown(state.variables(), sample[0], key)}
 
         runner = judged.runner(fn, source, self.batch_size, self.examples)

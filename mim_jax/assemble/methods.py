@@ -72,7 +72,7 @@ def objective(config, complete: bool = False) -> Objective:
 
     Raises ConfigError for settings the method cannot have, before any compute.
     """
-    kind = METHODS[choice("method", config.method, METHODS)]
+    kind = METHODS[config.method]
     known = {field.name for field in dataclasses.fields(kind)}
     parts = {"encoder": config.made(complete), "dtype": dtype(config.compute_dtype)}
     if ("tokenizer" in known) != (config.tokenizer is not None):

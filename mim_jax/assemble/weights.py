@@ -113,7 +113,7 @@ def tokenizer_weights(config, made: Objective, mesh) -> tuple[dict, str]:
             "encoder of DALL-E's dVAE: --config.tokenizer.weights=encoder.pkl"
         )
     if config.tokenizer.kind == "dalle":
-        loaded = {f"tokenizer/{path}": x for path, x in tree.flatten(dalle_params(weights)).items()}
+        loaded = dalle_tokenizer(weights)
     else:
         run = saved.open(weights)
         check_tokenizer(config, run)
@@ -122,6 +122,11 @@ def tokenizer_weights(config, made: Objective, mesh) -> tuple[dict, str]:
     wanted = {path: shape for path, shape in shapes(made).items() if path.startswith("tokenizer/")}
     fits, report = saved.match_params(wanted, loaded)
     return fits, f"tokenizer of {weights}: {report}"
+
+
+def dalle_tokenizer(file: str) -> dict:
+    """{path: array} of BEiT's tokenizer, from the released file of DALL-E's encoder."""
+    return {f"tokenizer/{path}": x for path, x in tree.flatten(dalle_params(file)).items()}
 
 
 def check_tokenizer(config, run: saved.Saved):

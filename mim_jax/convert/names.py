@@ -105,7 +105,7 @@ def localmim_vit_rules(scales, last_is_top: bool = True) -> tuple:
     """LocalMIM on a ViT whose decoder J predicts at `scales[J]`; `last_is_top`: the last tap is after the last block."""
     rules = VIT_BODY + tap_norms("^", len(scales), last_is_top) + LOCAL_DECODERS
     for tap, scale in enumerate(scales):
-        for index, ours in RESCALING[scale]:
+        for index, ours in RESCALING.get(scale, ()):  # others have no released counterpart
             names = rf"^decoder\.{tap}\.pred\.{index}", f"decoder_{tap}/{ours}"
             rules += norm(*names) if "norm" in ours else linear(*names, "deconv" if "up" in ours else "conv1")
     return rules

@@ -6,6 +6,7 @@ import re
 import numpy as np
 
 from mim_jax.models.posembed import sincos_table
+from mim_jax.models.relative_bias import offsets
 from mim_jax.models.window_attention import WindowLayout
 from mim_jax.tokens import grid_size
 
@@ -37,7 +38,7 @@ def offset_index(window, cls: bool) -> np.ndarray:
     offset = place[:, None] - place[None] + [r - 1, c - 1]
     index = offset[..., 0] * (2 * c - 1) + offset[..., 1]
     if cls:
-        count = (2 * r - 1) * (2 * c - 1)
+        count = offsets(window)
         index = np.pad(index, ((1, 0), (1, 0)))
         index[0], index[:, 0], index[0, 0] = count, count + 1, count + 2
     return index

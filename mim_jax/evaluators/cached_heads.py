@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from mim_jax import prng
-from mim_jax.evaluators.split_runner import balanced_accuracy
+from mim_jax.evaluators.split_runner import accuracies
 from mim_jax.models.heads import ProbeHead
 from mim_jax.train.optimizer import lars
 from mim_jax.train.schedule import scaled_lr, warmup_cosine
@@ -94,7 +94,7 @@ def probe(train, validation, test, settings: ProbeSettings) -> dict[str, float]:
     found = {}
     for name, split in (("validation", validation), ("train", train), ("test", test)):
         guesses = predict(heads, split["features"], settings)
-        found[name] = [(float((g == split["label"]).mean()), balanced_accuracy(g, split["label"])) for g in guesses]
+        found[name] = [accuracies(g, split["label"]) for g in guesses]
     best = int(np.argmax([accuracy for accuracy, _ in found["validation"]]))
     result = {"base_lr": settings.base_lrs[best]}
     for name, scores in found.items():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mim_jax.evaluators.split_runner import SplitRunner, balanced_accuracy
+from mim_jax.evaluators.split_runner import SplitRunner, accuracies
 
 CHUNK = 512
 
@@ -39,5 +39,4 @@ def judge(bank: SplitRunner, queries: SplitRunner, classes: int, k: int, tempera
     variables = state.variables()
     bank, queries = bank(variables), queries(variables)
     predicted = knn_predict(bank["features"], bank["label"], queries["features"], classes, k, temperature)
-    accuracy = float((predicted == queries["label"]).mean())
-    return {"knn/accuracy": accuracy, "knn/balanced": balanced_accuracy(predicted, queries["label"])}, {}
+    return dict(zip(("knn/accuracy", "knn/balanced"), accuracies(predicted, queries["label"]))), {}

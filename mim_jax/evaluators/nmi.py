@@ -50,7 +50,7 @@ def layer_weights(sown: dict) -> dict:
 
 def layer_nmi(made, variables, images) -> dict:
     """Normalised images [b h w c], nothing hidden -> {layer: [b]}: the mean over heads (and windows) of each image."""
-    _, sown = made.apply(variables, images, "mean", method="features", mutable=["intermediates"])
+    _, sown = made.apply(variables, images, method=lambda m, x: m.encoder(x), mutable=["intermediates"])
     layers = layer_weights(sown.get("intermediates", {}))
     return {name: attention_nmi(x, made.encoder.has_cls).reshape(images.shape[0], -1).mean(-1) for name, x in layers.items()}
 

@@ -39,6 +39,11 @@ class SplitRunner:
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
+def accuracies(predicted, labels) -> tuple[float, float]:
+    """-> the share that is right, and its mean over classes."""
+    return float((predicted == labels).mean()), balanced_accuracy(predicted, labels)
+
+
 def balanced_accuracy(predicted, labels) -> float:
     """The mean over classes of the share of each class that is right."""
     return float(np.mean([(predicted[labels == c] == c).mean() for c in np.unique(labels)]))

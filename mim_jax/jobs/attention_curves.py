@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from mim_jax import sharding
+from mim_jax.assemble.inheritance import PLACE
 from mim_jax.config import ConfigError
 from mim_jax.evaluators.nmi import layer_means, nmi_runner
 from mim_jax.figures.curves import draw_curves
@@ -45,7 +46,7 @@ def subjects(workdirs, place=("", "", "")) -> list[Subject]:
             raise ConfigError(f"the checkpoint {run.folder} is given twice; --workdir takes each once")
         words = "attention is compared between runs of which each is"
         found.append(Subject(workdir, run, *pretrain.reopened(run, words, place)))
-    parts = [subject.run.folder.parent.parent.parts for subject in found]
+    parts = [subject.run.workdir.parts for subject in found]
     enough = (n for n in range(1, 1 + max(map(len, parts))) if len({p[-n:] for p in parts}) == len(set(parts)))
     shown = next(enough)
     return [dataclasses.replace(s, name=f"{s.config.method}: {'/'.join(p[-shown:])}") for s, p in zip(found, parts)]
@@ -55,8 +56,7 @@ def measure(subject: Subject, split: str, examples: int, batch_size: int, seen: 
     """-> the curve of the run, and that of its encoder at the start unless `seen` has this encoder and these pictures."""
     config, made, run, mesh = subject.config, subject.objective, subject.run, sharding.make_mesh()
     data, normalise = config.data, config.normaliser()
-    random = jax.jit(lambda: init_variables(made, made.example(), config.seed))()
-    trained = random | run.variables(made, mesh)
+    trained = run.variables(made, mesh)
     split = split or data.picture_split
     source = config.opened(split)
     batches = config.batches(source, batch_size, examples)
@@ -77,6 +77,7 @@ def measure(subject: Subject, split: str, examples: int, batch_size: int, seen: 
     key = repr((made.encoder.kind, shape, pictures))
     if key not in seen:
         seen.add(key)
+        random = jax.jit(lambda: init_variables(made, made.example(), config.seed))()
         curves.append(curve(random, label=f"{subject.name}, random", random=True, step=0, trained_by=""))
     return curves
 
@@ -99,10 +100,10 @@ def compare(workdirs, out: str = "", split: str = "", examples: int = 256, batch
         drawn[0]["label"] = "random encoder"
     curves = [curve for curve in curves if not curve["random"]] + drawn
     print(table(curves), flush=True)
-    png = expanded(out) if out else found[0].run.folder.parent.parent / "figures" / "attention_nmi.png"
+    png = expanded(out) if out else found[0].run.workdir / "figures" / "attention_nmi.png"
     png.parent.mkdir(parents=True, exist_ok=True)
     numbers = png.with_suffix(".json")
-    asked = dict(zip(("source", "path", "data_dir"), place), split=split, examples=examples, batch_size=batch_size)
+    asked = dict(zip(PLACE, place), split=split, examples=examples, batch_size=batch_size)
     asked["workdirs"] = [str(workdir) for workdir in workdirs]
     write_result(numbers, {"curves": curves}, this_run(asked, time.perf_counter() - began))
     with png.open("wb") as file:

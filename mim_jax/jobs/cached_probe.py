@@ -11,7 +11,7 @@ from mim_jax import sharding, tree
 from mim_jax.assemble import datasets, inheritance, weights
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.evaluators import cached_heads, fewshot, knn
-from mim_jax.evaluators.split_runner import SplitRunner, balanced_accuracy
+from mim_jax.evaluators.split_runner import SplitRunner, accuracies
 from mim_jax.jobs.streamed_probe import TAKEN, Heads
 from mim_jax.logs import Logger
 from mim_jax.objectives.probe import Probe
@@ -84,15 +84,14 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
             results |= judge(who, make(), made.top)
         results.update(seconds=time.perf_counter() - began, chance=1 / classes, test_examples=sources["test"].num_examples)
         logger.scalars(0, results)
+        results |= {"run": str(source.folder), "step": source.step}
         return write_result(workdir / RESULT, results, this_run(typed, results["seconds"]))
 
 
 def open_splits(config: CachedProbe) -> dict:
     """{"train", "test" and perhaps "validation": Source}. Raises ConfigError for splits without labels, or that are one."""
     named = {name: getattr(config.data, f"{name}_split") for name in SPLITS}
-    sources = {name: config.opened(split) for name, split in named.items() if split}
-    if not sources["train"].num_classes:
-        raise ConfigError(f"a linear probe needs labels, which the data '{config.data.source}' has not")
+    sources = {name: config.labelled(split) for name, split in named.items() if split}
     if len({source.split for source in sources.values()}) < len(sources):
         raise ConfigError(f"the splits {named} must differ: a probe is not judged on what it learned or was chosen by")
     return sources
@@ -158,11 +157,10 @@ class Judge:
         """kNN and few-shot accuracies of features."""
         p, seed = self.settings, self.seed
         guess = knn.knn_predict(bank["features"], bank["label"], queries["features"], self.classes, p.k, p.temperature)
-        right = float(np.mean(guess == queries["label"]))
-        found = {"knn": right, "knn_balanced": balanced_accuracy(guess, queries["label"])}
+        found = dict(zip(("knn", "knn_balanced"), accuracies(guess, queries["label"])))
         for n in p.shots:
-            accuracies = fewshot.fewshot(bank, queries, self.classes, n, draws=p.draws, l2=p.l2, seed=seed)
-            found[f"{n}shot"], found[f"{n}shot_spread"] = fewshot.summary(accuracies)
+            scores = fewshot.fewshot(bank, queries, self.classes, n, draws=p.draws, l2=p.l2, seed=seed)
+            found[f"{n}shot"], found[f"{n}shot_spread"] = fewshot.summary(scores)
         return found
 
 

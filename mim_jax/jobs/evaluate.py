@@ -9,7 +9,7 @@ from etils import epath
 from mim_jax import sharding, tree
 from mim_jax.assemble import encoders, judges, weights
 from mim_jax.assemble.datasets import Data
-from mim_jax.assemble.inheritance import inherit
+from mim_jax.assemble.inheritance import PLACE, inherit, source_of
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.jobs import finetune, pretrain, streamed_probe
 from mim_jax.logs import Logger
@@ -39,9 +39,7 @@ class Loaded:
 def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     """Top-1 and top-5 of the classifier at `init_from` -> the numbers, also in result.json."""
     began = time.perf_counter()
-    if not settings.init_from:
-        raise ConfigError("job=eval needs the run to start from: --config.init_from=<folder of a run>")
-    source, typed = saved.open(settings.init_from), settings.to_dict()
+    source, typed = source_of(settings, workdir), settings.to_dict()
     if source.config.job not in ("finetune", "linprobe"):
         raise ConfigError(
             f"job=eval judges a classifier, and {source.folder} is a {source.config.job} run; fine-tune or probe it first"
@@ -53,7 +51,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     if not evaluators:
         raise ConfigError(f"none of the splits {', '.join(sorted(config.evals))} is there and on: nothing to judge")
     loaded, words = load(config, source, judged.objective, judged.mesh)
-    data = {key: getattr(config.data, key) for key in ("source", "path", "data_dir")}
+    data = {key: getattr(config.data, key) for key in PLACE}
     origin = dict(
         run=str(source.folder), step=source.step, image_size=list(config.image_size), splits=typed["evals"], data=data
     )

@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 
 from mim_jax.config import ConfigError
+from mim_jax.runs.workdir import CONFIG
 
 # The last one gets its name last.
 FILES = {"npy": ("labels.npy", "names.txt", "features.npy"), "parquet": ("features.parquet",)}
@@ -71,7 +72,7 @@ class Writer:
 def check_room(workdir: epath.Path, format: str, shape: tuple[int, ...]):
     """Raises ConfigError where files of these names are somebody else's, or the disk is too small for them."""
     found = [name for name in FILES[format] if (workdir / name).exists()]
-    if found and not (workdir / "config.json").exists():
+    if found and not (workdir / CONFIG).exists():
         raise ConfigError(f"'{workdir}' has a {found[0]} of another origin; choose another --workdir")
     if "://" in str(workdir) or found:
         return

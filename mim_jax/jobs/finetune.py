@@ -98,14 +98,12 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     source = inheritance.source_of(settings, workdir)
     completed = adapt(inheritance.inherit(settings, source.config))
     config = read(Finetune, completed)
-    mesh, images = training.devices(config), config.opened(config.data.train_split)
-    if not images.num_classes:
-        raise ConfigError(f"job=finetune needs labels, which {images.name} at '{config.data.path}' has not")
+    mesh, images = training.devices(config), config.labelled(config.data.train_split)
     made, inputs = config.classifier(images.num_classes), config.inputs(images.num_classes)
     begin = Start() if saved.has_checkpoint(workdir) else start(config, source, made, mesh)
     e = training.experiment(
-        config, completed, made, inputs, images, begin, averaged=config.optim.average > 0,
-        randaugment=config.data.randaugment, lr_scales=config.layer_scales(made.encoder),
+        config, completed, objective=made, inputs=inputs, source=images, start=begin, mesh=mesh,
+        averaged=config.optim.average > 0, randaugment=config.data.randaugment, lr_scales=config.layer_scales(made.encoder),
         preview=lambda folder, batch: save_augmented(folder, config, inputs, batch, images.class_names),
     )  # fmt: skip
     return training.run(e, workdir, settings.to_dict(), defaults(Finetune, completed))

@@ -13,7 +13,7 @@ from mim_jax import tree
 from mim_jax.assemble import methods, weights
 from mim_jax.clock import Clock
 from mim_jax.config import ConfigDict, ConfigError
-from mim_jax.convert.reading import dalle_weights, weights_file
+from mim_jax.convert.reading import weights_file
 from mim_jax.convert.reading.recognition import Options, completed
 from mim_jax.convert.reading.released_formats import LICENCES
 from mim_jax.convert.reading.released_model import Release, fit_windows, release, require_fit
@@ -23,7 +23,7 @@ from mim_jax.paths import expanded
 from mim_jax.provenance import git_hash
 from mim_jax.runs.checkpoint import Checkpoints
 from mim_jax.runs.saved import has_checkpoint
-from mim_jax.runs.workdir import claimed
+from mim_jax.runs.workdir import CONFIG, claimed
 from mim_jax.sections import read
 from mim_jax.train.state import TrainState, split
 
@@ -37,7 +37,7 @@ def import_weights(src: str, workdir: str, options: Options, tokenizer: str = ""
     if not workdir:
         raise ConfigError("--workdir is empty; name a folder")
     place = expanded(workdir)
-    if (place / "config.json").exists() or has_checkpoint(place):
+    if (place / CONFIG).exists() or has_checkpoint(place):
         raise ConfigError(f"'{workdir}' holds a run already; choose another --workdir")
     try:
         options = completed(options, weights_file.metadata(src))
@@ -66,7 +66,7 @@ def fitted(found: Release, options: Options, tokenizer: str) -> tuple[tuple, dic
     if tokenizer:
         if not any(path.startswith("tokenizer/") for path in wanted):
             raise ConfigError(f"--tokenizer is for BEiT's pretraining, and this is {found.kind.words}")
-        codes = {f"tokenizer/{path}": x for path, x in tree.flatten(dalle_weights.dalle_params(tokenizer)).items()}
+        codes = weights.dalle_tokenizer(tokenizer)
     require_fit(found, {path: leaf for path, leaf in wanted.items() if path not in codes})
     return made.frozen, codes
 
@@ -112,7 +112,7 @@ def save(place, state: TrainState, meta: dict):
             checkpoints.require_saved(0)
     except BaseException as error:
         (place / "checkpoints").rmtree(missing_ok=True)
-        (place / "config.json").unlink(missing_ok=True)
+        (place / CONFIG).unlink(missing_ok=True)
         if not isinstance(error, Exception):
             raise
         raise ConfigError(f"--workdir={place} cannot be written ({str(error).splitlines()[0][:200]})") from error

@@ -19,7 +19,8 @@ CANDIDATES = 16  # per image that is drawn
 def visualise(workdir: str, out: str, ratios, images: int, split: str, seed: int, place=("", "", "")) -> list[epath.Path]:
     """Writes one figure with every ratio and one per ratio -> their paths. Raises ConfigError for a run without checkpoint.
 
-    `place`: source, path and data_dir of other images than the run's (data.*), where they are not empty.
+    `out`: a folder; "": figures/ in the run's. `place`: source, path and data_dir of other images than the run's (data.*),
+    where they are not empty.
     """
     run = saved.open(workdir)
     config, made = pretrain.reopened(run, "pictures come from", place)
@@ -29,10 +30,10 @@ def visualise(workdir: str, out: str, ratios, images: int, split: str, seed: int
     batches, count = config.batches(source, 64, limit=CANDIDATES * images)
     candidates = np.concatenate([batch["image"][batch["valid"]] for batch in batches()])
     shown = candidates[np.random.default_rng(seed).permutation(count)[:images]]
-    out = expanded(out)
+    out = expanded(out) if out else run.workdir / "figures"
     out.mkdir(parents=True, exist_ok=True)
     paths, ratios = [], possible(made, ratios)
-    for group in [ratios] + [(ratio,) for ratio in ratios if ratio]:
+    for group in [ratios] + [(ratio,) for ratio in ratios]:
         figure = drawing(made, normalise, group)(variables, shown, prng.stream(seed, "visualise"))
         name = "reconstructions" if group is ratios else f"reconstructions_{round(100 * group[0])}"
         paths.append(out / f"{name}_step{run.step}.png")

@@ -29,7 +29,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     mesh, source, made = training.devices(config), config.opened(config.data.train_split), methods.objective(config)
     inputs = pretraining_inputs(made, config.normaliser(), config.channels, config.data.jitter)
     begin = Start() if saved.has_checkpoint(workdir) else start(config, made, mesh)
-    e = training.experiment(config, settings, made, inputs, source, begin, lr_scales=made.lr_scales)
+    e = training.experiment(config, settings, objective=made, inputs=inputs, source=source, start=begin, mesh=mesh)
     return training.run(e, workdir, settings.to_dict(), defaults(Pretrain, settings))
 
 

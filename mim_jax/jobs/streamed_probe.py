@@ -69,14 +69,13 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     source = inheritance.source_of(settings, workdir)
     completed = inheritance.inherit(settings, source.config)
     config = read(StreamedProbe, completed)
-    mesh, images = training.devices(config), config.opened(config.data.train_split)
-    if not images.num_classes:
-        raise ConfigError(f"job=linprobe needs labels, which {images.name} at '{config.data.path}' has not")
+    mesh, images = training.devices(config), config.labelled(config.data.train_split)
     made, begin = config.objective(images.num_classes), Start()
     if not saved.has_checkpoint(workdir):
         replace, words = weights.taken_over(source, made, config.encoder, mesh, TAKEN)
         begin = Start(replace, words, source.ancestry())
     normalise = config.normaliser()
     inputs = lambda batch, key: (normalise(batch["image"]), batch["label"])
-    e = training.experiment(config, completed, made, inputs, images, begin, lr_scales=made.lr_scales)
+    e = training.experiment(config, completed, objective=made, inputs=inputs, source=images, start=begin, mesh=mesh,
+                            lr_scales=made.lr_scales)  # fmt: skip
     return training.run(e, workdir, settings.to_dict(), defaults(StreamedProbe, completed))

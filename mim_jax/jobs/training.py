@@ -10,17 +10,17 @@ from etils import epath
 from mim_jax import sharding, tree
 from mim_jax.assemble import datasets, encoders, judges
 from mim_jax.clock import Clock
-from mim_jax.config import ConfigDict
+from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.durations import Duration, stated
 from mim_jax.logs import Logger, Logging
-from mim_jax.objectives.objective import Objective
+from mim_jax.objectives.objective import Labelled, Objective
 from mim_jax.provenance import git_hash, this_run, write_result
 from mim_jax.runs.checkpoint import Checkpoints, Saving
 from mim_jax.runs.stopping import Stopping
 from mim_jax.runs.workdir import RESULT, claimed, read_json
 from mim_jax.sections import Bound, each, nested
 from mim_jax.train import loop
-from mim_jax.train.experiment import Experiment, Length, Rate, Start, describe
+from mim_jax.train.experiment import Experiment, Length, Rate, describe
 from mim_jax.train.state import create, plan
 
 
@@ -37,19 +37,20 @@ class Training(encoders.WithEncoder):
     evals: dict = each("type", judges.EVALUATORS)
 
 
-def experiment(config: Training, kept: ConfigDict, objective: Objective, inputs, source, start: Start, **more) -> Experiment:
+def experiment(
+    config: Training, kept: ConfigDict, *, objective: Objective, source, mesh, averaged=False, randaugment=None, **more
+) -> Experiment:
     """Raises ConfigError for what cannot be, before any compute.
 
-    kept: the completed settings. more: averaged (see Judged), randaugment, and fields of the experiment.
+    kept: the completed settings. averaged: see Judged. more: the other fields of the experiment.
     """
-    mesh, averaged, augment = devices(config), more.pop("averaged", False), more.pop("randaugment", None)
     length = Length.of(config.total, config.batch_size, config.accumulation, source.num_examples)
     facts = {"classes": source.num_classes, "class_names": source.class_names}
     judged = judges.Judged(objective, config, mesh, config.seed, averaged=averaged)
     return Experiment(
-        config, kept.to_dict() | facts, objective, inputs, source, rate=Rate(config.optim, length), start=start, mesh=mesh,
+        config, kept.to_dict() | facts, objective, source=source, mesh=mesh, rate=Rate(config.optim, length),
         evaluators=judges.evaluators(config.evals, judged, length.steps),
-        batches=datasets.training_batches(config, source, augment), **more,
+        batches=datasets.training_batches(config, source, randaugment), **more,
     )  # fmt: skip
 
 
@@ -92,6 +93,7 @@ def begin(e: Experiment, logger: Logger, checkpoints: Checkpoints, stopping: Sto
     if state is None:
         state = create(fresh, shardings, e.start.replace)
     else:
+        require_same_classes(e, meta["config"])
         first, clock, ancestor = meta["step"], Clock(meta["clock"]), meta.get("ancestor", {})
         words = f"continued at step {first}"
     logger.say(describe(e, state, checkpoints.folder.parent, words))
@@ -101,6 +103,16 @@ def begin(e: Experiment, logger: Logger, checkpoints: Checkpoints, stopping: Sto
         logger.say(overview)
     kept = {"config": e.kept, "git": git_hash(), "ancestor": ancestor}
     return loop.Run(state, first, shardings, checkpoints, logger, clock, stopping, kept)
+
+
+def require_same_classes(e: Experiment, there: dict):
+    """Raises ConfigError where labels would be continued on other classes, as many: data.path may change between runs."""
+    then, now = tuple(there.get("class_names", ())), tuple(e.source.class_names)
+    if isinstance(e.objective, Labelled) and then and then != now:
+        raise ConfigError(
+            f"the classes of {e.source.name} at '{e.config.data.path}' are not those that this run was trained on so far "
+            f"({', '.join(then[:3])}, ... there; {', '.join(now[:3])}, ... here): labels are counted in the order of the names"
+        )
 
 
 def devices(config: Training) -> jax.sharding.Mesh:

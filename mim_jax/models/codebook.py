@@ -18,6 +18,7 @@ from mim_jax.config import ConfigError
 from mim_jax.models import flops
 from mim_jax.models.encoder import Encoder
 from mim_jax.models.layers import Dense, LayerNorm
+from mim_jax.sections import Count
 from mim_jax.tokens import grid_size, patchify, unpatchify
 
 LEVELS = (8, 8, 8, 4, 4)  # 8192 codes, as many as DALL-E's tokenizer has
@@ -113,8 +114,8 @@ class Tokenizer(Encoder):
     `grid` have codes too. Images are normalised as for every model here.
     """
 
-    width: int = 384
-    depth: int = 4  # blocks on the way to the codes, and as many on the way back
+    width: Count = 384
+    depth: Count = 4  # blocks on the way to the codes, and as many on the way back
     quantiser_levels: tuple[int, ...] = LEVELS
 
     kind, KEYS, STEM = "tokenizer", {"levels": "quantiser_levels"}, ("stem/embed",)

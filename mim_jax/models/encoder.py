@@ -14,6 +14,7 @@ import numpy as np
 from einops import rearrange
 
 from mim_jax.config import ConfigError
+from mim_jax.sections import Count
 from mim_jax.tokens import Visible
 
 
@@ -26,9 +27,9 @@ class Encoder(nn.Module):
     """
 
     grid: tuple[int, int]  # rows and columns of patches
-    patch: int = 16  # pixels of a side
+    patch: Count = 16  # pixels of a side
     channels: int = 3
-    width: int = 768  # of the tokens that patches become
+    width: Count = 768  # of the tokens that patches become
     remat: bool = False  # recompute blocks in the backward pass
     dtype: Any = jnp.float32  # of matrix products
 

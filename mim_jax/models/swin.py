@@ -19,6 +19,7 @@ from mim_jax.models import flops
 from mim_jax.models.encoder import Encoder
 from mim_jax.models.layers import LAYER_NORM_EPS, Dense, DropPath, LayerNorm, Mlp
 from mim_jax.models.window_attention import WindowAttention, WindowLayout
+from mim_jax.sections import BelowOne, Count, Natural, NotNegative, Positive
 from mim_jax.tokens import Visible, keep, patchify
 
 
@@ -95,15 +96,15 @@ class Swin(Encoder):
     is that of every norm but the blocks' second, which may have another one, `norm2_eps` (released models differ).
     """
 
-    patch: int = 4
-    width: int = 128
-    depths: tuple[int, ...] = (2, 2, 18, 2)
-    heads: tuple[int, ...] = (4, 8, 16, 32)
-    window: int = 7
-    mlp_ratio: float = 4.0
-    drop_path: float = 0.0
-    norm_eps: float = LAYER_NORM_EPS
-    norm2_eps: float | None = None
+    patch: Count = 4
+    width: Count = 128
+    depths: tuple[Natural, ...] = (2, 2, 18, 2)
+    heads: tuple[Count, ...] = (4, 8, 16, 32)
+    window: Count = 7
+    mlp_ratio: Positive = 4.0
+    drop_path: BelowOne = 0.0
+    norm_eps: NotNegative = LAYER_NORM_EPS
+    norm2_eps: NotNegative | None = None
     final_norm: bool = True
     sparse: bool = True
 

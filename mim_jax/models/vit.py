@@ -14,6 +14,7 @@ from mim_jax.models.encoder import Encoder
 from mim_jax.models.layers import Dense, DropPath, LayerNorm, Mlp, token_init
 from mim_jax.models.posembed import sincos_table
 from mim_jax.models.self_attention import Attention
+from mim_jax.sections import BelowOne, Count, Natural, NotNegative, Positive
 from mim_jax.tokens import Visible, keep, patchify
 
 POSITIONS = ("rpe", "absolute", "learned", "shared_bias", "layer_bias")
@@ -61,13 +62,13 @@ class ViT(Encoder):
     Where a method takes `ids`, the images are parts of larger ones: ids [r n] are the places of their patches in `grid`.
     """
 
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
+    depth: Natural = 12
+    heads: Count = 12
+    mlp_ratio: Positive = 4.0
     position: str = "rpe"
     qkv_bias: str = "all"
-    layer_scale: float = 0.0
-    drop_path: float = 0.0
+    layer_scale: NotNegative = 0.0
+    drop_path: BelowOne = 0.0
     final_norm: bool = True
 
     kind, has_cls, takes_parts = "vit", True, True

@@ -11,7 +11,7 @@ from einops import rearrange
 
 from mim_jax.config import ConfigError
 from mim_jax.models.layers import Dense, token_init
-from mim_jax.models.relative_bias import bias_matrix
+from mim_jax.models.relative_bias import bias_matrix, offsets
 from mim_jax.tokens import Visible, keep, spread
 
 
@@ -94,8 +94,7 @@ class WindowAttention(nn.Module):
         q, k, v = rearrange(windows, "b m n (three h e) -> three b m h n e", three=3, h=self.heads)
         q = q * (width // self.heads) ** -0.5
         logits = jnp.einsum("bmhie,bmhje->bmhij", q, k, preferred_element_type=jnp.float32)
-        rows, columns = layout.window
-        table = self.param("relative_bias", token_init, ((2 * rows - 1) * (2 * columns - 1), self.heads))
+        table = self.param("relative_bias", token_init, (offsets(layout.window), self.heads))
         logits = logits + bias_matrix(table, layout.window)
         logits = jnp.where(self.blocked(visible), jnp.finfo(jnp.float32).min, logits)
         weights = jax.nn.softmax(logits, axis=-1)  # a window without visible tokens: no matter what, but finite

@@ -22,7 +22,6 @@ class BEiT(BlockPrediction):
     tokenizer: nn.Module | None = None
     mask_ratio: float = 0.383
 
-    needs_tokenizer = True
     frozen = (r"^tokenizer/",)
 
     @property

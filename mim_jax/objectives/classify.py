@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mim_jax.config import ConfigError
 from mim_jax.models.layers import Dense, LayerNorm
 from mim_jax.objectives.objective import Labelled
 
@@ -42,7 +43,7 @@ class Classify(Labelled):
     def features(self, images, pool: str = "", train: bool = False):
         """[b h w c] -> [b d]: what the head sees; `pool` other than the model's own is refused."""
         if pool not in ("", self.pool):
-            raise ValueError(f"this classifier pools by '{self.pool}', not '{pool}'")
+            raise ConfigError(f"this classifier pools by '{self.pool}', not '{pool}'")
         pooled = self.encoder.pool(self.encoder(images, train), "cls" if self.pool == "cls" else "mean")
         return self.fc_norm(pooled) if self.pool == "mean" else pooled
 

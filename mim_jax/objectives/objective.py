@@ -1,6 +1,5 @@
 """What every method is: a module of encoder, decoders and loss; hiding is data that it is given."""
 
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -28,9 +27,7 @@ class Objective(nn.Module):
     encoder: Encoder
 
     hides: ClassVar[bool] = True  # whether there is a share of hidden places, `mask_ratio`
-    needs_tokenizer: ClassVar[bool] = False  # whether the weights of a trained tokenizer are part of it
     frozen: ClassVar[tuple[str, ...]] = ()  # patterns of parameters outside the optimiser
-    lr_scales: ClassVar[Callable | None] = None  # path -> what the learning rate of this parameter is multiplied by
     outputs = ()  # an Output for each that `reconstruct` gives
 
     def warnings(self) -> list[str]:

@@ -184,7 +184,7 @@ def with_keys(values, names: dict[str, str]):
 
 
 def _require_same_shapes(target, on_disk: dict, where: str):
-    report = tree.shape_conflicts(tree.nest(tree.flatten(target)), tree.nest(on_disk))
+    report = tree.shape_conflicts(target, on_disk)
     problems = [f"{kind}: {line}" for kind, lines in report.items() for line in lines]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""

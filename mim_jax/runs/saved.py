@@ -79,9 +79,13 @@ class Saved:
         return ConfigDict(self.meta["config"])
 
     @property
+    def workdir(self) -> epath.Path:
+        return self.folder.parent.parent
+
+    @property
     def finished(self) -> bool:
         """Whether the run has ended, or was taken in from released weights."""
-        return "origin" in self.meta or (self.folder.parent.parent / "result.json").exists()
+        return "origin" in self.meta or (self.workdir / "result.json").exists()
 
     @property
     def digest(self) -> str:
@@ -159,7 +163,7 @@ def match_params(wanted: dict, loaded: dict, allow_missing=(), allow_unexpected=
 
     Raises CheckpointError for a shape that differs, and for any missing or unexpected name that no pattern allows.
     """
-    report = tree.shape_conflicts(tree.nest(wanted), tree.nest(loaded))
+    report = tree.shape_conflicts(wanted, loaded)
     if report["shape"]:
         raise CheckpointError("the checkpoint is of another architecture. " + "; ".join(report["shape"][:5]))
     for kind, allowed in (("missing", allow_missing), ("unexpected", allow_unexpected)):

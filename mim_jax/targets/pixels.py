@@ -57,19 +57,18 @@ def pixel_targets(patches, norm_pix: bool):
 def repaint(prediction, patches, hidden, norm_pix: bool) -> dict:
     """[... n d], [... n d], [... n] -> pictures of the patches, each [... n d].
 
-    `masked`: hidden patches gray. `reconstruction`: hidden patches predicted; under norm_pix they borrow the mean and
+    `reconstruction`: hidden patches predicted; under norm_pix they borrow the mean and
     deviation of the true patch, so `reconstruction_own` (there only) gives them the average statistics of the visible
     patches instead.
     """
     hidden = hidden[..., None]
-    painted = {"masked": jnp.where(hidden, 0.0, patches)}
     if not norm_pix:
-        return {**painted, "reconstruction": jnp.where(hidden, prediction, patches)}
+        return {"reconstruction": jnp.where(hidden, prediction, patches)}
     mean, deviation = patch_statistics(patches)
     share = ~hidden / jnp.sum(~hidden, axis=-2, keepdims=True)
     own = prediction * (share * deviation).sum(-2, keepdims=True) + (share * mean).sum(-2, keepdims=True)
-    painted["reconstruction"] = jnp.where(hidden, prediction * deviation + mean, patches)
-    return {**painted, "reconstruction_own": jnp.where(hidden, own, patches)}
+    borrowed = jnp.where(hidden, prediction * deviation + mean, patches)
+    return {"reconstruction": borrowed, "reconstruction_own": jnp.where(hidden, own, patches)}
 
 
 def masked_mean(values, hidden):

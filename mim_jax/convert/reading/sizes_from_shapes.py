@@ -5,7 +5,7 @@ import re
 
 from mim_jax import tree
 from mim_jax.config import ConfigError
-from mim_jax.models.relative_bias import CLS_ENTRIES
+from mim_jax.models.relative_bias import CLS_ENTRIES, offsets
 from mim_jax.recipes import SWIN_SIZES, VIT_SIZES
 
 HEADS = {width: heads for width, _, heads in VIT_SIZES.values()}  # where no tensor tells
@@ -107,7 +107,7 @@ def vit_size(shapes: dict, prefix: str, patch: int, size) -> tuple[int, int]:
         raise Misfit(f"'{name}' {shape} is too short")
     if size is None:
         return ((square_side(n, name) if absolute else span(n, name)) * patch,) * 2
-    if n != (rows * columns if absolute else (2 * rows - 1) * (2 * columns - 1)) or any(side % patch for side in size):
+    if n != (rows * columns if absolute else offsets((rows, columns))) or any(side % patch for side in size):
         raise ConfigError(f"--size={size[0]}x{size[1]}: '{name}' {shape} is of another size; {LEAVE_OUT}")
     return size
 
