@@ -20,8 +20,10 @@ from mim_jax.assemble.judges import Judged
 from mim_jax.config import ConfigError, load
 from mim_jax.jobs.evaluate import Evaluate
 from mim_jax.jobs.run import run
+from mim_jax.jobs.training import require_same_classes
 from mim_jax.models.posembed import cubic_matrix, sincos_table
 from mim_jax.models.relative_bias import CLS_ENTRIES, offsets, resize_offsets
+from mim_jax.objectives.classify import Classify
 from mim_jax.runs.saved import AVERAGE, TRAINED, CheckpointError
 from mim_jax.runs.stopping import Stopping
 from mim_jax.sections import read
@@ -218,6 +220,17 @@ def test_folders_of_other_classes_are_not_judged_by_their_number(monkeypatch):
     judged = Judged(SimpleNamespace(classes=2), settings, None, class_names=("cats", "dogs"))
     with pytest.raises(ConfigError, match="not those of the training .'cats' there, 'aardvark' here"):
         settings.evals["validation"].made(judged)
+
+
+def test_a_run_is_not_continued_on_other_classes():
+    """data.path may change between runs; as many classes under other names would be other labels."""
+    source = SimpleNamespace(name="folder", class_names=("aardvark", "cats"))
+    config = SimpleNamespace(data=SimpleNamespace(path="/new"))
+    e = SimpleNamespace(objective=Classify(encoder=None, classes=2), source=source, config=config)
+    with pytest.raises(ConfigError, match="folder at '/new' are not those.*cats, dogs.*aardvark, cats"):
+        require_same_classes(e, {"class_names": ["cats", "dogs"]})
+    require_same_classes(e, {"class_names": ["aardvark", "cats"]})
+    require_same_classes(e, {})  # a run of before names were kept
 
 
 def test_pictures_of_other_images_than_those_of_the_run():

@@ -325,6 +325,17 @@ def test_few_shot_refuses_what_cannot_be(changes, words):
         few_shot_evaluator(**changes)
 
 
+def test_knn_is_not_judged_on_its_own_bank():
+    config = sample_probe("toy,features=streamed")
+    knn = load("configs/lomar_vitb.py:toy").evals.knn
+    knn.test_split = knn.train_split
+    config.evals = ConfigDict(dict(knn=knn))
+    settings = read(StreamedProbe, config)
+    judged = Judged(settings.objective(16), settings, sharding.make_mesh())
+    with pytest.raises(ConfigError, match="train_split and test_split.*evals.knn.on"):
+        evaluators(settings.evals, judged, lambda duration: 1)
+
+
 WRONG = {
     "tap": ("taps=1-4", {}, r"taps=\(1, 4\).*no tap 4.*blocks are 0 to 3"),
     "queries": ("head=both", dict(queries=7), "queries=7 must divide.*128"),
