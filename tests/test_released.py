@@ -19,13 +19,13 @@ from saved import REPO
 from test_torch_file import Archive, Call, Global
 
 from mim_jax import sharding, tree
-from mim_jax.assemble import methods
+from mim_jax.assemble import methods, weights
 from mim_jax.assemble.inheritance import inherit
 from mim_jax.config import ConfigError, load
 from mim_jax.convert import names, tables
 from mim_jax.convert.__main__ import main
 from mim_jax.convert.layouts import released_shape
-from mim_jax.convert.reading import dalle_weights, recognition, weights_file
+from mim_jax.convert.reading import recognition, weights_file
 from mim_jax.convert.reading import sizes_from_shapes as sizes
 from mim_jax.convert.reading.recognition import Options
 from mim_jax.convert.reading.released_model import fit_windows, release, require_fit
@@ -390,7 +390,7 @@ def test_beit_takes_its_tokenizer_from_another_file(tmp_path, monkeypatch):
     """A small dVAE in place of the released one: its weights stand under frozen/, and nothing is missing."""
     small = dict(width=8, classes=16)
     monkeypatch.setattr(methods, "DalleEncoder", functools.partial(DalleEncoder, **small))
-    monkeypatch.setattr(dalle_weights, "dalle_params", functools.partial(dalle_weights.dalle_params, **small))
+    monkeypatch.setattr(weights, "dalle_params", functools.partial(weights.dalle_params, **small))
     config = load(f"{REPO}/configs/beit_vitb.py:size=128")
     config.encoder.update(dict(width=48, depth=1, heads=3))
     wanted = shapes_of(built.objective(config), config)
