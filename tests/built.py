@@ -88,6 +88,6 @@ def completed(config):
 
 def random_parameters(made, images, masks):
     """Every parameter random: tables, tokens and biases start at or near zero, and zeros hide leaks."""
-    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), images, masks))["params"]
+    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), dict(images=images, masks=masks)))["params"]
     rng = np.random.default_rng(0)
     return nest({path: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype) for path, s in flatten(shapes).items()})

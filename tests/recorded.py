@@ -175,9 +175,9 @@ class Report:
         return [name for name in names if name not in self.errors]
 
 
-def run_and_look(made, variables, images, masks):
+def run_and_look(made, variables, inputs):
     """-> loss, every submodule's output."""
-    (loss, _), seen = made.apply(variables, images, masks, capture_intermediates=True, mutable=["intermediates"])
+    (loss, _), seen = made.apply(variables, inputs, capture_intermediates=True, mutable=["intermediates"])
     return loss, seen["intermediates"]
 
 
@@ -207,7 +207,7 @@ def compare_gradients(report: Report, case: Case, made, params, rules, inputs, p
     recorded = case.under(prefix)
     if not recorded:
         return
-    flat = tree.flatten(jax.jit(jax.grad(lambda p: made.apply({"params": p}, *inputs)[0]))(params))
+    flat = tree.flatten(jax.jit(jax.grad(lambda p: made.apply({"params": p}, inputs)[0]))(params))
     largest = max(float(np.abs(x).max()) for x in recorded.values())
     for name, expected in recorded.items():
         path, layout = names.our_name(name, rules) or ("", "")

@@ -29,29 +29,20 @@ def compare_run(report: Report, case: Case, port):
     made = port.objective
     fresh, _, shardings = plan(made, tx, port.inputs(0), seed=0, mesh=mesh, frozen_patterns=made.frozen)
     state = create(fresh, shardings, replace=tree_arrays(port.params))
-    step = make_step(
-        made,
-        tx,
-        mesh,
-        shardings,
-        prepare=lambda batch, key: (batch["image"], batch["masks"]),
-        seed=0,
-        accumulation=accumulation,
-        lr=lr,
-    )
-    micro_loss = jax.jit(lambda variables, images, masks: made.apply(variables, images, masks)[0])
+    step = make_step(made, tx, mesh, shardings, prepare=lambda batch, key: batch, seed=0, accumulation=accumulation, lr=lr)
+    micro_loss = jax.jit(lambda variables, inputs: made.apply(variables, inputs)[0])
     losses, norms, rates = [], [], []
     count = len(case["f64/loss"])
     for index in range(0, count, accumulation):
         micro = [port.inputs(i) for i in range(index, min(index + accumulation, count))]
-        for i, (_, masks) in enumerate(micro):
-            port.check_draws(report, masks, f"derived/step{index + i:02d}/")
-        losses += [float(micro_loss(state.variables(), *inputs)) for inputs in micro]
+        for i, inputs in enumerate(micro):
+            port.check_draws(report, inputs["masks"], f"derived/step{index + i:02d}/")
+        losses += [float(micro_loss(state.variables(), inputs)) for inputs in micro]
         if len(micro) < accumulation:
             break  # left over at the end: gradients that no update follows
         # micro-batch i of the step takes every accumulation-th image of the batch
-        images, masks = jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *micro)
-        state, metrics = step(state, {"image": images, "masks": masks})
+        inputs = jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *micro)
+        state, metrics = step(state, inputs)
         norms.append(float(metrics["grad_norm"]))
         rates.append(float(metrics["lr"]))
     if "f64/lr" in case:

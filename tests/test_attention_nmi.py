@@ -116,7 +116,7 @@ def test_swin_layers():
     swin = Swin(grid=(8, 16), channels=1, width=8, depths=(2, 1), heads=(1, 2), window=4)
     made = LocalMIM(swin, taps=(1,), scales=(1,), decoder_width=(8,), decoder_heads=2)
     images = jnp.asarray(RNG.normal(size=(3, 32, 64, 1)), jnp.float32)
-    variables = jax.jit(lambda: made.init(jax.random.key(0), images, made.masks(jax.random.key(0), 3)))()
+    variables = jax.jit(lambda: made.init(jax.random.key(0), dict(images=images, masks=made.masks(jax.random.key(0), 3))))()
     variables = jax.tree.map(lambda x: 8 * x, variables)  # sharper attention than at the start
     assert_definition(made, variables, images, [(8, 1, 16, 16), (8, 1, 16, 16), (2, 2, 16, 16)], cls=0)
 
@@ -149,7 +149,7 @@ def lomar():
     """-> config, objective, variables of the toy."""
     config = toy()
     made = built.objective(config)
-    return config, made, made.init(jax.random.key(0), *made.example())
+    return config, made, made.init(jax.random.key(0), made.example())
 
 
 def test_vit_layers(lomar):

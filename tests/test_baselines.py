@@ -37,7 +37,7 @@ def loaded(spec: str, **encoder):
 
 
 def shapes_of(config, made):
-    return jax.eval_shape(lambda: made.init(jax.random.key(0), *made.example()))["params"]
+    return jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))["params"]
 
 
 def count_vit(d, depth, patch=16, table=0):
@@ -110,8 +110,8 @@ def random_case(spec, seed=0):
 
 def test_simmims_loss_is_the_mean_error_of_hidden_pixels():
     made, params, images, masks = random_case("simmim_vitb:toy")
-    loss = made.apply({"params": params}, images, masks)[0]
-    prediction = np.asarray(made.apply({"params": params}, images, masks, method="predict"))
+    loss = made.apply({"params": params}, dict(images=images, masks=masks))[0]
+    prediction = np.asarray(made.apply({"params": params}, dict(images=images, masks=masks), method="predict"))
     picture = prediction.reshape(2, 8, 8, 4, 4, 1).transpose(0, 1, 3, 2, 4, 5).reshape(2, 32, 32, 1)
     hidden = np.asarray(masks.hidden).reshape(2, 4, 4).repeat(8, 1).repeat(8, 2)[..., None]
     want = (np.abs(picture - np.asarray(images)) * hidden).sum() / (hidden.sum() + 1e-5) / 1  # of one channel
@@ -120,17 +120,19 @@ def test_simmims_loss_is_the_mean_error_of_hidden_pixels():
 
 def test_maskfeats_loss_is_about_the_histograms_of_hidden_patches():
     made, params, images, masks = random_case("maskfeat_vitb:toy")
-    loss = made.apply({"params": params}, images, masks)[0]
-    prediction = np.asarray(made.apply({"params": params}, images, masks, method="predict"))
+    loss = made.apply({"params": params}, dict(images=images, masks=masks))[0]
+    prediction = np.asarray(made.apply({"params": params}, dict(images=images, masks=masks), method="predict"))
     error = np.square(prediction - np.asarray(maskfeat_hog(images, 9, 2, 4))).mean(-1)
     hidden = np.asarray(masks.hidden)
     np.testing.assert_allclose(loss, error[hidden].mean(), rtol=1e-5)
-    parts = made.apply({"params": params}, images, masks, lambda x, _: x, method="reconstruct")["image"]
+    parts = made.apply({"params": params}, dict(images=images, masks=masks), lambda x, _: x, method="reconstruct")["image"]
     found, target, filled, weight = map(np.asarray, parts)
     np.testing.assert_allclose((np.square(found - target).mean(-1) * weight).sum() / weight.sum(), loss, rtol=1e-5)
     np.testing.assert_allclose(filled, target, rtol=0, atol=1e-5)  # for BEiT hits, 1
     plain, *_ = random_case("maskfeat_vitb:toy,gaussian=false")
-    assert abs(plain.apply({"params": params}, images, masks)[0] - loss) > 1e-4  # the target without its window
+    assert (
+        abs(plain.apply({"params": params}, dict(images=images, masks=masks))[0] - loss) > 1e-4
+    )  # the target without its window
     cell = target.reshape(2, 16, 16, 9)[1, 5, 6]  # row 1, column 0 of the 2 x 2 cells of patch (2, 3)
     whole = np.asarray(maskfeat_hog(images, 9, 2, 4))[1, 2 * 8 + 3].reshape(9, 2, 2)
     np.testing.assert_array_equal(cell, whole[:, 1, 0])
@@ -140,8 +142,8 @@ def test_maskfeats_loss_is_about_the_histograms_of_hidden_patches():
 def test_beits_loss_is_the_cross_entropy_of_hidden_codes(spec):
     made, params, images, masks = random_case(spec)
     variables = {"params": params}
-    loss, metrics = jit(lambda: made.apply(variables, images, masks))()
-    scores = np.asarray(made.apply(variables, images, masks, method="predict"), np.float64)
+    loss, metrics = jit(lambda: made.apply(variables, dict(images=images, masks=masks)))()
+    scores = np.asarray(made.apply(variables, dict(images=images, masks=masks), method="predict"), np.float64)
     codes = np.asarray(made.apply(variables, images, method=lambda o, x: o.tokenizer.codes(x)))
     assert codes.shape == (2, 64) and len(np.unique(codes)) > 5
     if made.windows:
@@ -153,11 +155,11 @@ def test_beits_loss_is_the_cross_entropy_of_hidden_codes(spec):
     chosen = np.take_along_axis(log, codes[..., None], -1)[..., 0]
     np.testing.assert_allclose(loss, -chosen[hidden].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"], (scores.argmax(-1) == codes)[hidden].mean(), rtol=1e-6)
-    (parts,) = made.apply(variables, images, masks, lambda x, _: x, method="reconstruct").values()
+    (parts,) = made.apply(variables, dict(images=images, masks=masks), lambda x, _: x, method="reconstruct").values()
     hit, one, filled, weight = map(np.asarray, parts)
     wrong = (np.square(hit - one)[..., 0] * weight).sum() / weight.sum()
     np.testing.assert_allclose(1 - wrong, metrics["accuracy"], rtol=1e-6)
-    gradient = jit(jax.grad(lambda p: made.apply({"params": p}, images, masks)[0]))(params)
+    gradient = jit(jax.grad(lambda p: made.apply({"params": p}, dict(images=images, masks=masks))[0]))(params)
     assert not any(np.abs(x).max() for x in jax.tree.leaves(gradient["tokenizer"])), "the targets have no gradient"
 
 
@@ -297,13 +299,15 @@ def test_squares_smaller_than_units_are_evaluated_and_drawn_as_squares():
     """Toy Swin: squares of 8 px in units of 16; a visible square counts nowhere and is drawn as it is."""
     made, params, images, masks = random_case("simmim_swinb:toy")
     variables = {"params": params}
-    loss = made.apply(variables, images, masks)[0]
-    ((found, target, _, weight),) = made.apply(variables, images, masks, lambda x, _: x, method="reconstruct").values()
+    loss = made.apply(variables, dict(images=images, masks=masks))[0]
+    ((found, target, _, weight),) = made.apply(
+        variables, dict(images=images, masks=masks), lambda x, _: x, method="reconstruct"
+    ).values()
     assert found.shape == (2, 16, 64) and weight.shape == (2, 16)
     np.testing.assert_array_equal(target[1, 4 * 1 + 2].reshape(8, 8), images[1, 8:16, 16:24, 0])
     absolute = (np.abs(found - target).mean(-1) * weight).sum() / weight.sum()
     np.testing.assert_allclose(absolute, loss, rtol=1e-5)
-    drawn = made.apply(variables, images, masks, method="pictures")
+    drawn = made.apply(variables, dict(images=images, masks=masks), method="pictures")
     hidden = np.asarray(masks.hidden).reshape(2, 4, 4).repeat(8, 1).repeat(8, 2)
     assert set(drawn) == {"masked", "reconstruction"} and not np.asarray(drawn["masked"])[hidden].any()
     for picture in drawn.values():
@@ -313,7 +317,9 @@ def test_squares_smaller_than_units_are_evaluated_and_drawn_as_squares():
 @pytest.mark.parametrize("spec", ["beit_vitb:toy,windows=3", "mae_vitb:toy,windows=3", "beit_vitb:toy"])
 def test_a_baseline_that_completes_perfectly_has_no_error(spec):
     made, params, images, masks = random_case(spec)
-    ((_, target, filled, _),) = made.apply({"params": params}, images, masks, lambda x, _: x, method="reconstruct").values()
+    ((_, target, filled, _),) = made.apply(
+        {"params": params}, dict(images=images, masks=masks), lambda x, _: x, method="reconstruct"
+    ).values()
     np.testing.assert_allclose(filled, target, rtol=0, atol=1e-5)  # for BEiT hits, 1
 
 
@@ -331,9 +337,9 @@ def test_beits_recipe_jitters_colours_and_others_do_not():
     config = load(f"{REPO}/configs/beit_vitb.py:toy")
     made, normalise = built.objective(config), built.normaliser(config)
     batch = built.batch(config, 4)
-    images, masks = built.inputs(config, made)(batch, jax.random.key(0))
+    images, masks = built.inputs(config, made)(batch, jax.random.key(0)).values()
     config.data.jitter = 0.0
-    plain, same = built.inputs(config, made)(batch, jax.random.key(0))
+    plain, same = built.inputs(config, made)(batch, jax.random.key(0)).values()
     np.testing.assert_array_equal(plain, normalise(batch["image"]))
     assert (masks.hidden == same.hidden).all() and float(jnp.abs(images - plain).max()) > 0.05
     recipes = {path.stem: load(str(path)) for path in (REPO / "configs").glob("*.py")}

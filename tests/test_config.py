@@ -181,7 +181,7 @@ VIEWS = {
 def row(arg):
     config = load(f"{REPO}/configs/lomar_vitb.py:{arg}")
     made = built.objective(config)
-    variables = jax.eval_shape(lambda: made.init(jax.random.key(0), *made.example()))
+    variables = jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))
     return config, made, variables["params"]
 
 
@@ -190,11 +190,11 @@ def test_every_row_of_the_papers_builds(arg):
     config, made, params = row(arg)
     if arg in VIEWS:
         assert config.lomar.views == VIEWS[arg]
-    masks = jax.eval_shape(lambda: made.masks(jax.random.key(0), 6))
+    inputs = jax.eval_shape(lambda: made.example(6))
+    masks = inputs["masks"]
     n = config.lomar.window**2
     assert masks.corners.shape == (6, config.lomar.views, 2) and masks.hidden.shape == (6, config.lomar.views, n)
-    images, masks = jax.eval_shape(lambda: made.example(6))
-    loss, _ = jax.eval_shape(lambda p, x, m: made.apply({"params": p}, x, m), params, images, masks)
+    loss, _ = jax.eval_shape(lambda p, x: made.apply({"params": p}, x), params, inputs)
     assert loss.shape == () and loss.dtype == "float32"
     assert made.encoder.grid == (config.image_size[0] // config.encoder.patch,) * 2
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
@@ -347,8 +347,9 @@ def test_every_flag_of_localmim_builds_at_full_size(name):
     stem, _, arg = name.partition(":")
     config = load(f"{REPO}/configs/{stem}.py:{arg}")
     made = built.objective(config)
-    images, masks = jax.eval_shape(lambda: made.example(4))
-    once = jax.eval_shape(lambda x, m: made.init_with_output(jax.random.key(0), x, m), images, masks)
+    inputs = jax.eval_shape(lambda: made.example(4))
+    masks = inputs["masks"]
+    once = jax.eval_shape(lambda x: made.init_with_output(jax.random.key(0), x), inputs)
     (loss, metrics), params = once[0], once[1]["params"]
     cells, parameters = LOCAL[name]
     assert made.cells == cells and count(params) == parameters

@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from mim_jax.data import augment
+from mim_jax.data import augment, placed
 from mim_jax.data.augment import DataError
 from mim_jax.data.pipeline import TrainBatches, eval_batches
 from mim_jax.data.sample import photos
@@ -294,16 +294,15 @@ def test_crop_ranges_are_checked():
 
 
 def test_flip_is_a_coin_and_a_mirror(photo):
-    image = tf.constant(photo[:64, :64])
-    u = np.full(augment.UNIFORMS, 0.5, np.float32)
-    whole = augment.RandomCrop((1, 1), (1, 1))
-    for coin, mirrored in ((0.49, True), (0.5, False)):
-        u[-1] = coin
-        out = augment.train_image(image, whole, (64, 64), 3, tf.constant(u)).numpy()
-        np.testing.assert_array_equal(out, photo[:64, 63::-1] if mirrored else photo[:64, :64])
-    u[-1] = 0.0
-    still = augment.RandomCrop((1, 1), (1, 1), flip=False)
-    np.testing.assert_array_equal(augment.train_image(image, still, (64, 64), 3, tf.constant(u)), photo[:64, :64])
+    example, coins = {"image": tf.constant(photo[:64, :64])}, []
+    whole, still = augment.RandomCrop((1, 1), (1, 1)), augment.RandomCrop((1, 1), (1, 1), flip=False)
+    for seed in [(0, k) for k in range(12)]:
+        coins.append(tf.random.stateless_uniform([augment.UNIFORMS], seed)[-1] < 0.5)
+        out = augment.train_example(example, seed, whole, (64, 64), 3)["image"]
+        np.testing.assert_array_equal(out, photo[:64, 63::-1] if coins[-1] else photo[:64, :64])
+        out = augment.train_example(example, seed, still, (64, 64), 3)["image"]
+        np.testing.assert_array_equal(out, photo[:64, :64])
+    assert any(coins) and not all(coins)
 
 
 # ---- pixels
@@ -311,7 +310,7 @@ def test_flip_is_a_coin_and_a_mirror(photo):
 
 @pytest.mark.parametrize("size", [(224, 224), (64, 96), (37, 37), (640, 500), (300, 100)])
 def test_resize_is_pils_bicubic(photo, size):
-    ours = augment.resize(tf.constant(photo), size).numpy().astype(int)
+    ours = placed.bicubic(tf.constant(photo), size).numpy().astype(int)
     pil = np.asarray(Image.fromarray(photo).resize(size[::-1], Image.BICUBIC))
     assert np.abs(ours - pil).max() <= 2
 
@@ -320,7 +319,7 @@ def test_small_tiles_resize_as_pils(tiles):
     for k in range(0, 106, 10):
         block = tiles.images[k].numpy()
         for side, size in ((19, 32), (51, 32)):
-            ours = augment.resize(tf.constant(block[:side, :side]), (size, size)).numpy()[..., 0].astype(int)
+            ours = placed.bicubic(tf.constant(block[:side, :side]), (size, size)).numpy()[..., 0].astype(int)
             pil = np.asarray(Image.fromarray(block[:side, :side, 0]).resize((size, size), Image.BICUBIC))
             assert np.abs(ours - pil).max() <= 2
 
@@ -328,7 +327,7 @@ def test_small_tiles_resize_as_pils(tiles):
 def test_right_size_is_not_resampled(photo):
     cut = tf.constant(photo[:64, :96])
     for ratio in (1.0, 0.875):
-        np.testing.assert_array_equal(augment.eval_image(cut, (64, 96), ratio, 3), cut)
+        np.testing.assert_array_equal(augment.eval_example({"image": cut}, (64, 96), ratio, 3)["image"], cut)
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG"])
@@ -340,8 +339,8 @@ def test_training_crop_matches_pil(photo, fmt):
         u = tf.random.stateless_uniform([augment.UNIFORMS], [3, k])
         y, x, h, w = (int(v) for v in augment.crop_box(crop, *photo.shape[:2], u))
         pil = Image.open(stream).crop((x, y, x + w, y + h)).resize((112, 112), Image.BICUBIC)
-        ours = augment.train_image(tf.constant(stream.getvalue()), crop, (112, 112), 3, u).numpy().astype(int)
-        assert np.abs(ours - np.asarray(pil)).max() <= 2
+        ours = augment.train_example({"image": tf.constant(stream.getvalue())}, [3, k], crop, (112, 112), 3)["image"]
+        assert np.abs(ours.numpy().astype(int) - np.asarray(pil)).max() <= 2
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -352,15 +351,17 @@ def test_evaluation_crop_is_torchvisions(photo, transposed):
     new_h, new_w = (256 if side == min(height, width) else int(side * short) for side in (height, width))
     top, left = round((new_h - 224) / 2), round((new_w - 224) / 2)
     pil = Image.fromarray(image).resize((new_w, new_h), Image.BICUBIC).crop((left, top, left + 224, top + 224))
-    ours = augment.eval_image(tf.constant(image), (224, 224), 0.875, 3).numpy().astype(int)
+    ours = augment.eval_example({"image": tf.constant(image)}, (224, 224), 0.875, 3)["image"].numpy().astype(int)
     assert np.abs(ours - np.asarray(pil)).max() <= 2
 
 
 @pytest.mark.parametrize("size", [(100, 30), (30, 100), (333, 201)])
 def test_evaluation_of_rectangles_covers_them(photo, size):
-    assert augment.eval_image(tf.constant(photo), size, 1.0, 3).shape == (*size, 3)
+    assert augment.eval_example({"image": tf.constant(photo)}, size, 1.0, 3)["image"].shape == (*size, 3)
     flat = tf.fill([50, 70, 3], tf.constant(200, tf.uint8))
-    assert (augment.eval_image(flat, size, 0.875, 3).numpy() == 200).all()  # nothing from outside the image
+    assert (
+        augment.eval_example({"image": flat}, size, 0.875, 3)["image"].numpy() == 200
+    ).all()  # nothing from outside the image
 
 
 def test_gray_is_itu_601(photo):

@@ -87,7 +87,7 @@ def test_deterministic(splits):
 def test_open_source():
     source = open_source("sample", "validation")
     assert (source.channels, source.num_classes, source.random_access) == (1, 16, True)
-    assert source.class_names[source.load(0)[1]] == "astronaut"
+    assert source.class_names[int(source.load(0)["label"])] == "astronaut"
 
 
 def test_unknown_split():

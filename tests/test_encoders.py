@@ -116,7 +116,7 @@ def test_what_an_encoder_has_not_is_refused_in_one_line():
     ]
     for made, words in refused:
         with pytest.raises(ConfigError, match=words):
-            jax.eval_shape(lambda made=made: made.init(jax.random.key(0), *made.example()))
+            jax.eval_shape(lambda made=made: made.init(jax.random.key(0), made.example()))
 
 
 @pytest.mark.parametrize(
@@ -131,11 +131,11 @@ def test_what_an_encoder_has_not_is_refused_in_one_line():
 )
 def test_a_small_family_serves_every_method_with_mask_tokens_and_every_head(kind, options):
     made = kind(MADE["small_conv"], **options)
-    variables = jit(made.init)(jax.random.key(0), *made.example())
-    _, masks = made.example()
+    variables = jit(made.init)(jax.random.key(0), made.example())
+    inputs = {**made.example(), "images": IMAGES}
 
     def loss_fn(params):
-        return made.apply({**variables, "params": params}, IMAGES, masks, True, mutable=["batch_stats"])[0][0]
+        return made.apply({**variables, "params": params}, inputs, True, mutable=["batch_stats"])[0][0]
 
     loss, gradients = jit(jax.value_and_grad(loss_fn))(variables["params"])
     assert np.isfinite(loss) and made.flops() >= made.encoder.flops()

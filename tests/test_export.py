@@ -58,7 +58,7 @@ def drawn(spec: str, **encoder):
     config = load(f"{REPO}/configs/{spec}")
     config.encoder.update(encoder)
     made, rng = built.objective(config), np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), *made.example()))["params"]
+    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))["params"]
     params = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in tree.flatten(shapes).items()}
     return ConfigDict(config.to_dict()), made, params
 

@@ -70,7 +70,7 @@ def taken_over(folder, classes=16, **changes):
     made = built.classifier(config, classes)
     example = made.example()
     fits, report = built.taken_over(config, made)
-    fresh = tree.flatten(made.init(jax.random.key(0), *example)["params"])
+    fresh = tree.flatten(made.init(jax.random.key(0), example)["params"])
     return config, made, {"params": tree.nest(fresh | fits)}, report
 
 
@@ -180,7 +180,7 @@ def test_pretraining_goes_on_at_another_resolution_decoder_included(saved):
     example = made.example()
     fits, report = built.taken_over(config, made)
     assert "resized relative_bias 8x8 -> 16x16" in report
-    wanted = tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), *example))["params"])
+    wanted = tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), example))["params"])
     assert {path: x.shape for path, x in fits.items()} == {path: x.shape for path, x in wanted.items()}
     assert any(not path.startswith("encoder/") for path in fits)
 

@@ -43,12 +43,12 @@ def case(request):
     made = built.objective(config)
     images = jax.random.normal(jax.random.key(0), (BATCH, *config.image_size, config.channels))
     masks = made.masks(jax.random.key(1), BATCH)
-    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), images, masks))["params"]
+    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), dict(images=images, masks=masks)))["params"]
     rng = np.random.default_rng(0)  # every parameter random: tables and biases start at zero, and zeros hide leaks
     params = nest({k: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype) for k, s in flatten(shapes).items()})
 
     def predict(images):
-        found = made.apply({"params": params}, images, masks, method="predict")
+        found = made.apply({"params": params}, dict(images=images, masks=masks), method="predict")
         return jax.tree.leaves(found)
 
     predict = jit(predict)
@@ -101,6 +101,6 @@ def test_hidden_pixels_are_what_the_loss_is_about(case):
     hidden, _ = pixels(made, masks, images)
     if hasattr(masks, "corners"):  # what lies in no window is no target either: move it all
         hidden = np.ones_like(hidden)
-    loss = jit(lambda x: made.apply({"params": params}, x, masks)[0])
+    loss = jit(lambda x: made.apply({"params": params}, dict(images=x, masks=masks))[0])
     noise = jax.random.normal(jax.random.key(5), images.shape)
     assert float(loss(jnp.where(hidden[..., None], images + noise, images))) != float(loss(images))

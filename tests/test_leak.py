@@ -67,7 +67,9 @@ def case(request):
     images = pictures()
     masks = made.masks(jax.random.key(1), BATCH)
     params = built.random_parameters(made, images, masks)
-    predict = jax.jit(lambda x, m: made.apply({"params": params}, x, m, method="predict").reshape(*m.hidden.shape, -1))
+    predict = jax.jit(
+        lambda x, m: made.apply({"params": params}, dict(images=x, masks=m), method="predict").reshape(*m.hidden.shape, -1)
+    )
     return made, params, images, masks, predict
 
 
@@ -93,7 +95,7 @@ def test_patches_hidden_everywhere_and_patches_outside_change_no_prediction(case
     unseen = ~visible
     assert (hidden & ~visible).any()
     np.testing.assert_array_equal(np.asarray(predict(replace(images, unseen, 1e30), masks)), want)
-    loss = jax.jit(lambda x: made.apply({"params": params}, x, masks)[0])
+    loss = jax.jit(lambda x: made.apply({"params": params}, dict(images=x, masks=masks))[0])
     if outside.any():
         np.testing.assert_array_equal(loss(replace(images, outside, 1e30)), loss(images))
     assert loss(replace(images, hidden & ~visible, 3.0)) != loss(images)  # as a target they count
@@ -140,7 +142,7 @@ def test_cutting_before_the_embedding_is_cutting_after_it(position, arch):
     part = WindowMask(masks.corners[:, :2], masks.hidden[:, :2])
 
     def run(made, masks):
-        predict = jax.jit(lambda x: made.apply({"params": params}, x, masks, method="predict"))
+        predict = jax.jit(lambda x: made.apply({"params": params}, dict(images=x, masks=masks), method="predict"))
         return predict(images).reshape(*masks.hidden.shape, -1), made.patches(images, masks)
 
     (after, patches), (before, same) = jax.tree.map(np.asarray, (run(many, masks), run(few, part)))
@@ -156,9 +158,9 @@ def test_only_the_cheaper_of_windows_and_grid_is_embedded(arg, embedded):
     config = load(str(REPO / f"configs/lomar_vitb.py:{arg}"))
     made = built.objective(config)
     made = made.clone(encoder=made.encoder.clone(depth=0))
-    images, masks = jax.eval_shape(lambda: made.example(1))
-    params = jax.eval_shape(lambda x, m: made.init(jax.random.key(0), x, m), images, masks)["params"]
-    traced = jax.make_jaxpr(lambda p, x, m: made.apply({"params": p}, x, m, method="predict"))(params, images, masks)
+    inputs = jax.eval_shape(lambda: made.example(1))
+    params = jax.eval_shape(lambda x: made.init(jax.random.key(0), x), inputs)["params"]
+    traced = jax.make_jaxpr(lambda p, x: made.apply({"params": p}, x, method="predict"))(params, inputs)
     products = [eqn.outvars[0].aval.shape for eqn in walk(traced.jaxpr) if eqn.primitive.name == "dot_general"]
     sizes = [int(np.prod(shape[:-1])) for shape in products]
     assert sizes == [embedded, config.lomar.views * 49], "two products: patch embedding, and the head on the windows"

@@ -71,7 +71,7 @@ class Case:
 
     @functools.cached_property
     def predict(self):
-        run = jax.jit(lambda x, m: self.made.apply({"params": self.params}, x, m, method="predict"))
+        run = jax.jit(lambda x, m: self.made.apply({"params": self.params}, dict(images=x, masks=m), method="predict"))
         return lambda x, m: [np.asarray(p) for p in run(x, m)]
 
     @functools.cached_property
@@ -79,7 +79,7 @@ class Case:
         """The loss of every tap and their sum last, and {path: [taps + 1 ...]}: their gradients to every parameter."""
 
         def all_losses(params):
-            total, metrics = self.made.apply({"params": params}, self.images, self.masks)
+            total, metrics = self.made.apply({"params": params}, dict(images=self.images, masks=self.masks))
             losses = jnp.stack([*(metrics[f"loss_tap{j}"] for j in range(len(self.made.taps))), total])
             return losses, losses
 
@@ -124,7 +124,9 @@ def test_every_visible_unit_changes_predictions_of_every_tap(case):
 
 
 def test_hidden_pixels_get_no_gradient_and_visible_ones_do(case):
-    square = lambda x, m: sum(jnp.square(p).sum() for p in case.made.apply({"params": case.params}, x, m, method="predict"))
+    square = lambda x, m: sum(
+        jnp.square(p).sum() for p in case.made.apply({"params": case.params}, dict(images=x, masks=m), method="predict")
+    )
     gradient = jax.jit(jax.grad(square))(case.images, case.masks)
     size = np.abs(np.asarray(patchify(gradient, case.made.encoder.unit))).sum(-1).reshape(BATCH, -1)
     hidden = np.asarray(case.masks.hidden)
@@ -181,7 +183,7 @@ def test_raw_pixels_are_targets_without_norm_pix():
 
 def test_the_loss_is_the_sum_over_taps_of_weighted_means(case):
     made = case.made
-    total, metrics = case.apply(case.images, case.masks)
+    total, metrics = case.apply(dict(images=case.images, masks=case.masks))
     predictions = case.predict(case.images, case.masks)
     targets = case.apply(case.images, method="targets")
     want = {}
@@ -262,7 +264,7 @@ def test_a_top_tap_is_the_encoders_output_and_trains_its_norm(coupled_and_not):
         assert not [path for path in flatten(case.params) if path.startswith("norm_2/")]
         look = jax.jit(
             lambda p, made=made, case=case: made.apply(
-                {"params": p}, case.images, case.masks, method="predict", mutable="intermediates"
+                {"params": p}, dict(images=case.images, masks=case.masks), method="predict", mutable="intermediates"
             )[1]
         )
         latent = np.asarray(look(case.params)["intermediates"]["latent_2"][0])
@@ -277,7 +279,7 @@ def test_a_top_tap_is_the_encoders_output_and_trains_its_norm(coupled_and_not):
 def test_taps_below_the_top_have_norms_of_their_own():
     made = objective("vit", taps=(0, 1), scales=(2, 1), decoder_width=(16, 8))
     masks = made.masks(jax.random.key(0), BATCH)
-    params = jax.eval_shape(lambda: made.init(jax.random.key(0), pictures(made), masks))["params"]
+    params = jax.eval_shape(lambda: made.init(jax.random.key(0), dict(images=pictures(made), masks=masks)))["params"]
     assert {"norm_0", "norm_1", "decoder_0", "decoder_1"} == params.keys() - {"encoder"}
 
 
@@ -329,7 +331,9 @@ def test_biases_on_the_gradients_are_drawn_per_tap_and_never_trained():
 
 def test_pixel_targets_need_no_bias():
     made = objective("swin", "pixels", hog_bias=True)
-    params = jax.eval_shape(lambda: made.init(jax.random.key(0), pictures(made), made.masks(jax.random.key(0), BATCH)))
+    params = jax.eval_shape(
+        lambda: made.init(jax.random.key(0), dict(images=pictures(made), masks=made.masks(jax.random.key(0), BATCH)))
+    )
     assert not [path for path in flatten(params["params"]) if "hog_bias" in path]
 
 
@@ -364,7 +368,7 @@ def traced(made, batch=1):
     e = made.encoder
     images = jax.ShapeDtypeStruct((batch, *(u * e.unit for u in e.units), e.channels), jnp.float32)
     masks = TokenMask(jax.ShapeDtypeStruct((batch, math.prod(e.units)), bool))
-    return images, masks, jax.eval_shape(lambda x, m: made.init(jax.random.key(0), x, m), images, masks)
+    return images, masks, jax.eval_shape(lambda x, m: made.init(jax.random.key(0), dict(images=x, masks=m)), images, masks)
 
 
 MADE = {
@@ -380,7 +384,7 @@ MADE = {
 def test_counted_flops_are_all_matrix_products(name):
     made = MADE[name]()
     images, masks, params = traced(made)
-    jaxpr = jax.make_jaxpr(lambda p, x, m: made.apply(p, x, m, method="predict"))(params, images, masks)
+    jaxpr = jax.make_jaxpr(lambda p, x, m: made.apply(p, dict(images=x, masks=m), method="predict"))(params, images, masks)
     assert made.flops() == products(jaxpr.jaxpr)
 
 
@@ -389,7 +393,9 @@ def test_counted_flops_are_nearly_all_of_the_compiled_ones(kind):
     """Norms, GELU and softmax, which are not counted, are the rest: a tenth at these widths."""
     made = wide(kind)
     images, masks, params = traced(made, batch=2)
-    compiled = jax.jit(lambda p, x, m: made.apply(p, x, m, method="predict")).lower(params, images, masks).compile()
+    compiled = (
+        jax.jit(lambda p, x, m: made.apply(p, dict(images=x, masks=m), method="predict")).lower(params, images, masks).compile()
+    )
     assert 0.88 < made.flops() / (compiled.cost_analysis()["flops"] / 2) < 1
 
 
@@ -434,6 +440,8 @@ def test_hidden_units_cost_a_sparse_swin_nothing_but_attention():
 def test_impossible_taps_and_scales_are_named(kind, options, words):
     with pytest.raises(ConfigError) as caught:
         made = objective(kind, **options)
-        jax.eval_shape(lambda: made.init(jax.random.key(0), pictures(made), made.masks(jax.random.key(0), BATCH)))
+        jax.eval_shape(
+            lambda: made.init(jax.random.key(0), dict(images=pictures(made), masks=made.masks(jax.random.key(0), BATCH)))
+        )
     assert all(word in str(caught.value) for word in words), caught.value
     assert "\n" not in str(caught.value)

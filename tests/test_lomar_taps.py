@@ -24,7 +24,7 @@ def parts():
     make = lambda decouple: LoMaR(encoder=encoder, window=3, views=2, mask_ratio=0.6, taps=TAPS, decouple_stages=decouple)
     images = jax.random.normal(jax.random.key(0), (2, 20, 24, 3))
     masks = make(False).masks(jax.random.key(1), 2)
-    shapes = jax.eval_shape(lambda: make(False).init(jax.random.key(0), images, masks))["params"]
+    shapes = jax.eval_shape(lambda: make(False).init(jax.random.key(0), dict(images=images, masks=masks)))["params"]
     rng = np.random.default_rng(0)
     params = tree.nest({path: jnp.float32(rng.normal(0, 0.3, s.shape)) for path, s in tree.flatten(shapes).items()})
     return make, params, images, masks
@@ -49,10 +49,10 @@ def test_each_loss_reaches_what_it_should(parts, decouple):
 
     @jax.jit
     def jacobian(params):
-        losses = lambda p: jnp.stack(list(made.apply({"params": p}, images, masks)[1].values()))
+        losses = lambda p: jnp.stack(list(made.apply({"params": p}, dict(images=images, masks=masks))[1].values()))
         return jax.jacrev(losses)(params)
 
-    total, metrics = made.apply({"params": params}, images, masks)
+    total, metrics = made.apply({"params": params}, dict(images=images, masks=masks))
     np.testing.assert_allclose(total, sum(metrics.values()), rtol=1e-6)
     assert list(metrics) == ["loss_tap0", "loss_tap1", "loss_tap2"]
     for path, slopes in tree.flatten(jacobian(params)).items():
@@ -67,9 +67,11 @@ def test_without_taps_nothing_is_added(parts):
     make, params, images, masks = parts
     plain = make(False).clone(taps=())
     top = {path: x for path, x in tree.flatten(params).items() if not path.startswith(("norm_", "head_"))}
-    loss, metrics = plain.apply({"params": tree.nest(top)}, images, masks)
+    loss, metrics = plain.apply({"params": tree.nest(top)}, dict(images=images, masks=masks))
     assert metrics == {}
-    np.testing.assert_allclose(loss, make(False).apply({"params": params}, images, masks)[1]["loss_tap2"], rtol=1e-6)
+    np.testing.assert_allclose(
+        loss, make(False).apply({"params": params}, dict(images=images, masks=masks))[1]["loss_tap2"], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

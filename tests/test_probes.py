@@ -39,16 +39,16 @@ def tiny(**settings):
 
 def start(made):
     """-> (make a fresh state, step) of an objective, its heads at their own learning rates."""
-    mesh, example = sharding.make_mesh(), (jnp.asarray(IMAGES[0]), jnp.asarray(LABELS[0]))
+    mesh, example = sharding.make_mesh(), dict(images=jnp.asarray(IMAGES[0]), labels=jnp.asarray(LABELS[0]))
     tx = optax.chain(lars(lambda step: made.base_lrs[0] * 1000.0), scale_by_path(made.lr_scales))
     fresh, _, where = plan(made, tx, example, seed=0, mesh=mesh, frozen_patterns=made.frozen)
-    step = make_step(made, tx, mesh, where, prepare=lambda batch, key: (batch["image"], batch["label"]), seed=0)
+    step = make_step(made, tx, mesh, where, prepare=lambda batch, key: batch, seed=0)
     return lambda: create(fresh, where), step
 
 
 def trained(state, step):
     for images, labels in zip(IMAGES, LABELS):
-        state, metrics = step(state, sharding.to_global({"image": images, "label": labels}, sharding.make_mesh()))
+        state, metrics = step(state, sharding.to_global({"images": images, "labels": labels}, sharding.make_mesh()))
     found = jax.tree.map(np.asarray, {"params": state.params, "stats": state.stats, "frozen": state.frozen})
     return tree.flatten(found), jax.tree.map(float, metrics)
 
@@ -121,8 +121,8 @@ def test_the_bounded_loss_is_the_cross_entropy_of_sane_logits():
 @pytest.mark.parametrize("taps", [(), (0, 1)])
 def test_the_last_tap_is_the_output_after_the_final_norm(taps):
     made = tiny(pool="cls", taps=taps)
-    variables = made.init(jax.random.key(0), jnp.asarray(IMAGES[0]), LABELS[0])
-    inputs = made.apply(variables, IMAGES[0], method="inputs")
+    variables = made.init(jax.random.key(0), dict(images=jnp.asarray(IMAGES[0]), labels=LABELS[0]))
+    inputs = made.apply(variables, IMAGES[0], method="head_inputs")
     assert list(inputs) == [(tap, "linear") for tap in taps or (1,)]
     want = made.apply(variables, IMAGES[0], method="features")
     np.testing.assert_allclose(inputs[1, "linear"], want, rtol=1e-6, atol=1e-6)

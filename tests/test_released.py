@@ -71,7 +71,7 @@ def options_of(case: str) -> Options:
 
 
 def shapes_of(made, config) -> dict:
-    return tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), *made.example()))["params"])
+    return tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))["params"])
 
 
 @pytest.mark.parametrize("case", PRETRAINING)
@@ -96,7 +96,7 @@ def test_a_released_pretraining_gives_the_recorded_loss(case):
         made = made.clone(mask_ratio=port.objective.mask_ratio)  # the released sampler hides one more
     recorded = port.case.get("fixcoords/loss/total")  # LocalMIM's Swin at the true places of its tokens
     recorded = port.case["loss/total"] if recorded is None else recorded
-    loss = jit(lambda p: made.apply({"params": p}, images, masks)[0])(tree.nest(params))
+    loss = jit(lambda p: made.apply({"params": p}, dict(images=images, masks=masks))[0])(tree.nest(params))
     np.testing.assert_allclose(loss, recorded, rtol=1e-5)
 
 

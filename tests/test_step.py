@@ -40,8 +40,8 @@ class Rig:
         plain = built.inputs(self.config, self.made)
 
         def prepare(batch, key):
-            images, masks = plain(batch, key)
-            return images + jnp.where(batch["label"][:, None, None, None] < 0, jnp.nan, 0.0), masks
+            inputs = plain(batch, key)
+            return inputs | {"images": inputs["images"] + jnp.where(batch["label"][:, None, None, None] < 0, jnp.nan, 0.0)}
 
         self.step = make_step(
             self.made, tx, mesh, where, prepare=prepare if self.poison else plain, seed=0, lr=lr, accumulation=self.accumulation

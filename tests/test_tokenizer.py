@@ -35,11 +35,11 @@ def trained():
     """An objective, its weights after 30 steps on the same pictures, and the losses and metrics of the steps."""
     made, images = TokenizerTraining(encoder=tokenizer()), pictures(batch=4)
     masks, tx = made.masks(jax.random.key(0), 4), optax.adam(3e-3)
-    variables = started(made, images, masks)
+    variables = started(made, dict(images=images, masks=masks))
 
     @jax.jit
     def step(variables, opt_state):
-        compute = lambda v: made.apply(v, images, masks, True)
+        compute = lambda v: made.apply(v, dict(images=images, masks=masks), True)
         (loss, metrics), grads = jax.value_and_grad(compute, has_aux=True)(variables)
         updates, opt_state = tx.update(grads, opt_state)
         return optax.apply_updates(variables, updates), opt_state, {**metrics, "loss": loss}
@@ -126,7 +126,7 @@ def test_counted_flops_are_the_compiled_ones():
     made = TokenizerTraining(encoder=tokenizer(grid=(5, 8), width=128))
     images = pictures((5, 8), batch=1)
     masks = made.masks(None, 1)
-    variables = jax.eval_shape(lambda: made.init(jax.random.key(0), images, masks))
+    variables = jax.eval_shape(lambda: made.init(jax.random.key(0), dict(images=images, masks=masks)))
     for flops, method in ((made.flops(), "reconstruct"), (made.encoder.flops(), "codes")):
         compute = lambda v, x, method=method: getattr(made.bind(v).encoder, method)(x)
         compiled = jax.jit(compute).lower(variables, images).compile().cost_analysis()["flops"]
@@ -136,7 +136,9 @@ def test_counted_flops_are_the_compiled_ones():
 def test_rematerialisation_changes_no_gradient(trained):
     made, variables, _ = trained
     images = pictures(seed=2)
-    gradients = lambda made: jax.jit(jax.grad(lambda v: made.apply(v, images, made.masks(None, 2))[0]))(variables)
+    gradients = lambda made: jax.jit(jax.grad(lambda v: made.apply(v, dict(images=images, masks=made.masks(None, 2)))[0]))(
+        variables
+    )
     plain = gradients(made)
     assert all(bool(jnp.any(g != 0)) for g in jax.tree.leaves(plain)), "every parameter has one"
     again = gradients(made.clone(encoder=made.encoder.clone(remat=True)))
@@ -165,7 +167,7 @@ def test_reconstruction_is_compared_with_each_patchs_colour(trained):
     made, variables, _ = trained
     images, masks = pictures(seed=3), made.masks(None, 2)
     assert masks.hidden.shape == (2, 63) and not masks.hidden.any()
-    run = lambda method, *args: made.apply(variables, images, masks, *args, method=method)
+    run = lambda method, *args: made.apply(variables, dict(images=images, masks=masks), *args, method=method)
     prediction, target, baseline, weight = run("reconstruct", None)["image"]
     for n in (0, 10, 62):
         y, x = divmod(n, 9)
@@ -175,7 +177,7 @@ def test_reconstruction_is_compared_with_each_patchs_colour(trained):
         mean = np.broadcast_to(cut(images).mean((1, 2), keepdims=True), (2, PATCH, PATCH, 2))
         np.testing.assert_allclose(baseline[:, n], mean.reshape(2, -1), atol=1e-6)
     assert weight.shape == (2, 63) and (weight == 1).all()
-    loss = made.apply(variables, images, masks)[0]
+    loss = made.apply(variables, dict(images=images, masks=masks))[0]
     assert loss == pytest.approx(float(np.square(prediction - target).mean()), rel=1e-5)
 
 

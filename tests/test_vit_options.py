@@ -156,8 +156,10 @@ def test_mae_in_windows_is_lomars_asymmetric_ablation():
     x = pictures()
     masks = mae.masks(jax.random.key(3), 2)
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), masks, lomar.masks(jax.random.key(3), 2)))
-    variables = parameters(lomar, x, masks)
-    grad = lambda made: jit(jax.value_and_grad(lambda p: made.apply({"params": p}, x, masks)[0]))(variables["params"])
+    variables = parameters(lomar, dict(images=x, masks=masks))
+    grad = lambda made: jit(jax.value_and_grad(lambda p: made.apply({"params": p}, dict(images=x, masks=masks))[0]))(
+        variables["params"]
+    )
     (loss, gradients), (want, want_gradients) = grad(mae), grad(lomar)
     np.testing.assert_allclose(loss, want, rtol=1e-6)
     for path, g in flatten(want_gradients).items():

@@ -1,4 +1,4 @@
-"""What happens to a batch on the device before an objective sees it: `(batch, key) -> (images, masks or targets)`."""
+"""What happens to a batch on the device before an objective sees it: `(batch of the pipeline, key) -> inputs`."""
 
 import jax.numpy as jnp
 
@@ -17,22 +17,22 @@ def pretraining_inputs(objective: Objective, normalise: Normaliser, channels: in
         raise ConfigError(f"data.jitter={jitter} must be 0 for images of other than 1 or 3 channels (now {channels})")
 
     def inputs(batch, key):
-        images, masks = batch["image"], objective.masks(key, batch["image"].shape[0])
+        images = batch["image"]
         if jitter:
             images = colour_jitter(images.astype(jnp.float32) / 255, prng.named(key, "jitter"), jitter) * 255
-        return normalise(images), masks
+        return objective.inputs({"images": normalise(images)}, key)
 
     return inputs
 
 
 def mixed_inputs(normalise: Normaliser, classes: int, smoothing: float, erasing: float, mixing: dict):
-    """Normalised images, erased in part and mixed, and their soft targets, in timm's order."""
+    """Normalised images, erased in part and mixed, and their soft labels, in timm's order."""
     from mim_jax.data.erasing import erase
     from mim_jax.data.mixing import mix
 
     def inputs(batch, key):
         images = erase(normalise(batch["image"]), prng.named(key, "erase"), erasing)
-        targets = smooth_labels(batch["label"], classes, smoothing)
-        return mix(images, targets, prng.named(key, "mix"), **mixing)
+        images, labels = mix(images, smooth_labels(batch["label"], classes, smoothing), prng.named(key, "mix"), **mixing)
+        return {"images": images, "labels": labels}
 
     return inputs

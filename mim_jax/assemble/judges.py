@@ -135,9 +135,8 @@ class Reconstruct(Evaluation):
         key = prng.stream(judged.seed, "reconstruct")
 
         def fn(variables, batch):
-            images = judged.normalise(batch["image"])
-            masks = made.masks(key, images.shape[0])
-            return reconstruct.moments(made.apply(variables, images, masks, reconstruct.harmonic_inpaint, method="reconstruct"))
+            inputs = made.inputs({"images": judged.normalise(batch["image"])}, key)
+            return reconstruct.moments(made.apply(variables, inputs, reconstruct.harmonic_inpaint, method="reconstruct"))
 
         shown, sample = drawing(made, judged.normalise), []
 

@@ -86,5 +86,5 @@ def objective(config, complete: bool = False) -> Objective:
     made = build(kind, config.settings, f"{config.method}.", complete, **given)
     for warning in made.warnings():
         logging.warning(warning)
-    jax.eval_shape(lambda: made.init(jax.random.key(0), *made.example()))  # every check of shapes, no compute
+    jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))  # every check of shapes, no compute
     return made

@@ -72,7 +72,7 @@ def taken_over(
 
 def shapes(made: Objective) -> dict:
     """{path: shape and type} of the objective's parameters."""
-    return tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), *made.example()))["params"])
+    return tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))["params"])
 
 
 def fit_tables(loaded: dict, there: Encoder, here: Encoder) -> tuple[dict, str]:

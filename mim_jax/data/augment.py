@@ -1,4 +1,4 @@
-"""Decoding, cropping and resizing of single images inside tf.data: bytes in, uint8 out.
+"""Decoding, cropping and resizing of single examples inside tf.data: encoded images in, uint8 out.
 
 The random crop follows torchvision's RandomResizedCrop and the resize PIL's bicubic filter, because every published recipe was
 tuned with these two. EXIF orientation is ignored, as torchvision does.
@@ -14,6 +14,7 @@ from absl import logging
 from PIL import Image
 
 from mim_jax.config import ConfigError
+from mim_jax.data import placed
 
 try:
     tf.config.set_visible_devices([], "GPU")  # the accelerator belongs to JAX
@@ -91,73 +92,78 @@ def to_channels(pixels, channels):
     return tf.cast((luma + 32768) // 65536, tf.uint8)
 
 
-def _by_format(data, jpeg, other, channels):
-    """Encoded bytes -> uint8 [h w c], made by `jpeg()` or `other()`."""
-    is_jpeg = tf.strings.substr(data, 0, 3) == b"\xff\xd8\xff"
-    return to_channels(tf.ensure_shape(tf.cond(is_jpeg, jpeg, other), [None, None, 3]), channels)
+def _by_format(data, jpeg, other):
+    """`jpeg()` or `other()`, as the encoded bytes are."""
+    return tf.cond(tf.strings.substr(data, 0, 3) == b"\xff\xd8\xff", jpeg, other)
 
 
 def decode(data, channels):
     """Encoded bytes (jpeg incl. CMYK and gray, png incl. 16 bit, webp, bmp, gif) -> uint8 [h w c]."""
     jpeg = lambda: tf.io.decode_jpeg(data, channels=3, dct_method=DCT)
-    return _by_format(data, jpeg, lambda: _decode_other(data), channels)
+    pixels = _by_format(data, jpeg, lambda: _decode_other(data))
+    return to_channels(tf.ensure_shape(pixels, [None, None, 3]), channels)
 
 
-def resize(pixels, size):
-    """uint8 [h w c] -> uint8 [size c]: PIL's bicubic; untouched where the size is right already."""
-
-    def bicubic():
-        smooth = tf.image.resize(pixels, size, method="bicubic", antialias=True)
-        return tf.saturate_cast(tf.round(smooth), tf.uint8)
-
-    same = tf.reduce_all(tf.shape(pixels)[:2] == tf.stack(size))
-    return tf.cond(same, lambda: pixels, bicubic)
-
-
-def train_image(image, crop, size, channels, uniforms):
-    """Bytes or uint8 [h w c], [UNIFORMS] -> uint8 [size c]: a random crop, resized, perhaps mirrored."""
+def cut_image(image, channels, choose):
+    """Bytes or uint8 [h w c], `choose` (h, w) -> (y, x, h, w) -> the pixels in that box, the (h, w) of the whole, the box."""
 
     def cut(pixels):
-        y, x, h, w = crop_box(crop, tf.shape(pixels)[0], tf.shape(pixels)[1], uniforms)
-        return pixels[y : y + h, x : x + w]
+        sides = tf.shape(pixels)[:2]
+        box = choose(*tf.unstack(sides))
+        return placed.PLACED["image"].cut(pixels, box), sides, box
 
     def cut_jpeg():
-        height, width = tf.unstack(tf.io.extract_jpeg_shape(image)[:2])
-        y, x, h, w = crop_box(crop, height, width, uniforms)
+        sides = tf.io.extract_jpeg_shape(image)[:2]
+        height, width = tf.unstack(sides)
+        y, x, h, w = box = choose(height, width)
         # Decodes only the box, and 2 px around it: libjpeg has no chroma to interpolate with at the rim of a crop.
         top, left = tf.maximum(y - 2, 0), tf.maximum(x - 2, 0)
         bottom, right = tf.minimum(y + h + 2, height), tf.minimum(x + w + 2, width)
         window = tf.stack([top, left, bottom - top, right - left])
         pixels = tf.io.decode_and_crop_jpeg(image, window, channels=3, dct_method=DCT)
-        return pixels[y - top : y - top + h, x - left : x - left + w]
+        return pixels[y - top : y - top + h, x - left : x - left + w], sides, box
 
-    if image.dtype == tf.string:
-        pixels = _by_format(image, cut_jpeg, lambda: cut(_decode_other(image)), channels)
-    else:
-        pixels = cut(image)
-    pixels = resize(pixels, size)
+    if image.dtype != tf.string:
+        return cut(tf.ensure_shape(image, [None, None, channels]))
+    pixels, sides, box = _by_format(image, cut_jpeg, lambda: cut(_decode_other(image)))
+    return to_channels(tf.ensure_shape(pixels, [None, None, 3]), channels), sides, box
+
+
+def train_example(example, seed, crop, size, channels):
+    """Example, seed [2] -> example of the given size, the image uint8: a random crop, resized, perhaps mirrored."""
+    uniforms = tf.random.stateless_uniform([UNIFORMS], seed)
+    rest = {key: values for key, values in example.items() if key != "image"}
+    image, sides, box = cut_image(example["image"], channels, lambda h, w: crop_box(crop, h, w, uniforms))
+    placed.check(rest, sides)
+    inside = {"image": image, **placed.moved(rest, lambda kind, values: kind.cut(values, box))}
+    seen = placed.moved(inside, lambda kind, values: kind.resize(values, box[2:], size))
     if crop.flip:
-        pixels = tf.cond(uniforms[-1] < 0.5, lambda: pixels[:, ::-1], lambda: pixels)
-    return tf.ensure_shape(pixels, [*size, channels])
+        mirrored = lambda: placed.moved(seen, lambda kind, values: kind.mirror(values, size))
+        return tf.cond(uniforms[-1] < 0.5, mirrored, lambda: seen)
+    return seen
 
 
-def eval_image(image, size, resize_ratio, channels):
-    """Bytes or uint8 [h w c] -> uint8 [size c]: shorter side to size / resize_ratio, then the centre.
+def decoded(example, channels):
+    """Example -> the example with its image uint8 [h w c], and (h, w). Raises what TensorFlow does where it cannot be read."""
+    image = example["image"]
+    image = decode(image, channels) if image.dtype == tf.string else tf.ensure_shape(image, [None, None, channels])
+    example, sides = {**example, "image": image}, tf.shape(image)[:2]
+    placed.check(example, sides)
+    return example, sides
 
-    An image that has the target size already is returned as it is.
+
+def eval_example(example, size, resize_ratio, channels):
+    """Example -> example of the given size, the image uint8: shorter side to size / resize_ratio, then the centre.
+
+    One that has the size already is left as it is.
     """
-    pixels = decode(image, channels) if image.dtype == tf.string else image
-    out_h, out_w = size
+    example, sides = decoded(example, channels)
+    (h, w), (out_h, out_w) = tf.unstack(sides), size
     cover_h, cover_w = round(out_h / resize_ratio), round(out_w / resize_ratio)
-
-    def centre():
-        h, w = tf.shape(pixels)[0], tf.shape(pixels)[1]
-        tall = cover_h * w >= cover_w * h  # the height decides; whole numbers, so nothing is lost to rounding
-        new_h = tf.where(tall, cover_h, cover_w * h // w)
-        new_w = tf.where(tall, cover_h * w // h, cover_w)
-        grown = resize(pixels, (new_h, new_w))
-        y, x = (tf.cast(tf.round(room / 2), tf.int32) for room in (new_h - out_h, new_w - out_w))
-        return grown[y : y + out_h, x : x + out_w]
-
-    same = tf.reduce_all(tf.shape(pixels)[:2] == tf.stack(size))
-    return tf.ensure_shape(tf.cond(same, lambda: pixels, centre), [out_h, out_w, channels])
+    tall = cover_h * w >= cover_w * h  # the height decides; whole numbers, so nothing is lost to rounding
+    same = (h == out_h) & (w == out_w)
+    new_h = tf.where(same, h, tf.where(tall, cover_h, cover_w * h // w))
+    new_w = tf.where(same, w, tf.where(tall, cover_h * w // h, cover_w))
+    y, x = (tf.cast(tf.round(room / 2), tf.int32) for room in (new_h - out_h, new_w - out_w))
+    grown = placed.moved(example, lambda kind, values: kind.resize(values, sides, (new_h, new_w)))
+    return placed.moved(grown, lambda kind, values: kind.cut(values, (y, x, out_h, out_w)))

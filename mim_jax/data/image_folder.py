@@ -24,7 +24,7 @@ class FolderSource(Source):
     folder: str = ""  # what the user named: data.path
 
     def load(self, item):
-        return tf.io.read_file(self.paths[item]), self.labels[item]
+        return {"image": tf.io.read_file(self.paths[item]), "label": self.labels[item]}
 
     def describe(self, example_id):
         return self.paths[int(example_id)].numpy().decode()

@@ -1,6 +1,7 @@
-"""Batches of uint8 images: training batches as a function of the step, evaluation over a split exactly once."""
+"""Batches of examples: training batches as a function of the step, evaluation over a split exactly once."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -8,13 +9,13 @@ from absl import logging
 
 from mim_jax.data import augment
 from mim_jax.data.augment import DataError, RandomCrop
-from mim_jax.data.randaugment import RandAugment
 from mim_jax.data.source import Source
 from mim_jax.data.stream import Stream
 
 FOREVER = np.iinfo(np.int64).max
 ORDER, CROP, AUGMENT = 0, 1, 2  # what a seed is for, so that these are independent
 FETCH = 64  # records per bulk lookup
+PADDING = {"label": -1, "label_map": 255, "id": -1}  # of the other keys 0, of label sets too
 _plain = tf.autograph.experimental.do_not_convert  # no function here needs rewriting
 
 
@@ -57,6 +58,9 @@ def _with_items(ds, source):
 def _finish(ds, make, local, prefetch):
     """Dataset of items -> stream of numpy batches in the same order."""
     ds = ds.map(_plain(make), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    for key, spec in ds.element_spec.items():
+        if not spec.shape.is_fully_defined():
+            raise DataError(f"{key!r} of the examples is {spec.shape}; a batch needs one shape for all: pad it in Source.load.")
     return Stream(ds.batch(local).prefetch(prefetch))
 
 
@@ -94,7 +98,7 @@ class TrainBatches:
     seed: int  # any whole number
     process: tuple[int, int] = (0, 1)  # which one this is, and of how many
     prefetch: int = 2  # batches prepared ahead
-    augment: RandAugment | None = None  # of the cropped and flipped image
+    augment: Callable | None = None  # (example, seed [2]) -> example, of the cropped and flipped one
 
     def __post_init__(self):
         self._local = _local(self.batch_size, self.size, self.process)
@@ -106,12 +110,13 @@ class TrainBatches:
         self._stream, self._next_step = None, None
 
     def batch(self, step):
-        """Step -> {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b]}: this process's slice.
+        """Step -> {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b], ...}: this process's slice.
 
+        Every key of the source's examples is there; "id" says which they are, and is of no use to the device.
         Consecutive steps stream; any other step starts the stream anew from there.
 
         Raises:
-          DataError: an image of the batch cannot be read; the message names it.
+          DataError: an image of the batch cannot be read; the message names it. Or examples that do not make a batch.
         """
         if self._stream is None or step != self._next_step:
             self.close()
@@ -161,12 +166,11 @@ class TrainBatches:
         return tf.data.Dataset.range(first, FOREVER).flat_map(_plain(epoch_items))
 
     def _make(self, epoch, example_id, item):
-        image, label = self.source.load(item)
-        uniforms = tf.random.stateless_uniform([augment.UNIFORMS], _fold(self._seed, CROP, epoch, example_id))
-        image = augment.train_image(image, self.crop, self.size, self.source.channels, uniforms)
+        seed = _fold(self._seed, CROP, epoch, example_id)
+        example = augment.train_example(self.source.load(item), seed, self.crop, self.size, self.source.channels)
         if self.augment is not None:
-            image = self.augment.in_graph(image, _fold(self._seed, AUGMENT, epoch, example_id))
-        return {"image": image, "label": label, "id": example_id}
+            example = self.augment(example, _fold(self._seed, AUGMENT, epoch, example_id))
+        return {**example, "id": example_id}
 
 
 def eval_batches(source, *, batch_size, size, resize_ratio, process=(0, 1), limit=0):
@@ -174,10 +178,10 @@ def eval_batches(source, *, batch_size, size, resize_ratio, process=(0, 1), limi
 
     A source without random access gives its first `limit` examples instead. `process` is (which one, of how many).
 
-    Yields {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b], "valid": bool [b]}, the same number of batches on
-    every process; padding is zeros with label and id -1 and valid False. Of label sets "label" is uint8 [b classes], 1 for
-    every class of the example, and padding has none. The shorter side goes to size / resize_ratio, then the centre is cut
-    out; an image of the target size stays as it is.
+    Yields {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b], "valid": bool [b], ...}: every key of the examples,
+    the same number of batches on every process; padding is what PADDING says, with valid False. Of label sets "label" is
+    uint8 [b classes], 1 for every class of the example, and padding has none. The shorter side goes to size / resize_ratio,
+    then the centre is cut out; an image of the target size stays as it is.
 
     Raises:
       DataError: at once if the sizes do not fit together; while iterating if an image cannot be read.
@@ -194,9 +198,8 @@ def eval_batches(source, *, batch_size, size, resize_ratio, process=(0, 1), limi
         ds = source.stream(*_share(n, process)).map(_plain(lambda i, item: (tf.constant(0, tf.int64), i, item)))
 
     def make(_, example_id, item):
-        image, label = source.load(item)
-        image = augment.eval_image(image, tuple(size), resize_ratio, source.channels)
-        return {"image": image, "label": label, "id": example_id, "valid": True}
+        example = augment.eval_example(source.load(item), size, resize_ratio, source.channels)
+        return {**example, "id": example_id, "valid": True}
 
     def batches():
         stream = _finish(ds, make, local, 2)
@@ -206,21 +209,18 @@ def eval_batches(source, *, batch_size, size, resize_ratio, process=(0, 1), limi
                     batch = stream.next()
                 except tf.errors.OpError as error:
                     raise _explain(error, source, ds.skip(k * local).take(local)) from error
-                yield _pad(batch or {}, local, size, source)
+                yield _pad(batch or {}, stream.spec, local, source)
         finally:
             stream.close()
 
     return batches()
 
 
-def _pad(batch, local, size, source):
-    """A batch of at most `local` examples, perhaps none -> a batch of `local`."""
-    padded = {
-        "image": np.zeros((local, *size, source.channels), np.uint8),
-        "label": source.no_labels(local),
-        "id": np.full(local, -1, np.int64),
-        "valid": np.zeros(local, bool),
-    }
-    for name, values in batch.items():
-        padded[name][: len(values)] = values
+def _pad(batch, spec, local, source):
+    """A batch of at most `local` examples, perhaps none -> a batch of `local`; `spec` says what keys it has."""
+    values = {**PADDING, "label": 0} if source.label_sets else PADDING
+    full = lambda key, shape, dtype: np.full((local, *shape[1:]), values.get(key, 0), dtype.as_numpy_dtype)
+    padded = {key: full(key, of.shape, of.dtype) for key, of in spec.items()}
+    for key, found in batch.items():
+        padded[key][: len(found)] = found
     return padded

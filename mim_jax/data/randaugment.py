@@ -12,6 +12,7 @@ import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 
 from mim_jax.data.augment import DataError
+from mim_jax.data.placed import PLACED
 
 PROBABILITY = 0.5  # of each layer
 HIGHEST = 10  # level
@@ -108,7 +109,7 @@ class RandAugment:
         signs = rng.integers(2, size=self.layers) * 2 - 1
         return [(NAMES[which[i]], float(levels[i]), int(signs[i])) for i in range(self.layers) if used[i]]
 
-    def __call__(self, pixels, seed) -> np.ndarray:
+    def change(self, pixels, seed) -> np.ndarray:
         """uint8 [h w c], seed or Generator of numpy -> uint8 [h w c], a function of the two.
 
         Raises:
@@ -118,7 +119,15 @@ class RandAugment:
             raise DataError(f"data.randaugment fills with {self.fill}, but images have {pixels.shape[-1]} channels.")
         return apply(pixels, self.draw(seed), self.fill)
 
-    def in_graph(self, pixels, seed):
-        """Tensor uint8 [h w c], int64 [2] -> tensor uint8 [h w c]: the same inside tf.data, of static shape if it was."""
-        run = lambda pixels, seed: self(pixels, seed.view(np.uint32))  # numpy takes no negative numbers
-        return tf.ensure_shape(tf.numpy_function(run, [pixels, seed], tf.uint8, stateful=False), pixels.shape)
+    def __call__(self, example, seed):
+        """Example with an image uint8 [h w c], int64 [2] -> example: the same inside tf.data, of static shape if it was.
+
+        Raises:
+          DataError: something else in the example has a place in the image; it would stay while the image turns.
+        """
+        if left := sorted(PLACED.keys() & example.keys() - {"image"}):
+            words = "set data.randaugment.layers=0, or leave the key out of the source."
+            raise DataError(f"data.randaugment moves the image alone, and examples have {', '.join(left)}: {words}")
+        pixels, run = example["image"], lambda pixels, seed: self.change(pixels, seed.view(np.uint32))  # no negative numbers
+        changed = tf.numpy_function(run, [pixels, seed], tf.uint8, stateful=False)
+        return {**example, "image": tf.ensure_shape(changed, pixels.shape)}

@@ -2,10 +2,9 @@
 
 import dataclasses
 
-import numpy as np
 import tensorflow as tf
 
-from mim_jax.data.augment import DataError, decode
+from mim_jax.data.augment import DataError, decoded
 
 WAYS = """provide data in one of three ways:
   TFDS:          data.source=imagenet2012 data.data_dir=DIR, a folder prepared once with
@@ -45,7 +44,11 @@ class Source:
         return ids
 
     def load(self, item):
-        """One item -> (bytes or uint8 [h w c], label int32 []; -1 without labels; of label sets uint8 [classes], 0 or 1)."""
+        """One item -> {"image": bytes or uint8 [h w c], "label": int32 []; -1 without; of label sets uint8 [classes], 0 or 1}.
+
+        What else the source has comes too, each of a fixed shape but for what follows the image (see data/placed.py), such as
+        "label_map", whole numbers [h w] or [h w 1]. Batches add "id" and "valid".
+        """
         raise NotImplementedError
 
     def stream(self, low, high, seed=None):
@@ -53,11 +56,9 @@ class Source:
         raise NotImplementedError(f"{self.name} has random access")
 
     def is_broken(self, item) -> bool:
-        """Whether the image of an item cannot be read or decoded; tries to."""
+        """Whether an item cannot be read or decoded, or has something that does not fit its image; tries to."""
         try:
-            image, _ = self.load(item)
-            if image.dtype == tf.string:
-                decode(image, self.channels)
+            decoded(self.load(item), self.channels)
         except Exception:  # pylint: disable=broad-except  # PIL and TensorFlow raise a dozen kinds
             return True
         return False
@@ -70,10 +71,6 @@ class Source:
         """A name of the example for tables: its path below data.path, or "<split>/<id>"."""
         return f"{self.split}/{int(example_id)}"
 
-    def no_labels(self, count: int):
-        """-> [count] or [count classes] of numpy: what `load` gives of examples that are not there."""
-        return np.zeros((count, self.num_classes), np.uint8) if self.label_sets else np.full(count, -1, np.int32)
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArraySource(Source):
@@ -83,4 +80,4 @@ class ArraySource(Source):
     labels: tf.Tensor = None  # int32 [n]
 
     def load(self, item):
-        return self.images[item], self.labels[item]
+        return {"image": self.images[item], "label": self.labels[item]}

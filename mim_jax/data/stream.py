@@ -30,6 +30,7 @@ class Stream:
             if _undertaker is None:
                 _undertaker = threading.Thread(target=_bury, daemon=True, name="data-streams")
                 _undertaker.start()
+        self.spec = dataset.element_spec  # shapes and types
         self._iterator = dataset.as_numpy_iterator()
         _live.add(self)
 

@@ -37,7 +37,7 @@ class TfdsSource(Source):
             label = tf.cast(tf.reduce_any(present, 0), tf.uint8)
         else:
             label = tf.cast(example["label"], tf.int32) if self.num_classes else tf.constant(-1)
-        return example["image"], label
+        return {"image": example["image"], "label": label}
 
     def stream(self, low, high, seed=None):
         pieces = _cut(self.files, low, high)

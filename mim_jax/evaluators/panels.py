@@ -40,7 +40,7 @@ def by_pictures(objective, normalise, variants):
             if side:
                 corners = masks.corners if corners is None else corners
                 masks = masks._replace(corners=corners)
-            pictures = made.apply(variables, normalised, masks, method="pictures")
+            pictures = made.apply(variables, {"images": normalised, "masks": masks}, method="pictures")
             drawn.append({name: in_gray_scale(normalise, x, images) for name, x in pictures.items()})
         places = corners[:, 0] * objective.encoder.patch if side else None
         return in_gray_scale(normalise, normalised, images), drawn, places
@@ -62,9 +62,9 @@ def by_cells(objective, normalise, variants):
         normalised = normalise(images)
         found = []
         for made in variants.values():
-            masks = made.masks(key, images.shape[0])
-            parts = made.apply(variables, normalised, masks, lambda x, hidden: x, method="reconstruct")
-            hidden = rearrange(masks.hidden, "b (y x) -> b y x", y=encoder.units[0])
+            inputs = made.inputs({"images": normalised}, key)
+            parts = made.apply(variables, inputs, lambda x, hidden: x, method="reconstruct")
+            hidden = rearrange(inputs["masks"].hidden, "b (y x) -> b y x", y=encoder.units[0])
             seen = jnp.where(to_cells(hidden, encoder.unit)[..., None], 0.0, normalised)
             panels = [panel(parts[output.name], output, normalised) for output in outputs]
             found.append((in_gray_scale(normalise, seen, images), panels))

@@ -72,7 +72,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     classes = sources["train"].num_classes
     made = config.objective(classes)
     random = init_variables(made, made.example(), config.seed)
-    check_size(made, random, made.example()[0], sum(s.num_examples for s in sources.values()))
+    check_size(made, random, made.example()["images"], sum(s.num_examples for s in sources.values()))
     fits, words = weights.taken_over(source, made, config.encoder, mesh, TAKEN)
     trained = {**random, "params": tree.nest({**tree.flatten(random["params"]), **fits})}
     with claimed(workdir, typed, defaults(CachedProbe, completed)), Logger(workdir) as logger:
@@ -103,7 +103,7 @@ def subjects(config: CachedProbe, made: Probe, sources: dict, mesh, encoders: di
     batches = {n: config.batches(s, size) for n, s in sources.items()}
 
     def encode(variables, batch):
-        found = made.apply(variables, normalise(batch["image"]), method="inputs")
+        found = made.apply(variables, normalise(batch["image"]), method="head_inputs")
         return {"label": batch["label"], **{place_name(made, *place): x for place, x in found.items()}}
 
     def raw(variables, batch):
@@ -175,7 +175,7 @@ def joined(*words: str) -> str:
 
 def check_size(made, variables, images, examples: int):
     """Raises ConfigError when the patch tokens that the attentive probe would cache do not fit."""
-    shapes = jax.eval_shape(lambda: made.apply(variables, images, method="inputs"))
+    shapes = jax.eval_shape(lambda: made.apply(variables, images, method="head_inputs"))
     kept = [x.shape[1:] for (_, kind), x in shapes.items() if kind == "attentive"]
     gigabytes = 4e-9 * examples * sum(int(np.prod(shape)) for shape in kept)
     if gigabytes > MAX_TOKEN_GIGABYTES:

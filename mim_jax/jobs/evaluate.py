@@ -85,7 +85,7 @@ def trained(config: Evaluate, source: saved.Saved) -> judges.Judged:
 
 def load(config: Evaluate, source: saved.Saved, made: Objective, mesh) -> tuple[Loaded, str]:
     """The weights that the splits ask for, trained or averaged, and what is said of them."""
-    stats = source.stats(jax.eval_shape(lambda: made.init(jax.random.key(0), *made.example())), mesh)
+    stats = source.stats(jax.eval_shape(lambda: made.init(jax.random.key(0), made.example())), mesh)
     kinds, reports = {}, []
     for kind in sorted({e.weights for e in config.evals.values() if e.on}):
         params, words = weights.taken_over(source, made, config.encoder, mesh, weights.ALL, saved.PARTS[kind])

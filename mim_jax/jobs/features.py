@@ -59,7 +59,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     check_writing(config, images, workdir)
     fits, words = weights.taken_over(source, made, config.encoder, mesh, weights.ENCODER)
     variables = {"params": tree.nest(fits)}
-    row = jax.eval_shape(made.apply, variables, *made.example()).shape[1:]
+    row = jax.eval_shape(made.apply, variables, made.example()).shape[1:]
     shape = (images.num_examples, *row)
     origin = dict(
         run=str(source.folder), step=int(source.folder.name), pool=made.pool, tap=config.tap,
@@ -99,7 +99,7 @@ def write(config: Features, made: Extractor, variables, images, mesh, writer: Wr
     normalise = config.normaliser()
 
     def fn(variables, batch):
-        features = made.apply(variables, normalise(batch["image"]))
+        features = made.apply(variables, {"images": normalise(batch["image"])})
         return {"features": features, "label": batch["label"], "id": batch["id"]}
 
     batches = config.batches(images, config.batch_size)

@@ -139,7 +139,7 @@ def start(config: Finetune, source: saved.Saved, made: Classify, mesh) -> Start:
 def save_augmented(workdir, config: Finetune, inputs, batch, names):
     """Draws what the first step sees, once: nothing shows a wrong augmentation sooner."""
     shown = {key: batch[key] for key in ("image", "label")}
-    images, targets = jax.jit(inputs)(shown, prng.stream(config.seed, "masks", 0))
-    pixels = config.normaliser().undo(images, batch["image"])
-    figure = draw_augmented(pixels[:SHOWN], targets[:SHOWN], names)
+    seen = jax.jit(inputs)(shown, prng.stream(config.seed, "masks", 0))
+    pixels = config.normaliser().undo(seen["images"], batch["image"])
+    figure = draw_augmented(pixels[:SHOWN], seen["labels"][:SHOWN], names)
     write_png(figure, workdir / "augmented.png")

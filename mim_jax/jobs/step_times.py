@@ -29,7 +29,7 @@ class Subject(Program):
         self.compile()
         self.seconds, self.target_seconds, self.targets = [], [], None
         apply = lambda state, batch: self.made.apply(
-            state.variables(), self.prepare(batch, jax.random.key(0))[0], method="targets"
+            state.variables(), self.prepare(batch, jax.random.key(0))["images"], method="targets"
         )
         if jax.eval_shape(apply, self.state, self.images) is not None:
             self.targets = jax.jit(apply).lower(self.state, self.images).compile()

@@ -75,7 +75,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
         replace, words = weights.taken_over(source, made, config.encoder, mesh, TAKEN)
         begin = Start(replace, words, source.ancestry())
     normalise = config.normaliser()
-    inputs = lambda batch, key: (normalise(batch["image"]), batch["label"])
+    inputs = lambda batch, key: {"images": normalise(batch["image"]), "labels": batch["label"]}
     e = training.experiment(config, completed, objective=made, inputs=inputs, source=images, start=begin, mesh=mesh,
                             lr_scales=made.lr_scales)  # fmt: skip
     return training.run(e, workdir, settings.to_dict(), defaults(StreamedProbe, completed))

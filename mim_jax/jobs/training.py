@@ -13,7 +13,7 @@ from mim_jax.clock import Clock
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.durations import Duration, stated
 from mim_jax.logs import Logger, Logging
-from mim_jax.objectives.objective import Labelled, Objective
+from mim_jax.objectives.objective import Objective
 from mim_jax.provenance import git_hash, this_run, write_result
 from mim_jax.runs.checkpoint import Checkpoints, Saving
 from mim_jax.runs.stopping import Stopping
@@ -108,7 +108,7 @@ def begin(e: Experiment, logger: Logger, checkpoints: Checkpoints, stopping: Sto
 def require_same_classes(e: Experiment, there: dict):
     """Raises ConfigError where labels would be continued on other classes, as many: data.path may change between runs."""
     then, now = tuple(there.get("class_names", ())), tuple(e.source.class_names)
-    if isinstance(e.objective, Labelled) and then and then != now:
+    if "labels" in e.objective.example() and then and then != now:
         raise ConfigError(
             f"the classes of {e.source.name} at '{e.config.data.path}' are not those that this run was trained on so far "
             f"({', '.join(then[:3])}, ... there; {', '.join(now[:3])}, ... here): labels are counted in the order of the names"

@@ -28,8 +28,9 @@ class BEiT(BlockPrediction):
     def target_width(self) -> int:
         return self.tokenizer.classes
 
-    def __call__(self, images, masks, train: bool = False):
+    def __call__(self, inputs: dict, train: bool = False):
         """Scores are made for hidden patches alone: 8192 for every patch, as `predict` gives them, would cost the most."""
+        images, masks = inputs["images"], inputs["masks"]
         if self.is_initializing():  # what only pictures need has parameters too
             self.tokenizer.paint(self.tokenizer.codes(images), self.encoder.grid)
         region = self.region(images, masks)
@@ -50,22 +51,22 @@ class BEiT(BlockPrediction):
     def outputs(self) -> tuple[Output, ...]:
         return (Output(self.place, None),)
 
-    def reconstruct(self, images, masks, fill):
+    def reconstruct(self, inputs: dict, fill):
         """As the base class says, of hits instead of values: a prediction of 1 is the right code, so that the squared
         error is the share of wrong codes; the baseline are the codes of the completed images."""
-        ((name, (scores, codes, filled, weight)),) = super().reconstruct(images, masks, fill).items()
+        ((name, (scores, codes, filled, weight)),) = super().reconstruct(inputs, fill).items()
         hit = lambda found: (found == codes[..., 0]).astype(jnp.float32)[..., None]
         return {name: (hit(scores.argmax(-1)), jnp.ones_like(weight)[..., None], hit(filled[..., 0]), weight)}
 
-    def pictures(self, images, masks):
+    def pictures(self, inputs: dict):
         """As the base class says, the codes of everything, and the same with the predicted ones in hidden places."""
-        shown = self.shown(masks)
+        images, shown = inputs["images"], self.shown(inputs["masks"])
         region = self.region(images, shown)
         codes = self.region_targets(images, shown)[..., 0]
         hidden = rearrange(region.hidden, "r y x -> r (y x)")
         predicted = jnp.where(hidden, self.predict_region(region).argmax(-1), codes)
         paint = lambda codes: self.tokenizer.paint(codes, self.units)
-        return super().pictures(images, masks) | {"codes": paint(codes), "predicted_codes": paint(predicted)}
+        return super().pictures(inputs) | {"codes": paint(codes), "predicted_codes": paint(predicted)}
 
     @property
     def scored(self) -> int:

@@ -25,7 +25,7 @@ def one_hot_targets(targets, classes: int, smoothing: float = 0.0):
 
 
 class Classify(Labelled):
-    """Encoder, pooling, norm, linear head. Here `masks` are the targets: [b] labels or [b classes].
+    """Encoder, pooling, norm, linear head.
 
     pool "mean": mean of patch tokens, then `fc_norm`; the encoder has no final norm. pool "cls": the cls token after it; pool
     "normed": the mean of patch tokens after it (timm's Swin).
@@ -50,7 +50,7 @@ class Classify(Labelled):
     def logits(self, images, train: bool = False) -> dict:
         return {"": self.head(self.features(images, train=train))}
 
-    def __call__(self, images, targets, train: bool = False):
-        logits = self.logits(images, train)[""]
+    def __call__(self, inputs: dict, train: bool = False):
+        logits, targets = self.logits(inputs["images"], train)[""], inputs["labels"]
         loss = soft_cross_entropy(logits, one_hot_targets(targets, self.classes, self.smoothing)).mean()
         return loss, {"accuracy": (logits.argmax(-1) == (targets if targets.ndim == 1 else targets.argmax(-1))).mean()}

@@ -161,9 +161,9 @@ class LocalMIM(Objective):
         """What is hidden of the encoder's units: patches of a ViT, squares of 32 px in a Swin."""
         return random.draw(key, batch_size, math.prod(self.encoder.units), self.kept)
 
-    def __call__(self, images, masks, train: bool = False):
-        """[b h w c], TokenMask -> loss [], the loss of each tap."""
-        parts = (self.predict(images, masks, train), self.targets(images), self.weights(masks))
+    def __call__(self, inputs: dict, train: bool = False):
+        """-> loss [], the loss of each tap."""
+        parts = (self.predict(inputs, train), self.targets(inputs["images"]), self.weights(inputs["masks"]))
         losses = {}
         for j, (predicted, target, weight) in enumerate(zip(*parts, strict=True)):
             error = jnp.square(predicted - target).mean(-1)
@@ -171,10 +171,10 @@ class LocalMIM(Objective):
             losses[f"loss_tap{j}"] = masked_mean(error, weight)
         return sum(losses.values()), losses
 
-    def predict(self, images, masks, train: bool = False):
+    def predict(self, inputs: dict, train: bool = False):
         """-> what each tap predicts everywhere, [b n' t] float32, n' cells of the image row by row."""
-        e, which, predictions = self.encoder, visible(masks.hidden, self.kept), []
-        normed, tapped = e.encode_visible(images, which, self.taps, decouple=self.decouple_stages, train=train)
+        e, which, predictions = self.encoder, visible(inputs["masks"].hidden, self.kept), []
+        normed, tapped = e.encode_visible(inputs["images"], which, self.taps, decouple=self.decouple_stages, train=train)
         for j, (tap, tokens) in enumerate(zip(self.plan, tapped, strict=True)):
             tokens = normed if tap.place == e.levels - 1 else getattr(self, f"norm_{j}")(tokens)
             self.sow("intermediates", f"latent_{j}", tokens)
@@ -197,10 +197,11 @@ class LocalMIM(Objective):
         hidden = rearrange(masks.hidden.astype(jnp.float32), "b (y x) -> b y x", y=self.encoder.units[0])
         return [rearrange(to_cells(hidden, self.encoder.unit / cell), "b y x -> b (y x)") for cell in self.cells]
 
-    def reconstruct(self, images, masks, fill):
+    def reconstruct(self, inputs: dict, fill):
         """As the base class says, of each tap."""
+        images, masks = inputs["images"], inputs["masks"]
         hidden = to_cells(rearrange(masks.hidden, "b (y x) -> b y x", y=self.encoder.units[0]), self.encoder.unit)
-        parts = (self.predict(images, masks), self.targets(images), self.targets(fill(images, hidden)), self.weights(masks))
+        parts = (self.predict(inputs), self.targets(images), self.targets(fill(images, hidden)), self.weights(masks))
         return {f"tap{j}": part for j, part in enumerate(zip(*parts, strict=True))}
 
     def flops(self) -> int:

@@ -66,8 +66,9 @@ class LoMaR(DecodedPixels):
     def windows(self) -> int:
         return self.views
 
-    def __call__(self, images, masks, train: bool = False):
-        predictions = self.predict_taps(images, masks, train)
+    def __call__(self, inputs: dict, train: bool = False):
+        images, masks = inputs["images"], inputs["masks"]
+        predictions = self.predict_taps(inputs, train)
         target = pixel_targets(self.patches(images, masks), self.norm_pix)
         errors = [jnp.square(prediction - target).mean(-1) for prediction in predictions]
         self.sow("intermediates", "error", errors[-1])
@@ -87,11 +88,12 @@ class LoMaR(DecodedPixels):
     def targets(self, images):
         return None  # they are of windows, see `region_targets`
 
-    def predict(self, images, masks, train: bool = False):
-        return rearrange(self.predict_taps(images, masks, train)[-1], "b m n t -> (b m) n t")
+    def predict(self, inputs: dict, train: bool = False):
+        return rearrange(self.predict_taps(inputs, train)[-1], "b m n t -> (b m) n t")
 
-    def predict_taps(self, images, masks, train: bool = False):
+    def predict_taps(self, inputs: dict, train: bool = False):
         """-> the prediction [b m n (p p c)] of every tap, the top's last, float32."""
+        images, masks = inputs["images"], inputs["masks"]
         b, m, n = masks.hidden.shape
         rows, columns = self.encoder.grid
         if m * n <= rows * columns:  # embed what the windows hold, or the whole grid, whichever is less

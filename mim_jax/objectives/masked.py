@@ -109,7 +109,8 @@ class MaskedPrediction(Objective):
         sizes = dict(window=self.window, views=self.windows, mask_ratio=self.mask_ratio)
         return windows.draw(key, batch_size, self.encoder.grid, pairing=self.pairing, **sizes)
 
-    def __call__(self, images, masks, train: bool = False):
+    def __call__(self, inputs: dict, train: bool = False):
+        images, masks = inputs["images"], inputs["masks"]
         region = self.region(images, masks)
         prediction = self.predict_region(region, train)
         return self.loss(prediction, self.region_targets(images, masks), region.hidden)
@@ -147,22 +148,23 @@ class MaskedPrediction(Objective):
         whole = jax.vmap(paste)(jnp.repeat(images, self.windows, 0), filled, corners)
         return self.region_targets(whole, windows.WindowMask(corners[:, None], None))
 
-    def predict(self, images, masks, train: bool = False):
-        """[b h w c], masks -> [r n t] float32, r the images or all their windows."""
-        return self.predict_region(self.region(images, masks), train)
+    def predict(self, inputs: dict, train: bool = False):
+        """-> [r n t] float32, r the images or all their windows."""
+        return self.predict_region(self.region(inputs["images"], inputs["masks"]), train)
 
-    def reconstruct(self, images, masks, fill):
+    def reconstruct(self, inputs: dict, fill):
         """-> {"image" or "window": (prediction, target, baseline, weight)}; the baseline is the target of the images whose
         hidden pixels, or those of one window at a time, `fill(pictures, hidden pixels)` completes from what is visible."""
+        images, masks = inputs["images"], inputs["masks"]
         region = self.region(images, masks)
         filled = fill(region.images, to_cells(region.hidden, self.cell))
         answers = (self.region_targets(images, masks), self.filled_targets(images, masks, filled))
-        parts = (self.predict(images, masks), *answers, self.unit_weights(region.hidden))
+        parts = (self.predict(inputs), *answers, self.unit_weights(region.hidden))
         return {self.place: tuple(rearrange(x, "(b m) n ... -> b (m n) ...", b=images.shape[0]) for x in parts)}
 
-    def pictures(self, images, masks):
+    def pictures(self, inputs: dict):
         """-> {name: [b h w c]} of the images, or of the first window of each: what is visible."""
-        region = self.region(images, self.shown(masks))
+        region = self.region(inputs["images"], self.shown(inputs["masks"]))
         hidden = to_cells(region.hidden, self.cell)[..., None]
         window = {"window": region.images} if self.windows else {}
         return {**window, "masked": jnp.where(hidden, 0.0, region.images)}
@@ -252,18 +254,19 @@ class PixelPrediction(MaskedPrediction):
     def outputs(self) -> tuple[Output, ...]:
         return (Output(self.place, self.norm_pix),)
 
-    def pictures(self, images, masks):
+    def pictures(self, inputs: dict):
         """As the base class says, and what is predicted; see targets/pixels.repaint."""
-        region, unit = self.region(images, self.shown(masks)), self.encoder.unit
+        images, shown, unit = inputs["images"], self.shown(inputs["masks"]), self.encoder.unit
+        region = self.region(images, shown)
         patches = rearrange(patchify(region.images, unit), "r y x d -> r (y x) d")
-        prediction, hidden = self.predict(images, self.shown(masks)), self.unit_weights(region.hidden) > 0
+        prediction, hidden = self.predict({"images": images, "masks": shown}), self.unit_weights(region.hidden) > 0
         painted = repaint(prediction, patches, hidden, self.norm_pix)
         if self.cell < unit:  # a unit may be visible in part, and none as a whole
             painted.pop("reconstruction_own", None)
         visible = ~to_cells(region.hidden, self.cell)[..., None]
         whole = lambda x: unpatchify(rearrange(x, "r (y x) d -> r y x d", y=self.units[0]), unit)
         painted = {name: jnp.where(visible, region.images, whole(x)) for name, x in painted.items()}
-        return painted | super().pictures(images, masks)
+        return painted | super().pictures(inputs)
 
 
 class DecodedPixels(PixelPrediction):

@@ -39,9 +39,9 @@ class MaskFeat(BlockPrediction):
         """[b h w c] -> [b n (c bins p p)], p x p cells of `hog_cell` px in a patch."""
         return maskfeat_hog(images, self.bins, self.hog_cell, self.encoder.patch, self.gaussian)
 
-    def reconstruct(self, images, masks, fill):
+    def reconstruct(self, inputs: dict, fill):
         """As the base class says, cell by cell instead of patch by patch, row by row: [b n' (c bins)]."""
-        ((name, (*vectors, weight)),) = super().reconstruct(images, masks, fill).items()
+        ((name, (*vectors, weight)),) = super().reconstruct(inputs, fill).items()
         side, shape = self.encoder.patch // self.hog_cell, dict(y=self.encoder.grid[0])
         cells = lambda x: rearrange(x, "b (y x) (k p q) -> b (y p x q) k", p=side, q=side, **shape)
         weight = rearrange(to_cells(rearrange(weight, "b (y x) -> b y x", **shape), side), "b y x -> b (y x)")

@@ -22,7 +22,11 @@ class Output(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The contract. `params["encoder"]` is what transfers; images are float32 [b h w c], already normalised."""
+    """The contract. `params["encoder"]` is what transfers.
+
+    Inputs are one dict, whose first axis is always the image: `images`, float32 [b h w c], already normalised; `masks`, what
+    is hidden in them; `labels`. What is hidden is data: the same inputs give the same loss.
+    """
 
     encoder: Encoder
 
@@ -34,17 +38,19 @@ class Objective(nn.Module):
         """What a user should know of settings that work but may not be meant."""
         return []
 
+    def inputs(self, batch: dict, key) -> dict:
+        """The `images` and `labels` of a batch, on the device -> what `__call__` takes; everything random is drawn here, from
+        the key."""
+        return {"images": batch["images"], "masks": self.masks(key, batch["images"].shape[0])}
+
     def masks(self, key, batch_size: int) -> Any:
         """What to hide: arrays of static shape, first axis b, drawn on the device; no parameters."""
         raise NotImplementedError
 
-    def example(self, batch_size: int = 2) -> tuple:
-        """-> images and masks of the right shapes, to make parameters from."""
-        return self.blank(batch_size), self.masks(jax.random.key(0), batch_size)
-
-    def blank(self, batch_size: int):
-        """-> zeros [b h w c]."""
-        return jnp.zeros((batch_size, *self.encoder.image_size, self.encoder.channels))
+    def example(self, batch_size: int = 2) -> dict:
+        """-> inputs of the right shapes, to make parameters from."""
+        images = jnp.zeros((batch_size, *self.encoder.image_size, self.encoder.channels))
+        return self.inputs({"images": images, "labels": jnp.zeros(batch_size, jnp.int32)}, jax.random.key(0))
 
     def with_mask_ratio(self, ratio: float) -> "Objective":
         """The same with another share of hidden places; of a method that hides nothing, itself."""
@@ -55,7 +61,7 @@ class Objective(nn.Module):
         """Pixels of a side of the windows that a method looks at, whose masks have `corners`; 0: it looks at whole images."""
         return 0
 
-    def __call__(self, images, masks, train: bool = False):
+    def __call__(self, inputs: dict, train: bool = False):
         """-> loss [], metrics {name: []}."""
         raise NotImplementedError
 
@@ -63,12 +69,12 @@ class Objective(nn.Module):
         """[b h w c] -> what is to be predicted, or None where it is not made apart from the loss: asked for by benchmark."""
         return None
 
-    def reconstruct(self, images, masks, fill):
+    def reconstruct(self, inputs: dict, fill):
         """-> {output: (prediction, target, baseline [b n t], weight [b n])}, for evaluation: what is predicted, what it
         should be, what it would be of images that `fill(images, hidden pixels [b h w])` completes, where it counts."""
         raise NotImplementedError
 
-    def pictures(self, images, masks):
+    def pictures(self, inputs: dict):
         """-> {name: [b h w c]} of normalised pixels, for the figures of methods whose outputs have no cells (figures/)."""
         raise NotImplementedError
 
@@ -87,12 +93,12 @@ class Objective(nn.Module):
 
 
 class Labelled(Objective):
-    """What is trained on labels: in place of masks come classes [b], or soft targets [b classes]. It has heads."""
+    """What is trained on `labels`: classes [b], or soft targets [b classes]. It has heads, and hides nothing."""
 
     hides = False
 
-    def example(self, batch_size: int = 2) -> tuple:
-        return self.blank(batch_size), jnp.zeros((batch_size,), jnp.int32)
+    def inputs(self, batch: dict, key) -> dict:
+        return {"images": batch["images"], "labels": batch["labels"]}
 
     def logits(self, images, train: bool = False) -> dict:
         """[b h w c] -> {name of a head: [b classes]}; the name of the only one is ""."""
@@ -109,11 +115,11 @@ class Extractor(Objective):
     pool: str = "mean"
     tap: int | None = None
 
-    def example(self, batch_size: int = 2):
-        return (self.blank(batch_size),)
+    def inputs(self, batch: dict, key) -> dict:
+        return {"images": batch["images"]}
 
-    def __call__(self, images):
-        """[b h w c] -> float32 [b d], or [b t d] of all tokens: cls first where there is one, then row by row."""
-        e = self.encoder
+    def __call__(self, inputs: dict):
+        """-> float32 [b d], or [b t d] of all tokens: cls first where there is one, then row by row."""
+        e, images = self.encoder, inputs["images"]
         tokens = e(images) if self.tap is None else e.in_rows(e.encode_tapped(images, (self.tap,))[1][0])
         return tokens.astype(jnp.float32) if self.pool == "none" else e.pool(tokens, self.pool)

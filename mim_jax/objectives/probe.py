@@ -32,7 +32,7 @@ class Head(NamedTuple):
 
 
 class Probe(Labelled):
-    """MAE's linear probe (arXiv 2111.06377, A.1), for each of `taps`, `kinds` and `base_lrs` a head. `masks` are labels [b].
+    """MAE's linear probe (arXiv 2111.06377, A.1), for each of `taps`, `kinds` and `base_lrs` a head.
 
     Taps are blocks of a ViT and stages of a Swin, counted from 0; the last is the encoder's output after its final norm, the
     others are as they leave the block, since the BatchNorm of a head normalises them. Kinds: "linear", of pooled features,
@@ -73,7 +73,7 @@ class Probe(Labelled):
         """The learning rate of the parameter at this path, in units of that of the first of `base_lrs`."""
         return {head.module: head.base_lr for head in self.heads}[path.partition("/")[0]] / self.base_lrs[0]
 
-    def inputs(self, images) -> dict:
+    def head_inputs(self, images) -> dict:
         """[b h w c] -> {(tap, kind): what heads of this kind take there, in float32: [b d], or patch tokens [b n d]}: nothing
         hidden, nothing random, no gradient."""
         e, lower = self.encoder, tuple(tap for tap in self.levels if tap != self.top)
@@ -86,7 +86,7 @@ class Probe(Labelled):
         return jax.lax.stop_gradient(self.encoder.pool(self.encoder(images), pool or self.pool))
 
     def logits(self, images, train: bool = False) -> dict:
-        inputs, heads = self.inputs(images), self.heads
+        inputs, heads = self.head_inputs(images), self.heads
         name = lambda head: head.name if len(heads) > 1 else ""
         return {name(head): getattr(self, head.module)(inputs[head.tap, head.kind], train) for head in heads}
 
@@ -94,9 +94,9 @@ class Probe(Labelled):
         """The frozen encoder runs forward only; heads are not worth counting."""
         return self.flops()
 
-    def __call__(self, images, targets, train: bool = False):
-        loss, metrics = 0.0, {}
-        for name, logits in self.logits(images, train).items():
+    def __call__(self, inputs: dict, train: bool = False):
+        loss, metrics, targets = 0.0, {}, inputs["labels"]
+        for name, logits in self.logits(inputs["images"], train).items():
             suffix = f"/{name}" if name else ""
             own = bounded_cross_entropy(logits, targets).mean()
             right = (logits.argmax(-1) == targets) & jnp.isfinite(logits).all(-1)

@@ -65,11 +65,11 @@ class SimMIM(MaskTokenPrediction, PixelPrediction):
         weight = repeat(pixels, "r y x d -> r (y x) (d c)", c=e.channels)
         return masked_mean(jnp.abs(prediction - target), weight), {}
 
-    def reconstruct(self, images, masks, fill):
+    def reconstruct(self, inputs: dict, fill):
         """As the base class says; square by square where squares are smaller than units."""
-        found, e = super().reconstruct(images, masks, fill), self.encoder
+        found, e = super().reconstruct(inputs, fill), self.encoder
         if self.cell >= e.unit:
             return found
         sizes = dict(y=e.units[0], p=self.cell, q=self.cell, i=e.unit // self.cell, j=e.unit // self.cell)
         split = lambda x: rearrange(x, "b (y x) (i p j q c) -> b (y i x j) (p q c)", c=e.channels, **sizes)
-        return {name: (*map(split, parts[:3]), masks.hidden.astype(jnp.float32)) for name, parts in found.items()}
+        return {name: (*map(split, parts[:3]), inputs["masks"].hidden.astype(jnp.float32)) for name, parts in found.items()}

@@ -26,27 +26,27 @@ class TokenizerTraining(Objective):
         """Nothing is hidden, whatever the key."""
         return TokenMask(jnp.zeros((batch_size, math.prod(self.encoder.units)), bool))
 
-    def __call__(self, images, masks, train: bool = False):
-        """[b h w c], TokenMask -> loss [], and of the codes of the (micro-)batch: `perplexity`, the number of codes that
+    def __call__(self, inputs: dict, train: bool = False):
+        """-> loss [], and of the codes of the (micro-)batch: `perplexity`, the number of codes that
         would be as hard to guess if all were equally frequent, and `codes_used`, the share of all codes that occur."""
-        e = self.encoder
+        e, images = self.encoder, inputs["images"]
         values = e.values(images)
         codes = to_codes(values, e.quantiser_levels)
         return jnp.square(e.to_pixels(values) - images).mean(), code_usage(codes, e.classes)
 
-    def reconstruct(self, images, masks, fill):
+    def reconstruct(self, inputs: dict, fill):
         """As the base class says; everything counts. Nothing is hidden that `fill` could complete: the baseline is each
         patch's own mean colour."""
-        e = self.encoder
+        e, images = self.encoder, inputs["images"]
         flat = lambda x: rearrange(patchify(x, e.patch), "b y x d -> b (y x) d")
         target = flat(images)
         colours = rearrange(target, "b n (q c) -> b n q c", c=e.channels).mean(2)
         baseline = jnp.tile(colours, e.patch**2)
         return {"image": (flat(e.reconstruct(images)), target, baseline, jnp.ones(target.shape[:2]))}
 
-    def pictures(self, images, masks):
+    def pictures(self, inputs: dict):
         """-> {"reconstruction": [b h w c]}."""
-        return {"reconstruction": self.encoder.reconstruct(images)}
+        return {"reconstruction": self.encoder.reconstruct(inputs["images"])}
 
     def flops(self) -> int:
         """Forward FLOPs per image, to the codes and back."""

@@ -128,7 +128,7 @@ class Saved:
 
     def variables(self, objective, mesh, which: str = "trained") -> dict:
         """What `objective.apply` takes, "trained" or their moving "average". Raises CheckpointError for what does not fit."""
-        wanted = jax.eval_shape(lambda: objective.init(jax.random.key(0), *objective.example()))
+        wanted = jax.eval_shape(lambda: objective.init(jax.random.key(0), objective.example()))
         params, _ = match_params(tree.flatten(wanted["params"]), self.arrays(mesh, part=PARTS[which]))
         return {"params": tree.nest(params), **self.stats(wanted, mesh)}
 

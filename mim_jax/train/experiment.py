@@ -90,7 +90,7 @@ class Experiment:
     """What is trained, on what, how long, and what judges it.
 
     config: the sections of the job (jobs/training.py). kept: the completed settings, which go into every checkpoint.
-    inputs: (batch of the pipeline, key) -> what the objective takes, on the device. batches: batch(step), close().
+    inputs: (batch of the pipeline, key) -> the inputs of the objective, on the device. batches: batch(step), close().
     lr_scales: path -> what the learning rate of this parameter is multiplied by. preview(workdir, batch): called once,
     before the first step.
     """

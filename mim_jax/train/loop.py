@@ -64,7 +64,7 @@ def train(e: Experiment, run: Run) -> tuple[dict, bool]:
             break
         with run.clock.measure("data"):
             batch = e.batches.batch(step)
-        batch = sharding.to_global({key: batch[key] for key in ("image", "label")}, e.mesh)
+        batch = sharding.to_global(batch, e.mesh)
         with run.clock.measure("compile") if step == first else contextlib.nullcontext():
             run.state, metrics = step_fn(run.state, batch)
             if step == first:

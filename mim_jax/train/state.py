@@ -41,8 +41,8 @@ def split(params, frozen_patterns):
 
 
 def init_variables(objective, example, seed: int):
-    """Fresh parameters and statistics of an objective; `example` is (images, masks) of any batch size."""
-    return objective.init({"params": prng.stream(seed, "params")}, *example)
+    """Fresh parameters and statistics of an objective; `example` are its inputs, of any batch size."""
+    return objective.init({"params": prng.stream(seed, "params")}, example)
 
 
 def plan(objective, tx, example, *, seed: int, mesh, fsdp: bool = False, frozen_patterns=()):

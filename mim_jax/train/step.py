@@ -13,16 +13,16 @@ from mim_jax.train.state import TrainState, merge
 def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulation: int = 1, lr=None):
     """-> step(state, batch) -> (state, metrics), compiled on the first call.
 
-    `prepare(batch, key) -> (images, masks)` turns a batch of the pipeline into what the objective takes, on the device:
-    normalisation and what is hidden. Masks are drawn for the whole batch at once, so that neither the number of
-    devices nor the accumulation changes them.
+    `prepare(batch, key)` turns a batch of the pipeline into the inputs of the objective, on the device: normalisation and
+    what is hidden. Masks are drawn for the whole batch at once, so that neither the number of devices nor the accumulation
+    changes them.
     """
 
     def step(state: TrainState, batch):
-        images, masks = prepare(batch, prng.stream(seed, "masks", state.step))
-        images, masks = jax.lax.with_sharding_constraint((images, masks), sharding.batch_sharding(mesh))
+        inputs = prepare(batch, prng.stream(seed, "masks", state.step))
+        inputs = jax.lax.with_sharding_constraint(inputs, sharding.batch_sharding(mesh))
         key = prng.stream(seed, "dropout", state.step)
-        loss, metrics, stats, grads = accumulate(objective, state, images, masks, key, accumulation)
+        loss, metrics, stats, grads = accumulate(objective, state, inputs, key, accumulation)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         new = (optax.apply_updates(state.params, updates), opt_state, stats)
         # By the norm, which one non-finite gradient makes non-finite. Asking every gradient reads more plainly, but XLA
@@ -44,31 +44,31 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
     return jax.jit(step, in_shardings=where, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
 
 
-def accumulate(objective, state, images, masks, key, accumulation: int):
+def accumulate(objective, state, inputs: dict, key, accumulation: int):
     """Mean loss, metrics and gradients over `accumulation` micro-batches -> loss, metrics, stats, grads."""
 
-    def loss_fn(params, stats, images, masks, key):
+    def loss_fn(params, stats, inputs, key):
         (loss, metrics), updated = objective.apply(
-            {"params": merge(params, state.frozen), **stats}, images, masks, True, rngs={"dropout": key}, mutable=list(stats)
+            {"params": merge(params, state.frozen), **stats}, inputs, True, rngs={"dropout": key}, mutable=list(stats)
         )
         return loss, (metrics, dict(updated) or stats)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulation == 1:
-        (loss, (metrics, stats)), grads = grad_fn(state.params, state.stats, images, masks, key)
+        (loss, (metrics, stats)), grads = grad_fn(state.params, state.stats, inputs, key)
         return loss, metrics, stats, grads
 
     def micro(carry, x):
         stats, sums = carry
-        index, images, masks = x
-        (loss, (metrics, stats)), grads = grad_fn(state.params, stats, images, masks, jax.random.fold_in(key, index))
+        index, inputs = x
+        (loss, (metrics, stats)), grads = grad_fn(state.params, stats, inputs, jax.random.fold_in(key, index))
         return (stats, jax.tree.map(jnp.add, sums, (loss, metrics, grads))), None
 
-    xs = (jnp.arange(accumulation), *jax.tree.map(partial(micro_batches, accumulation=accumulation), (images, masks)))
-    first = jax.tree.map(lambda x: x[0], xs)
-    (loss, (metrics, _)), grads = jax.eval_shape(grad_fn, state.params, state.stats, first[1], first[2], key)
+    parts = jax.tree.map(partial(micro_batches, accumulation=accumulation), inputs)
+    first = jax.tree.map(lambda x: x[0], parts)
+    (loss, (metrics, _)), grads = jax.eval_shape(grad_fn, state.params, state.stats, first, key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, metrics, grads))
-    (stats, sums), _ = jax.lax.scan(micro, (state.stats, zeros), xs)
+    (stats, sums), _ = jax.lax.scan(micro, (state.stats, zeros), (jnp.arange(accumulation), parts))
     loss, metrics, grads = jax.tree.map(lambda x: x / accumulation, sums)
     return loss, metrics, stats, grads
 

@@ -57,14 +57,14 @@ class BeitPort:
             report.add("out/rel_pos_bias", bias, case["out/rel_pos_bias"])
         embedded = made.apply(variables, images, method=lambda o, x: o.encoder.tokens_of(x))
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))
-        loss, seen = run_and_look(made, variables, images, masks)
+        loss, seen = run_and_look(made, variables, dict(images=images, masks=masks))
         look_at_encoder(report, case, seen, np.arange(len(images)))
-        logits = made.apply(variables, images, masks, method="predict")
+        logits = made.apply(variables, dict(images=images, masks=masks), method="predict")
         report.add("out/logits", logits, case.get("out/logits"))
         per_token = optax.softmax_cross_entropy_with_integer_labels(logits, made.tokenizer.recorded)
         report.add("loss/per_token", per_token, case.get("loss/per_token"))
         report.add("loss/total", loss, case.get("loss/total"))
-        compare_gradients(report, case, made, self.params, self.rules, (images, masks))
+        compare_gradients(report, case, made, self.params, self.rules, dict(images=images, masks=masks))
 
 
 def flat(grid):

@@ -48,11 +48,11 @@ class ClassifierPort:
         variables = {"params": self.params}
         if "derived/rp_bucket" in case:
             report.add("derived/rp_bucket", irpe.bucket_table(made.encoder.grid), case.get("derived/rp_bucket"))
-        loss, seen = run_and_look(made, variables, images, labels)
+        loss, seen = run_and_look(made, variables, dict(images=images, labels=labels))
         look_at_encoder(report, case, seen, np.arange(len(images)))
         embed = lambda o, x: o.encoder.embed(x) - o.encoder.positions()
         report.add("out/patch_embed", made.apply(variables, images, method=embed), case.get("out/patch_embed"))
         report.add("out/features", made.apply(variables, images, method="features"), case.get("out/features"))
         report.add("out/logits", made.apply(variables, images, method="logits")[""], case.get("out/logits"))
         report.add("loss/cross_entropy", loss, case.get("loss/cross_entropy"))
-        compare_gradients(report, case, made, self.params, self.rules, (images, labels))
+        compare_gradients(report, case, made, self.params, self.rules, dict(images=images, labels=labels))

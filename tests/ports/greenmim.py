@@ -42,7 +42,7 @@ class GreenmimPort:
         images = case.images()
         masks = self.masks("rand/", images.shape[0])
         order = self.check_places(report, masks)
-        loss, seen = run_and_look(made, {"params": self.params}, images, masks)
+        loss, seen = run_and_look(made, {"params": self.params}, dict(images=images, masks=masks))
         embedded = made.apply({"params": self.params}, images, method=lambda o, x: o.encoder.embed(x))
         embedded = rearrange(np.asarray(embedded), "b (y x) i j d -> b (y i x j) d", y=made.encoder.units[0])
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))
@@ -58,7 +58,7 @@ class GreenmimPort:
         targets = made.apply({"params": self.params}, images, method="targets")
         report.add("target/patches", targets, case.get("target/patches"))
         self.compare_decoder(report, seen, loss)
-        compare_gradients(report, case, made, self.params, self.rules, (images, masks), "fixorder/grad/")
+        compare_gradients(report, case, made, self.params, self.rules, dict(images=images, masks=masks), "fixorder/grad/")
 
     def compare_decoder(self, report: Report, seen, loss):
         decoder = lambda path: capture(seen, f"decoder/{path}")

@@ -87,11 +87,11 @@ class LocalPort:
             report.add(f"target/{key}", strided(ours, self.case, f"target/{key}"), self.case[f"target/{key}"])
 
     def inputs(self, micro_step: int):
-        """(images, masks) of a micro-step of a recorded run."""
+        """The inputs of a micro-step of a recorded run."""
         images = self.case.images()
         images = images[None] if images.ndim == 4 else images
         images = images[micro_step % images.shape[0]]
-        return images, self.masks(f"rand/step{micro_step:02d}/", images.shape[0])
+        return dict(images=images, masks=self.masks(f"rand/step{micro_step:02d}/", images.shape[0]))
 
 
 class LocalVitPort(LocalPort):
@@ -145,10 +145,10 @@ class LocalVitPort(LocalPort):
         rows = np.arange(len(kept))[:, None]
         place = np.asarray(which.slot)[rows, kept]
         place = np.concatenate([np.zeros_like(place[:, :1]), 1 + place], 1)
-        loss, seen = run_and_look(made, {"params": self.params}, images, masks)
+        loss, seen = run_and_look(made, {"params": self.params}, dict(images=images, masks=masks))
         embedded = made.apply({"params": self.params}, images, method=lambda o, x: o.encoder.embed(x) - o.encoder.positions())
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))
-        self.add_scales(report, images, masks, loss, seen, self.apply(images, masks, method="predict"))
+        self.add_scales(report, images, masks, loss, seen, self.apply(dict(images=images, masks=masks), method="predict"))
         image = lambda x: np.moveaxis(x, -1, 1)
         for key, recorded in case.under("out/").items():
             ours = None
@@ -170,7 +170,7 @@ class LocalVitPort(LocalPort):
                     ours = image(ours)
             if ours is not None:
                 report.add(f"out/{key}", ours, recorded)
-        compare_gradients(report, case, made, self.params, self.rules, (images, masks))
+        compare_gradients(report, case, made, self.params, self.rules, dict(images=images, masks=masks))
 
     @staticmethod
     def decoder_part(seen, part: str, scale: float):
@@ -274,15 +274,15 @@ class LocalSwinPort(LocalPort):
             restore = np.argsort(np.argsort(np.repeat(masks.hidden[0], self.per_unit(i)), kind="stable"))
             report.add(f"derived/ids_restore{i}", restore, case.get(f"derived/ids_restore{i}"))
 
-        loss, seen = run_and_look(made, {"params": self.params}, images, masks)
+        loss, seen = run_and_look(made, {"params": self.params}, dict(images=images, masks=masks))
         if case.under("fixcoords/"):
             self.add_scales(report, images, masks, loss, seen, None, "fixcoords/")
             for j in range(len(made.taps)):
                 report.add(f"fixcoords/out/latent{j}", seen[f"latent_{j}"][0], case.get(f"fixcoords/out/latent{j}"))
         fields = {f.name: getattr(made.encoder, f.name) for f in dataclasses.fields(Swin) if f.name not in ("parent", "name")}
         released = made.clone(encoder=ReleasedCoordinates(**fields, places=tuple(places)))
-        loss, seen = run_and_look(released, {"params": self.params}, images, masks)
-        predictions = released.apply({"params": self.params}, images, masks, method="predict")
+        loss, seen = run_and_look(released, {"params": self.params}, dict(images=images, masks=masks))
+        predictions = released.apply({"params": self.params}, dict(images=images, masks=masks), method="predict")
         self.add_scales(report, images, masks, loss, seen, predictions)
         by_unit = lambda x: rearrange(np.asarray(x), "b u y x d -> b (u y x) d")
         embedded = made.apply({"params": self.params}, images, method=lambda o, x: o.encoder.embed(x))
@@ -305,7 +305,7 @@ class LocalSwinPort(LocalPort):
                 ours = LocalVitPort.decoder_part(seen[f"decoder_{decoder.group(1)}"], decoder.group(2), 1)
             if ours is not None:
                 report.add(f"out/{key}", ours, recorded)
-        compare_gradients(report, case, released, self.params, self.rules, (images, masks))
+        compare_gradients(report, case, released, self.params, self.rules, dict(images=images, masks=masks))
 
     def per_unit(self, tap: int) -> int:
         """Tokens of a unit at a tap."""

@@ -40,10 +40,10 @@ class LomarPort:
         return windows.WindowMask(windows.pair_as_released(corners, batch_size), windows.hide_smallest(noise, count))
 
     def inputs(self, micro_step: int):
-        """(images, masks) of a micro-step of a recorded run."""
+        """The inputs of a micro-step of a recorded run."""
         images = self.case.images()
         images = images[micro_step % images.shape[0]]
-        return images, self.masks(f"rand/step{micro_step:02d}/", images.shape[0])
+        return dict(images=images, masks=self.masks(f"rand/step{micro_step:02d}/", images.shape[0]))
 
     def check_draws(self, report: Report, masks, prefix: str):
         """Windows and masks that follow from the draws, against the recorded ones, row by row."""
@@ -74,8 +74,8 @@ class LomarPort:
         report.add("derived/ids", as_rows(ids[..., 0]), case.get("derived/ids"))
 
         variables = {"params": self.params}
-        loss, seen = run_and_look(made, variables, images, masks)
-        prediction = made.apply(variables, images, masks, method="predict_taps")[-1]
+        loss, seen = run_and_look(made, variables, dict(images=images, masks=masks))
+        prediction = made.apply(variables, dict(images=images, masks=masks), method="predict_taps")[-1]
         look_at_encoder(report, case, seen, as_image_rows(masks))
         embedded = made.apply(variables, images, method=lambda o, x: o.encoder.embed(x))
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))
@@ -88,7 +88,7 @@ class LomarPort:
         )
         report.add("loss/per_patch", as_rows(seen["error"][0]), case.get("loss/per_patch"))
         report.add("loss/total", loss, case.get("loss/total"))
-        compare_gradients(report, case, made, self.params, self.rules, (images, masks))
+        compare_gradients(report, case, made, self.params, self.rules, dict(images=images, masks=masks))
 
 
 def as_rows(x):

@@ -33,9 +33,9 @@ class MaePort:
         return keep_smallest(jnp.asarray(self.case[f"{draws}noise"]), self.objective.kept)
 
     def inputs(self, micro_step: int):
-        """(images, masks) of a micro-step of a recorded run."""
+        """The inputs of a micro-step of a recorded run."""
         images = self.case.images()
-        return images[micro_step % images.shape[0]], self.masks(f"rand/step{micro_step:02d}/")
+        return dict(images=images[micro_step % images.shape[0]], masks=self.masks(f"rand/step{micro_step:02d}/"))
 
     def check_draws(self, report: Report, masks, prefix: str):
         report.add(f"{prefix}mask", masks.hidden, self.case.get(f"{prefix}mask"))
@@ -52,8 +52,8 @@ class MaePort:
         place = 1 + np.asarray(tokens.visible(masks.hidden, made.kept).slot)[rows, kept]
         place = np.concatenate([np.zeros_like(place[:, :1]), place], 1)
         variables = {"params": self.params}
-        loss, seen = run_and_look(made, variables, images, masks)
-        prediction = made.apply(variables, images, masks, method="predict")
+        loss, seen = run_and_look(made, variables, dict(images=images, masks=masks))
+        prediction = made.apply(variables, dict(images=images, masks=masks), method="predict")
         embedded = made.apply(variables, images, method=lambda o, x: o.encoder.embed(x) - o.encoder.positions())
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))
         report.add("out/tokens_in", np.asarray(seen["encoder"]["tokens_in"][0])[rows, place], case.get("out/tokens_in"))
@@ -70,4 +70,4 @@ class MaePort:
         report.add("target/patches", made.apply(variables, images, method="targets"), case.get("target/patches"))
         report.add("loss/per_patch", seen["error"][0], case.get("loss/per_patch"))
         report.add("loss/total", loss, case.get("loss/total"))
-        compare_gradients(report, case, made, self.params, self.rules, (images, masks))
+        compare_gradients(report, case, made, self.params, self.rules, dict(images=images, masks=masks))

@@ -31,7 +31,7 @@ class SimmimPort:
     def compare(self, report: Report):
         case, made, e = self.case, self.objective, self.objective.encoder
         images, masks, variables = case.images(), self.masks(), {"params": self.params}
-        loss, seen = run_and_look(made, variables, images, masks)
+        loss, seen = run_and_look(made, variables, dict(images=images, masks=masks))
         if e.has_cls:
             embedded = made.apply(variables, images, method=lambda o, x: o.encoder.tokens_of(x))
             bias = made.apply(variables, method=lambda o: o.encoder.relations(o.encoder.grid)[1])
@@ -47,11 +47,11 @@ class SimmimPort:
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))
         latent = capture(seen, "encoder/norm")[:, int(e.has_cls) :]
         report.add("out/encoder", rearrange(latent, "b (y x) d -> b d y x", y=e.units[0]), case.get("out/encoder"))
-        prediction = np.asarray(made.apply(variables, images, masks, method="predict"))
+        prediction = np.asarray(made.apply(variables, dict(images=images, masks=masks), method="predict"))
         unit = dict(y=e.units[0], p=e.unit, q=e.unit)
         conv = rearrange(prediction, "b (y x) (p q c) -> b (c p q) y x", **unit)
         report.add("out/decoder_conv", conv, case.get("out/decoder_conv"))
         picture = rearrange(prediction, "b (y x) (p q c) -> b c (y p) (x q)", **unit)
         report.add("out/reconstruction", picture, case.get("out/reconstruction"))
         report.add("loss/total", loss, case.get("loss/total"))
-        compare_gradients(report, case, made, self.params, self.rules, (images, masks))
+        compare_gradients(report, case, made, self.params, self.rules, dict(images=images, masks=masks))

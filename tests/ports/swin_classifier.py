@@ -31,7 +31,7 @@ class SwinClassifierPort(ClassifierPort):
         encoder = made.encoder
         images, labels = case.images(), jnp.asarray(case["input/labels"])
         variables = {"params": self.params}
-        loss, seen = run_and_look(made, variables, images, labels)
+        loss, seen = run_and_look(made, variables, dict(images=images, labels=labels))
         self.check_constants(report)
         for key, recorded in case.under("out/").items():
             found = re.fullmatch(r"(patch_embed|layer(\d+)(?:\.block(\d+))?)(_every7)?", key)
@@ -49,7 +49,7 @@ class SwinClassifierPort(ClassifierPort):
         report.add("out/features", made.apply(variables, images, method="features"), case.get("out/features"))
         report.add("out/logits", made.apply(variables, images, method="logits")[""], case.get("out/logits"))
         report.add("loss/cross_entropy", loss, case.get("loss/cross_entropy"))
-        compare_gradients(report, case, made, self.params, self.rules, (images, labels))
+        compare_gradients(report, case, made, self.params, self.rules, dict(images=images, labels=labels))
 
     def check_constants(self, report: Report):
         """The offset of every pair in a window, and the pairs that a rolled window keeps apart."""

@@ -35,7 +35,7 @@ def model(spec: str, size=None, pool: str = "", **encoder):
         config.encoder.position = "learned"
     config.encoder.update(encoder)
     made = built.classifier(config, CLASSES) if pool else built.objective(config)
-    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), *made.example()))["params"]
+    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))["params"]
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -134,7 +134,10 @@ def test_mae_is_that_of_transformers(norm_pix, tmp_path, monkeypatch):
     made = made.clone(norm_pix=norm_pix)
     images = images_of(config)
     masks = made.masks(jax.random.key(0), len(images))
-    run = lambda p: (made.apply({"params": p}, images, masks), made.apply({"params": p}, images, masks, method="predict"))
+    run = lambda p: (
+        made.apply({"params": p}, dict(images=images, masks=masks)),
+        made.apply({"params": p}, dict(images=images, masks=masks), method="predict"),
+    )
     (loss, _), prediction = jit(run)(params)
     other = loaded(config, params, "hf", tmp_path, monkeypatch)
     found = theirs(other, images, noise=torch.from_numpy(np.asarray(masks.hidden, np.float32)))
