@@ -16,18 +16,18 @@ results/README.md.
 """
 
 from mim_jax.config import ConfigDict, arguments, choice
-from mim_jax.recipes import SAMPLE_TOKENIZER, sample_encoder, sample_pretraining, smoke_test, swin, tokenizer_settings
+from mim_jax.recipes import SAMPLE_TOKENIZER, sample_encoder, sample_pretraining, smoke_test, swin, target, tokenizer_settings
 
 DECODER = dict(decoder_width=64, decoder_depth=1, decoder_heads=4)
 WHOLE, WINDOWS = dict(windows=0, window=5), dict(windows=3, window=5)
 BIASED = dict(layer_scale=0.1, qkv_bias="qv")
 METHODS = {  # name: (method, position, its settings)
-    "mae": ("mae", "absolute", dict(mask_ratio=0.75, norm_pix=True, **WHOLE, **DECODER)),
-    "simmim": ("simmim", "shared_bias", dict(mask_ratio=0.6, mask_size=8, norm_pix=False, **WHOLE)),
+    "mae": ("mae", "absolute", dict(mask_ratio=0.75, **WHOLE, **DECODER)),
+    "simmim": ("simmim", "shared_bias", dict(mask_ratio=0.6, mask_size=8, **WHOLE)),
     "maskfeat": ("maskfeat", "absolute", dict(mask_ratio=0.4, min_block=5, bins=9, hog_cell=2, gaussian=True, **WHOLE)),
     "beit": ("beit", "shared_bias", dict(mask_ratio=0.383, min_block=5, **WHOLE)),
     "beit_windows": ("beit", "shared_bias", dict(mask_ratio=0.6, min_block=5, **WINDOWS)),
-    "greenmim": ("mae", "", dict(mask_ratio=0.75, norm_pix=True, **WHOLE, **DECODER)),
+    "greenmim": ("mae", "", dict(mask_ratio=0.75, **WHOLE, **DECODER)),
 }
 
 
@@ -38,14 +38,14 @@ def get_config(arg=""):
     sample_pretraining(c, method=method)
     c.encoder = sample_encoder(position, **(BIASED if position == "shared_bias" else {})) if position else two_stages()
     c[method] = ConfigDict(settings)
+    if method in ("mae", "simmim"):
+        c[method].update(target(c, norm_pix=method == "mae"))
     if method == "beit":
         c.tokenizer = tokenizer_settings("trained", **SAMPLE_TOKENIZER)
         c.tokenizer.weights = "runs/tokenizer_sample"
     if a.toy:
         c.encoder.update(dict(width=48, depth=2, heads=3) if position else dict(width=12))
         smoke_test(c)
-        if method == "beit":
-            c.tokenizer = tokenizer_settings("untrained", width=16, depth=1, levels=(4, 4, 4))
     return c
 
 

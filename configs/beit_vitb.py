@@ -58,7 +58,6 @@ def toy(c):
     """Two steps of a tiny model on the embedded sample; everything else as above."""
     c.encoder.update(dict(width=48, depth=2, heads=3, patch=4))
     c.beit.update(dict(min_block=4, window=min(c.beit.window, 5)))
-    c.tokenizer = tokenizer_settings("untrained", width=16, depth=1, levels=(4, 4, 4))
     on_the_sample(c)
     smoke_test(c)
     c.batch_size = 8

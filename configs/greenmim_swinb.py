@@ -24,7 +24,7 @@ Measured by this project: no full run yet.
 """
 
 from mim_jax.config import ConfigDict, arguments
-from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, swin_encoder
+from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, swin_encoder, target
 
 
 def get_config(arg=""):
@@ -34,7 +34,15 @@ def get_config(arg=""):
     imagenet_pretraining(c, method="mae", epochs=a.epochs, batch_size=4096 if a.variant == "L" else 2048, size=a.size)
     c.encoder = swin_encoder(a.variant, a.window)
     c.mae = ConfigDict(
-        dict(mask_ratio=a.mask, windows=0, window=7, norm_pix=a.norm_pix, decoder_width=512, decoder_depth=1, decoder_heads=16)
+        dict(
+            mask_ratio=a.mask,
+            windows=0,
+            window=7,
+            **target(c, norm_pix=a.norm_pix),
+            decoder_width=512,
+            decoder_depth=1,
+            decoder_heads=16,
+        )
     )
 
     c.optim = adamw(

@@ -7,7 +7,9 @@
 Arguments (default first)
     variant   B/16 | S, B, L, H, Ti with patch 8 or 16; patch 14 needs scales of at most 2: scales=2-2-1-0.5
     size      224 | any multiple of the patch
-    target    hog | pixels          histograms of gradients, or standardised pixels of the same cells
+    target    hog | pixels, codes   histograms of gradients, standardised pixels of the same cells, or the codes of a tokenizer
+                                    (see beit_vitb.py), which stand at the scale of the patches: scales=same
+    tokenizer dalle | trained       with target=codes
     taps      paper | top, or block numbers counted from 0: taps=5-8-11. "paper" is 1, 3, depth-3, depth-1
     scales    fine_to_coarse | coarse_to_fine, same, or one number per tap: scales=2-1-0.5
     decoder_depth  1 | blocks of each decoder
@@ -28,7 +30,7 @@ accuracy 3.1x sooner. Measured by this project: no full run yet.
 """
 
 from mim_jax.config import ConfigDict, ConfigError, arguments, choice, numbers
-from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, vit_encoder
+from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, tokenizer_settings, vit_encoder
 
 SCALES = {"fine_to_coarse": (4.0, 2.0, 1.0, 0.5), "coarse_to_fine": (0.5, 1.0, 2.0, 4.0), "same": (1.0, 1.0, 1.0, 1.0)}
 
@@ -39,6 +41,7 @@ def get_config(arg=""):
         variant="B/16",
         size=224,
         target="hog",
+        tokenizer="dalle",
         taps="paper",
         scales="fine_to_coarse",
         decoder_depth=1,
@@ -71,14 +74,19 @@ def get_config(arg=""):
             decoder_width=each(256),
             decoder_depth=each(a.decoder_depth),
             decoder_heads=each(8),
-            target=each(choice("target", a.target, ("hog", "pixels"))),
+            target=each(choice("target", a.target, ("hog", "pixels", "codes"))),
             mask_ratio=a.mask,
+            windows=0,
+            window=7,
             bins=18 if large else 9,
             hog_bias=large,
             norm_pix=True,
             decouple_stages=a.decouple,
         )
     )
+
+    if a.target == "codes":
+        c.tokenizer = tokenizer_settings(a.tokenizer)
 
     c.optim = adamw(
         base_lr=1.5e-4 if large else 2e-4, min_lr=1e-6, warmup=duration("warmup", epochs=10 if a.epochs <= 100 else 40)

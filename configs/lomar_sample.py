@@ -16,7 +16,7 @@ Arguments
 """
 
 from mim_jax.config import ConfigDict, arguments, numbers
-from mim_jax.recipes import sample_encoder, sample_pretraining, smoke_test
+from mim_jax.recipes import sample_encoder, sample_pretraining, smoke_test, target
 
 
 def get_config(arg=""):
@@ -32,7 +32,7 @@ def get_config(arg=""):
             mask_ratio=0.6,
             pairing="paper",
             arch="simple",
-            norm_pix=True,
+            **target(c),
             decoder_width=64,
             decoder_depth=1,
             decoder_heads=4,

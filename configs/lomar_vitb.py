@@ -13,6 +13,8 @@ Arguments (default first)
     pos       rpe | absolute        iRPE in attention, or sin-cos added at the true place in the image
     arch      simple | asymmetric   mask tokens in the encoder, or MAE's encoder-decoder inside the window
     norm_pix  true | false          standardise each target patch
+    target    pixels | hog, codes    standardised pixels; histograms of gradients; codes of a tokenizer (see beit_vitb.py)
+    tokenizer dalle | trained       with target=codes
     pairing   paper | released      windows per image, or the released code's pairing of images with windows
     taps      top | block numbers below the last, which then predict too: taps=2-5-8 (LocalMIM's idea, not the paper's)
     decouple  false | true          no gradient passes a tap from above
@@ -32,7 +34,7 @@ Published, fine-tuned top-1 on ImageNet-1k @ hours on 4 A100: 300 epochs 83.3 @ 
 """
 
 from mim_jax.config import ConfigDict, ConfigError, arguments, choice, numbers
-from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, vit_encoder
+from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, target, vit_encoder
 
 VIEWS_OF_WINDOW = {5: 8, 7: 4, 9: 3, 11: 2, 14: 1}
 VIEWS_OF_SIZE = {384: 6, 448: 9}  # with 7x7 windows
@@ -49,6 +51,8 @@ def get_config(arg=""):
         pos="rpe",
         arch="simple",
         norm_pix=True,
+        target="pixels",
+        tokenizer="dalle",
         pairing="paper",
         taps="top",
         decouple=False,
@@ -69,7 +73,7 @@ def get_config(arg=""):
             mask_ratio=a.mask,
             pairing=a.pairing,
             arch=a.arch,
-            norm_pix=a.norm_pix,
+            **target(c, a.target, a.norm_pix, a.tokenizer),
             decoder_width=512,
             decoder_depth=8,
             decoder_heads=16,  # MAE's decoder, for arch=asymmetric

@@ -8,6 +8,8 @@ Arguments (default first)
     size      224 | 384, 448, any multiple of the patch
     mask      0.75 | share of the patches that is hidden
     norm_pix  true | false          standardise each target patch
+    target    pixels | hog, codes    standardised pixels; histograms of gradients; codes of a tokenizer (see beit_vitb.py)
+    tokenizer dalle | trained       with target=codes
     windows   0 = the whole image | LoMaR's windows per image, in each of which single patches are hidden
     window    7 | side of a window in patches
     epochs    1600 | 400, 800
@@ -24,11 +26,23 @@ Published, fine-tuned top-1 on ImageNet-1k @ hours on 4 A100 (as LoMaR's paper m
 """
 
 from mim_jax.config import ConfigDict, arguments
-from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, vit_encoder
+from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, target, vit_encoder
 
 
 def get_config(arg=""):
-    a = arguments(arg, variant="B/16", size=224, mask=0.75, norm_pix=True, windows=0, window=7, epochs=1600, toy=False)
+    a = arguments(
+        arg,
+        variant="B/16",
+        size=224,
+        mask=0.75,
+        norm_pix=True,
+        target="pixels",
+        tokenizer="dalle",
+        windows=0,
+        window=7,
+        epochs=1600,
+        toy=False,
+    )
 
     c = ConfigDict()
     imagenet_pretraining(c, method="mae", epochs=a.epochs, batch_size=4096, size=a.size)
@@ -38,7 +52,7 @@ def get_config(arg=""):
             mask_ratio=a.mask,
             windows=a.windows,
             window=a.window,
-            norm_pix=a.norm_pix,
+            **target(c, a.target, a.norm_pix, a.tokenizer),
             decoder_width=512,
             decoder_depth=8,
             decoder_heads=16,

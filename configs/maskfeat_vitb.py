@@ -7,6 +7,8 @@ Arguments (default first)
     size     224 | 384, 448, any multiple of the patch
     gaussian true | false           pixels count by a Gaussian window over their patch in the target
     mask     0.4 | share of the patches that is hidden, in blocks: 78 of 196
+    windows  0 = the whole image | LoMaR's windows per image, hidden patch by patch
+    window   7 | side of a window in patches
     epochs   300 | 1600
     toy      a tiny model on the embedded sample, two steps: a smoke test
 
@@ -26,13 +28,14 @@ from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample
 
 
 def get_config(arg=""):
-    a = arguments(arg, variant="B/16", size=224, gaussian=True, mask=0.4, epochs=300, toy=False)
+    a = arguments(arg, variant="B/16", size=224, gaussian=True, mask=0.4, windows=0, window=7, epochs=300, toy=False)
 
     c = ConfigDict()
     imagenet_pretraining(c, method="maskfeat", epochs=a.epochs, batch_size=2048, size=a.size)
     c.encoder = vit_encoder(a.variant, "absolute")
     c.maskfeat = ConfigDict(
-        dict(mask_ratio=a.mask, min_block=15, bins=9, hog_cell=c.encoder.patch // 2, gaussian=a.gaussian, windows=0, window=7)
+        dict(mask_ratio=a.mask, min_block=15, bins=9, hog_cell=c.encoder.patch // 2, gaussian=a.gaussian)
+        | dict(windows=a.windows, window=a.window)
     )
     c.data.crop_scale = (0.5, 1.0)
 
@@ -43,7 +46,7 @@ def get_config(arg=""):
 def toy(c):
     """Two steps of a tiny model on the embedded sample; everything else as above."""
     c.encoder.update(dict(width=48, depth=2, heads=3, patch=4))
-    c.maskfeat.update(dict(min_block=4, hog_cell=2))
+    c.maskfeat.update(dict(min_block=4, hog_cell=2, window=min(c.maskfeat.window, 5)))
     on_the_sample(c)
     smoke_test(c)
     c.batch_size = 8

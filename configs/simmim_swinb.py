@@ -25,7 +25,7 @@ Measured by this project: no full run yet.
 """
 
 from mim_jax.config import ConfigDict, arguments
-from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, swin_encoder
+from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, swin_encoder, target
 
 
 def get_config(arg=""):
@@ -34,7 +34,7 @@ def get_config(arg=""):
     c = ConfigDict()
     imagenet_pretraining(c, method="simmim", epochs=a.epochs, batch_size=2048, size=a.size)
     c.encoder = swin_encoder(a.variant, a.window or (7 if a.size % 192 else 6), norm_eps=1e-5)
-    c.simmim = ConfigDict(dict(mask_ratio=a.mask, mask_size=a.mask_size, norm_pix=a.norm_pix, windows=0, window=7))
+    c.simmim = ConfigDict(dict(mask_ratio=a.mask, mask_size=a.mask_size, windows=0, window=7, **target(c, norm_pix=a.norm_pix)))
     c.data.crop_scale = (0.67, 1.0)
 
     steps = dict(warmup_start=5e-7 / 1e-4, milestones=(700 / 800,), milestone_rate=0.1)

@@ -9,6 +9,8 @@ Arguments (default first)
     mask       0 = the paper's .6, with windows LoMaR's .8 | share of the squares, or of a window's patches, that is hidden
     mask_size  32 | pixels of a side of a hidden square: a multiple of the patch (28 with patches of 14)
     norm_pix   false | true         standardise each target patch
+    target     pixels | hog, codes  raw pixels; histograms of gradients; codes of a tokenizer (see beit_vitb.py)
+    tokenizer  dalle | trained      with target=codes
     windows    0 = the whole image | LoMaR's windows per image, in which single patches are hidden
     window     7 | side of a window in patches
     epochs     800 | the length of the run; the learning rate falls at 7/8 of it
@@ -26,12 +28,23 @@ Measured by this project: no full run yet.
 """
 
 from mim_jax.config import ConfigDict, arguments
-from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, vit_encoder
+from mim_jax.recipes import adamw, duration, imagenet_pretraining, on_the_sample, smoke_test, target, vit_encoder
 
 
 def get_config(arg=""):
     a = arguments(
-        arg, variant="B/16", size=224, mask=0.0, mask_size=32, norm_pix=False, windows=0, window=7, epochs=800, toy=False
+        arg,
+        variant="B/16",
+        size=224,
+        mask=0.0,
+        mask_size=32,
+        norm_pix=False,
+        target="pixels",
+        tokenizer="dalle",
+        windows=0,
+        window=7,
+        epochs=800,
+        toy=False,
     )
 
     c = ConfigDict()
@@ -42,7 +55,7 @@ def get_config(arg=""):
         dict(
             mask_ratio=a.mask or (0.8 if a.windows else 0.6),
             mask_size=a.mask_size,
-            norm_pix=a.norm_pix,
+            **target(c, a.target, a.norm_pix, a.tokenizer),
             windows=a.windows,
             window=a.window,
         )

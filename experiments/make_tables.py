@@ -229,17 +229,30 @@ METHODS = {
 }
 
 
+JOINED = {"lomar": "LoMaR", "localmim": "LocalMIM", "lomar_localmim": "joined: LocalMIM in LoMaR's windows"}
+ALREADY = {"lomar": "quickstart_seed*.json", "localmim": "compare_localmim_seed*.json"}  # at this number of images
+
+
 def baselines() -> str | None:
-    """Every method at one number of images, and in one wall time. None: nothing recorded."""
-    runs = {(b, m): load(f"baseline_{b}_{m}_seed*.json") for b in ("images", "time") for m in METHODS}
-    every = [run for found in runs.values() for run in found]
-    if not every:
+    return methods_compared(METHODS, {m: f"baseline_images_{m}_seed*.json" for m in METHODS}, "baseline")
+
+
+def joined() -> str | None:
+    return methods_compared(JOINED, {m: ALREADY.get(m, f"joined_images_{m}_seed*.json") for m in JOINED}, "joined")
+
+
+def methods_compared(methods: dict, same_images: dict, name: str) -> str | None:
+    """Methods at one number of images, whose files are named, and in one wall time. None: nothing recorded."""
+    runs = {("images", m): load(same_images[m]) for m in methods}
+    runs |= {("time", m): load(f"{name}_time_{m}_seed*.json") for m in methods}
+    if not any(runs["time", m] for m in methods):
         return None
-    column = lambda found, key: [run[key] for run in found]
+    every = [run for found in runs.values() for run in found]
+    column = lambda found, key: [run[key] for run in found if key in run]
     accuracy = lambda found, key: percent(column(found, key)) if found else "–"
     median = lambda found, key, form, scale=1: format(statistics.median(column(found, key)) / scale, form) if found else "–"
     rows = []
-    for method, title in METHODS.items():
+    for method, title in methods.items():
         images, time = runs["images", method], runs["time", method]
         rows.append(
             [
@@ -352,6 +365,7 @@ TABLES = {
     "costs": costs,
     "ratios": ratios,
     "baselines": baselines,
+    "joined": joined,
     "finetune": finetune,
 }
 

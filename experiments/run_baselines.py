@@ -1,12 +1,15 @@
-"""`python -m experiments.run_baselines [--seed=0] [--methods=mae,beit]`: every method on the embedded sample.
+"""`python -m experiments.run_baselines [--seeds=0] [--methods=mae,beit] [--name=baseline]`: methods on the embedded sample.
 
 Three parts, each skipped where its file in results/ is there: how fast every method's step is, all in turn in one run
-(baseline_speed_cpu.json); a run of every method on the same number of images (baseline_images_*.json); and one with as many
-steps as take half the time of LoMaR's, by that measurement (baseline_time_*.json), so that what else the machine does while
-they run does not decide. A run ends with the linear probe and kNN of configs/linprobe.py. Folders: runs/baselines/.
+(NAME_speed_cpu.json); a run of every method on the same number of images (NAME_images_*.json); and one with as many
+steps as take half the time of LoMaR's, by that measurement (NAME_time_*.json), so that what else the machine does while
+they run does not decide. A run ends with the linear probe and kNN of configs/linprobe.py. Folders: runs/NAME/.
+
+LoMaR and LocalMIM joined, beside both: --name=joined --methods=lomar,localmim,lomar_localmim --seeds=0,1,2.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import subprocess
@@ -20,6 +23,8 @@ SPECS = {"lomar": "configs/lomar_sample.py", "localmim": "configs/localmim_sampl
     name: f"configs/baseline_sample.py:method={name}"
     for name in ("mae", "simmim", "maskfeat", "beit", "beit_windows", "greenmim")
 }
+BASELINES = tuple(SPECS)
+SPECS["lomar_localmim"] = "configs/localmim_sample.py:windows=3"
 TOKENIZER = "runs/tokenizer_sample"  # where configs/baseline_sample.py looks for it
 STEPS, BATCH = 2900, 16  # of configs/lomar_sample.py
 
@@ -30,21 +35,21 @@ def command(module: str, *arguments):
     subprocess.run(line, check=True, cwd=REPO)
 
 
-def speed() -> dict:
-    """-> the benchmark of all methods."""
-    path = RESULTS / "baseline_speed_cpu.json"
+def speed(name: str, methods) -> dict:
+    """-> the benchmark of the methods."""
+    path = RESULTS / f"{name}_speed_cpu.json"
     if not path.exists():
-        configs = [f"--config={spec}" for spec in SPECS.values()]
+        configs = [f"--config={SPECS[method]}" for method in methods]
         command("mim_jax.benchmark", *configs, f"--batch_size={BATCH}", "--steps=60", f"--out={path}")
     return json.loads(path.read_text())
 
 
-def record(method: str, budget: str, steps: int, seed: int, measured: dict, origin: dict):
+def record(name: str, method: str, budget: str, steps: int, seed: int, measured: dict, origin: dict):
     """Pretrains, probes and writes one file of results. measured, origin: the method's speed, and the provenance of that."""
-    out = RESULTS / f"baseline_{budget}_{method}_seed{seed}.json"
+    out = RESULTS / f"{name}_{budget}_{method}_seed{seed}.json"
     if out.exists():
         return
-    folder = f"runs/baselines/{budget}_{method}_seed{seed}"
+    folder = f"runs/{name}/{budget}_{method}_seed{seed}"
     seeded = f"--config.seed={seed}"
     if method.startswith("beit"):
         command("mim_jax.main", "--config=configs/tokenizer.py:sample", f"--workdir={TOKENIZER}")
@@ -72,17 +77,18 @@ def record(method: str, budget: str, steps: int, seed: int, measured: dict, orig
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--methods", default=",".join(SPECS))
+    parser.add_argument("--name", default="baseline")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--methods", default=",".join(BASELINES))
     parser.add_argument("--budgets", default="images,time")
     flags = parser.parse_args()
-    benchmark = speed()
-    measured = dict(zip(SPECS, benchmark["results"], strict=True))
-    for budget in flags.budgets.split(","):
-        for method in flags.methods.split(","):
-            seconds = STEPS * measured["lomar"]["step_median_s"] / 2
-            steps = round(seconds / measured[method]["step_median_s"]) if budget == "time" else STEPS
-            record(method, budget, steps, flags.seed, measured[method], provenance.of(benchmark))
+    methods = flags.methods.split(",")
+    benchmark = speed(flags.name, BASELINES if flags.name == "baseline" else methods)
+    measured = {method: found for found in benchmark["results"] for method, spec in SPECS.items() if found["config"] == spec}
+    for budget, method, seed in itertools.product(flags.budgets.split(","), methods, flags.seeds.split(",")):
+        seconds = STEPS * measured["lomar"]["step_median_s"] / 2
+        steps = round(seconds / measured[method]["step_median_s"]) if budget == "time" else STEPS
+        record(flags.name, method, budget, steps, int(seed), measured[method], provenance.of(benchmark))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import time
 from absl import app, flags, logging
 
 from mim_jax.config import ConfigError, name_of
-from mim_jax.jobs import step_costs, step_times
+from mim_jax.jobs import step_costs
 from mim_jax.logs import fail
 from mim_jax.paths import expanded
 from mim_jax.provenance import this_run, write_result
@@ -36,7 +36,7 @@ def main(_):
         if COMPILE_ONLY.value:
             (found, asked), name = step_costs.report(CONFIG.value, setting), "costs"
         else:
-            found, asked = step_times.benchmark(CONFIG.value, setting, STEPS.value)
+            found, asked = step_costs.benchmark(CONFIG.value, setting, STEPS.value)
             name = f"benchmark_{'_vs_'.join(name_of(spec) for spec in CONFIG.value)}"
     except ConfigError as error:
         fail(str(error))

@@ -5,14 +5,11 @@ from mim_jax.config import ConfigDict, ConfigError, choice
 
 def duration(name: str, *, steps=0, epochs=0.0, examples=0, percent=0.0) -> dict:
     """The four keys that state one duration; at most one of them may be non-zero (see durations.py)."""
-    return {
-        f"{name}_steps": int(steps),
-        f"{name}_epochs": float(epochs),
-        f"{name}_examples": int(examples),
-        f"{name}_percent": float(percent),
-    }
+    values = dict(steps=int(steps), epochs=float(epochs), examples=int(examples), percent=float(percent))
+    return {f"{name}_{unit}": value for unit, value in values.items()}
 
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VIT_SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
 SWIN_SIZES = {
     "T": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7),
@@ -64,9 +61,17 @@ SAMPLE_TOKENIZER = dict(width=64, depth=2, levels=(8, 8, 8))  # what configs/tok
 
 
 def tokenizer_settings(kind: str, **sizes) -> ConfigDict:
-    """`c.tokenizer` of BEiT: "dalle"; or "trained" by configs/tokenizer.py, or "untrained" for smoke tests, of these sizes."""
+    """`c.tokenizer` of what predicts codes: "dalle"; or "trained" by configs/tokenizer.py, "untrained" for smoke tests, of
+    these sizes."""
     sizes = {} if choice("tokenizer", kind, ("dalle", "trained", "untrained")) == "dalle" else TOKENIZER | sizes
     return ConfigDict(dict(kind=kind, weights="", **sizes))
+
+
+def target(c, kind: str = "pixels", norm_pix: bool = True, tokenizer: str = "dalle") -> dict:
+    """The keys of what a method predicts: "pixels"; "hog", 9 bins in cells of 8 px; "codes", of `c.tokenizer`."""
+    if kind == "codes":
+        c.tokenizer = tokenizer_settings(tokenizer)
+    return dict(target=kind, norm_pix=norm_pix, bins=9, hog_cell=0)
 
 
 def adamw(*, base_lr=0.0, lr=0.0, min_lr=0.0, b2=0.95, no_decay=(), clip_norm=0.0, warmup: dict, steps=None) -> ConfigDict:
@@ -97,7 +102,7 @@ def imagenet_pretraining(c, *, method: str, epochs: float, batch_size: int, size
     c.data = ConfigDict(dict(
         source="imagenet2012", path="", data_dir="", train_split="train", picture_split="validation",
         crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, jitter=0.0, resize_ratio=0.875,
-        normalise="dataset", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+        normalise="dataset", mean=IMAGENET_MEAN, std=IMAGENET_STD,
     ))  # fmt: skip
     c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", epochs=1)))
     c.log = ConfigDict(dict(every_steps=50, tensorboard=True))
@@ -137,7 +142,9 @@ def on_the_sample(c):
 
 
 def smoke_test(c):
-    """Two steps with everything on: evaluation, pictures, checkpoints."""
+    """Two steps with everything on: evaluation, pictures, checkpoints; a tokenizer is small and untrained."""
+    if c.get("tokenizer"):
+        c.tokenizer = tokenizer_settings("untrained", width=16, depth=1, levels=(4, 4, 4))
     c.update(duration("total", steps=2))
     c.optim.update(duration("warmup", steps=1))
     c.checkpoint.update(duration("every", steps=1))

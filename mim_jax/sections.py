@@ -78,22 +78,20 @@ def fit(value, kind, key: str):
             raise ConfigError(f"{key}={value} {parts[1].words}")
         return value
     if origin in (types.UnionType, typing.Union):
-        return fit_union(value, parts, key)
+        if value is None and types.NoneType in parts:
+            return None
+        several = isinstance(value, list | tuple)
+        fitting = [part for part in parts if (typing.get_origin(part) is tuple) == several and part is not types.NoneType]
+        return fit(value, fitting[0] if fitting else parts[0], key)
     if origin is tuple:
         return fit_tuple(value, parts, key)
-    right = {bool: isinstance(value, bool), str: isinstance(value, str), int: is_whole(value), float: is_number(value)}
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    number = whole or isinstance(value, float) and math.isfinite(value)
+    right = {bool: isinstance(value, bool), str: isinstance(value, str), int: whole, float: number}
     if not right.get(kind, True):
         words = {bool: "true or false", str: "text", int: "a whole number", float: "a finite number"}[kind]
         raise ConfigError(f"{key}={value!r} is not {words}")
     return value
-
-
-def fit_union(value, parts, key: str):
-    several = isinstance(value, list | tuple)
-    fitting = [part for part in parts if (typing.get_origin(part) is tuple) == several and part is not types.NoneType]
-    if value is None and types.NoneType in parts:
-        return None
-    return fit(value, fitting[0] if fitting else parts[0], key)
 
 
 def fit_tuple(value, parts, key: str):
@@ -104,14 +102,6 @@ def fit_tuple(value, parts, key: str):
         raise ConfigError(f"{key}={value!r}: {count} are meant{example}")
     kinds = [parts[0]] * len(value) if any_length else parts
     return tuple(fit(x, kind, key) for x, kind in zip(value, kinds))
-
-
-def is_whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -125,7 +115,6 @@ class Reading:
 
     def section(self, kind, tree: Mapping, at: str = ""):
         """The section of class `kind` that stands at `at`. Raises ConfigError as `read` does."""
-        require_section(tree, at)
         found, values = set(), {}
         for field in dataclasses.fields(kind):
             if "value" in field.metadata:
@@ -148,13 +137,9 @@ class Reading:
 
     def chosen(self, by: str, kinds: Mapping, tree: Mapping, at: str):
         """The section at `at`, of the class that its key `by` chooses."""
-        require_section(tree, at)
+        if not isinstance(tree, Mapping | ConfigDict):
+            raise ConfigError(f"{at.rstrip('.')}={tree!r} is no section of keys")
         return self.section(kinds[choice(at + by, tree.get(by, ""), kinds)], tree, at)
-
-
-def require_section(tree, at: str):
-    if not isinstance(tree, Mapping | ConfigDict):
-        raise ConfigError(f"{at.rstrip('.') or 'the config'}={tree!r} is no section of keys")
 
 
 def read(kind, tree: Mapping, at: str = "", complete: bool = False):
@@ -225,11 +210,14 @@ def kept(classes: Callable, by: str = ""):
     def value(name, tree, at, reading):
         name = tree.get(by) if by else name
         if by or name in tree:  # a name that nothing is called by is the likelier mistake
-            known = [f for f in dataclasses.fields(classes(tree)) if f.default is not MISSING and f.name not in NOT_KEYS]
-            reading.defaults |= {f"{at}{name}.{f.name}": f.default for f in known}
+            kind = classes(tree)
+            called = {field: key for key, field in kind.KEYS.items()}
+            known = [f for f in dataclasses.fields(kind) if f.default is not MISSING and f.name not in NOT_KEYS]
+            reading.defaults |= {f"{at}{name}.{called.get(f.name, f.name)}": f.default for f in known}
         if name not in tree:
             raise ConfigError(f"the config has no section '{at}{name}'")
-        return {name}, ConfigDict(as_dict(tree[name]))
+        section = tree[name]
+        return {name}, ConfigDict(section.to_dict() if isinstance(section, ConfigDict) else dict(section))
 
     return part(value)
 
@@ -250,10 +238,8 @@ def build(kind, section: Mapping, at: str, complete: bool = False, names: Mappin
     reading = Reading(complete)
     fields = {f.name: f for f in dataclasses.fields(kind) if f.name not in NOT_KEYS and f.name not in given}
     keys = {next((key for key, field in names.items() if field == name), name): name for name in fields}
+    if wrong := [key for key, field in names.items() if field in section and field != key]:
+        raise ConfigError(f"the config sets a key that nothing reads: {at}{names[wrong[0]]}; it is called {at}{wrong[0]} here")
     refuse_unknown(section, keys, at)
     there = {key: name for key, name in keys.items() if reading.has(section, at, key, default=None)}
     return kind(**{name: fit(section[key], fields[name].type, at + key) for key, name in there.items()}, **given)
-
-
-def as_dict(tree) -> dict:
-    return tree.to_dict() if isinstance(tree, ConfigDict) else dict(tree)

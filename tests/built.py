@@ -65,7 +65,7 @@ def meta(place) -> dict:
     return saved.open(str(place)).meta
 
 
-def arrays(place, pattern: str = "", part: str = saved.TRAINED) -> dict:
+def arrays(place, pattern: str = "", part: tuple = saved.TRAINED) -> dict:
     """{path: array} of the newest checkpoint of a run."""
     return saved.open(str(place)).arrays(sharding.make_mesh(), pattern, part)
 

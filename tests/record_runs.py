@@ -89,8 +89,9 @@ def renamed(path: str) -> str:
     """The recorded path of a leaf, or name of an evaluation -> what it is called today.
 
     Heads of streamed probes were called by their learning rates (head_tap1_linear_lr0.1), and are by their place among them
-    (head_tap1_linear_0). No other may have another name.
+    (head_tap1_linear_0). BEiT's tokenizer was frozen, and is a teacher. No other may have another name.
     """
+    path = path.replace("frozen/tokenizer/", "teacher/tokenizer/")
     return re.sub(r"(head_tap\d+_[a-z]+)_lr(0\.1|0\.3)", lambda m: f"{m[1]}_{('0.1', '0.3').index(m[2])}", path)
 
 

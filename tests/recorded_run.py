@@ -27,7 +27,7 @@ def compare_run(report: Report, case: Case, port):
 
     mesh = sharding.make_mesh(jax.devices()[:1])
     made = port.objective
-    fresh, _, shardings = plan(made, tx, port.inputs(0), seed=0, mesh=mesh, frozen_patterns=made.frozen)
+    fresh, _, shardings = plan(made, tx, port.inputs(0), seed=0, mesh=mesh)
     state = create(fresh, shardings, replace=tree_arrays(port.params))
     step = make_step(made, tx, mesh, shardings, prepare=lambda batch, key: batch, seed=0, accumulation=accumulation, lr=lr)
     micro_loss = jax.jit(lambda variables, inputs: made.apply(variables, inputs)[0])

@@ -21,9 +21,7 @@ def save_run(spec: str, workdir, **encoder) -> str:
     config.encoder.update(encoder)
     made = built.objective(config)
     mesh, key = sharding.make_mesh(), jax.random.key(1)
-    fresh, _, where = plan(
-        made, built.optimizer(config, lambda step: 0.0), made.example(), seed=0, mesh=mesh, frozen_patterns=made.frozen
-    )
+    fresh, _, where = plan(made, built.optimizer(config, lambda step: 0.0), made.example(), seed=0, mesh=mesh)
     state = create(fresh, where)
     draw = lambda path, x: x + 0.1 * jax.random.normal(prng.named(key, path), x.shape)
     state = state.replace(params=tree.map_named(draw, state.params))

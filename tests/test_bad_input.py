@@ -13,7 +13,7 @@ from PIL import Image
 
 from mim_jax.config import ConfigError, load
 from mim_jax.jobs.run import run
-from mim_jax.runs.checkpoint import CheckpointError
+from mim_jax.runs.saved import CheckpointError
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import jit
+from ports.hog import maskfeat_hog
 
 from mim_jax import tree
 from mim_jax.assemble import methods
@@ -23,7 +24,6 @@ from mim_jax.recipes import tokenizer_settings
 from mim_jax.runs import workdir
 from mim_jax.runs.saved import CheckpointError, modernised
 from mim_jax.sections import defaults, read
-from mim_jax.targets.hog import maskfeat_hog
 from mim_jax.train.experiment import Length, Rate
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -111,7 +111,7 @@ def random_case(spec, seed=0):
 def test_simmims_loss_is_the_mean_error_of_hidden_pixels():
     made, params, images, masks = random_case("simmim_vitb:toy")
     loss = made.apply({"params": params}, dict(images=images, masks=masks))[0]
-    prediction = np.asarray(made.apply({"params": params}, dict(images=images, masks=masks), method="predict"))
+    prediction = np.asarray(made.apply({"params": params}, dict(images=images, masks=masks), method="predict")[0])
     picture = prediction.reshape(2, 8, 8, 4, 4, 1).transpose(0, 1, 3, 2, 4, 5).reshape(2, 32, 32, 1)
     hidden = np.asarray(masks.hidden).reshape(2, 4, 4).repeat(8, 1).repeat(8, 2)[..., None]
     want = (np.abs(picture - np.asarray(images)) * hidden).sum() / (hidden.sum() + 1e-5) / 1  # of one channel
@@ -121,10 +121,10 @@ def test_simmims_loss_is_the_mean_error_of_hidden_pixels():
 def test_maskfeats_loss_is_about_the_histograms_of_hidden_patches():
     made, params, images, masks = random_case("maskfeat_vitb:toy")
     loss = made.apply({"params": params}, dict(images=images, masks=masks))[0]
-    prediction = np.asarray(made.apply({"params": params}, dict(images=images, masks=masks), method="predict"))
-    error = np.square(prediction - np.asarray(maskfeat_hog(images, 9, 2, 4))).mean(-1)
-    hidden = np.asarray(masks.hidden)
-    np.testing.assert_allclose(loss, error[hidden].mean(), rtol=1e-5)
+    prediction = np.asarray(made.apply({"params": params}, dict(images=images, masks=masks), method="predict")[0])
+    cells = np.asarray(maskfeat_hog(images, 9, 2, 4)).reshape(2, 8, 8, 9, 2, 2).transpose(0, 1, 4, 2, 5, 3).reshape(2, 256, 9)
+    hidden = np.asarray(masks.hidden).reshape(2, 8, 8).repeat(2, 1).repeat(2, 2).reshape(2, 256)
+    np.testing.assert_allclose(loss, np.square(prediction - cells).mean(-1)[hidden].mean(), rtol=1e-5)
     parts = made.apply({"params": params}, dict(images=images, masks=masks), lambda x, _: x, method="reconstruct")["image"]
     found, target, filled, weight = map(np.asarray, parts)
     np.testing.assert_allclose((np.square(found - target).mean(-1) * weight).sum() / weight.sum(), loss, rtol=1e-5)
@@ -143,7 +143,7 @@ def test_beits_loss_is_the_cross_entropy_of_hidden_codes(spec):
     made, params, images, masks = random_case(spec)
     variables = {"params": params}
     loss, metrics = jit(lambda: made.apply(variables, dict(images=images, masks=masks)))()
-    scores = np.asarray(made.apply(variables, dict(images=images, masks=masks), method="predict"), np.float64)
+    scores = np.asarray(made.apply(variables, dict(images=images, masks=masks), method="predict")[0], np.float64)
     codes = np.asarray(made.apply(variables, images, method=lambda o, x: o.tokenizer.codes(x)))
     assert codes.shape == (2, 64) and len(np.unique(codes)) > 5
     if made.windows:
@@ -192,8 +192,10 @@ def beit_with(weights, kind="trained", **sizes):
 def test_beit_learns_from_a_tokenizer_that_stays_as_it_was_trained(tokenizer_run, tmp_path):
     run(beit_with(tokenizer_run, width=16, depth=1), str(tmp_path / "run"))
     saved, source = (built.meta(folder)["fingerprints"] for folder in (tmp_path / "run", tokenizer_run))
-    frozen = {key: x for key, x in saved.items() if key.startswith("frozen/tokenizer/")}
-    assert len(frozen) > 10 and all(source[key.replace("frozen/tokenizer", "params/encoder")] == x for key, x in frozen.items())
+    frozen = {key: x for key, x in saved.items() if key.startswith("teacher/tokenizer/")}
+    assert len(frozen) > 10 and all(
+        source[key.replace("teacher/tokenizer", "params/encoder")] == x for key, x in frozen.items()
+    )
     assert not [key for key in saved if key.startswith(("opt_state", "params")) and "tokenizer" in key]
     config = beit_with(tmp_path / "gone", width=16, depth=1)  # the tokenizer lives on in the run's own checkpoints,
     config.total_steps = 3
@@ -258,7 +260,7 @@ def test_a_file_of_dvae_weights_becomes_beits_frozen_tokenizer(tmp_path, monkeyp
     config.data.update(dict(normalise="dataset", mean=(0.5,) * 3, std=(0.25,) * 3))
     run(config, str(tmp_path / "run"))
     saved = built.meta(tmp_path / "run")["fingerprints"]
-    assert len([key for key in saved if key.startswith("frozen/tokenizer/")]) == len(state)
+    assert len([key for key in saved if key.startswith("teacher/tokenizer/")]) == len(state)
 
 
 @pytest.mark.parametrize(
@@ -307,10 +309,11 @@ def test_squares_smaller_than_units_are_evaluated_and_drawn_as_squares():
     np.testing.assert_array_equal(target[1, 4 * 1 + 2].reshape(8, 8), images[1, 8:16, 16:24, 0])
     absolute = (np.abs(found - target).mean(-1) * weight).sum() / weight.sum()
     np.testing.assert_allclose(absolute, loss, rtol=1e-5)
-    drawn = made.apply(variables, dict(images=images, masks=masks), method="pictures")
+    _, seen, masked, drawn = made.apply(variables, dict(images=images, masks=masks), method="pictures")
     hidden = np.asarray(masks.hidden).reshape(2, 4, 4).repeat(8, 1).repeat(8, 2)
-    assert set(drawn) == {"masked", "reconstruction"} and not np.asarray(drawn["masked"])[hidden].any()
-    for picture in drawn.values():
+    assert set(drawn["image"]) == {"truth", "reconstruction"} and not np.asarray(masked)[hidden].any()
+    np.testing.assert_array_equal(seen, images)
+    for picture in (masked, drawn["image"]["reconstruction"]):
         np.testing.assert_array_equal(np.asarray(picture)[~hidden], np.asarray(images)[~hidden])
 
 

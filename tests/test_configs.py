@@ -82,6 +82,37 @@ def test_options_run(arguments, overrides, tmp_path):
     assert results["reconstruct/masked_mse"] > 0
 
 
+TARGETS = {
+    "SimMIM, HOG": ("simmim_vitb", "toy,target=hog"),
+    "SimMIM, HOG in windows": ("simmim_vitb", "toy,target=hog,windows=2"),
+    "LocalMIM, codes": ("localmim_vitb", "toy,target=codes,scales=same"),
+    "MAE in windows": ("mae_vitb", "toy,windows=2"),
+    "MAE, codes in windows": ("mae_vitb", "toy,target=codes,windows=2"),
+    "MaskFeat in windows": ("maskfeat_vitb", "toy,windows=2"),
+    "LoMaR, HOG after two blocks": ("lomar_vitb", "toy,target=hog,taps=0"),
+}
+
+
+@pytest.mark.parametrize("name,arguments", TARGETS.values(), ids=TARGETS.keys())
+def test_methods_take_targets_and_views_of_others(name, arguments, tmp_path):
+    """With evaluation and pictures."""
+    config = toy(name, 2, arguments=arguments)
+    config.evals.knn.on = config.evals.nmi.on = config.log.tensorboard = False
+    results = run(config, str(tmp_path / "run"))
+    assert results["reconstruct/masked_mse"] > 0 and np.isfinite(results["reconstruct/inpainting_mse"])
+
+
+def test_taps_may_predict_codes_and_others(tmp_path):
+    """Shares of wrong codes are no squared errors: each tap is judged, and no mean of them."""
+    config = toy("localmim_vitb", 2, arguments="toy,target=codes,scales=2-1-1-1")
+    config.localmim.target = ("hog", "codes", "pixels", "codes")
+    config.evals.knn.on = config.evals.nmi.on = config.log.tensorboard = False
+    results = run(config, str(tmp_path / "run"))
+    judged = {key.removeprefix("reconstruct/") for key in results if key.startswith("reconstruct/")}
+    assert {"tap0/zero_mse", "tap1/masked_mse", "tap2/constant_mse"} <= judged
+    assert not {"masked_mse", "tap1/zero_mse"} & judged
+
+
 def test_cached_probe_reports_its_baselines(pretrained, tmp_path):
     results = run(toy("linprobe", 0, init_from=pretrained), str(tmp_path / "probe"))
     for name in ("probe", "random_encoder", "raw_pixel"):
@@ -206,9 +237,7 @@ def test_frozen_biases_are_saved_never_trained_and_loaded_back(local_swin):
     example = made.example()
     config.init_from = local_swin
     replace, _ = built.taken_over(config, made)
-    fresh, _, where = plan(
-        made, built.optimizer(config, lambda step: 0.0), example, seed=5, mesh=mesh, frozen_patterns=made.frozen
-    )
+    fresh, _, where = plan(made, built.optimizer(config, lambda step: 0.0), example, seed=5, mesh=mesh)
     own, loaded = create(fresh, where).frozen, create(fresh, where, replace).frozen
     for key in before:
         np.testing.assert_array_equal(loaded[key], before[key])

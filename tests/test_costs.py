@@ -18,11 +18,11 @@ TOY = f"{REPO}/configs/mae_vitb.py:toy"
 BENCHMARK = f"""
 import os
 from mim_jax import benchmark
-from mim_jax.jobs import step_times
+from mim_jax.jobs import step_costs
 
 os.chdir("FOLDER")
-step_times.MatrixProduct.__init__ = lambda self, *_: setattr(self, "rates", [])
-step_times.MatrixProduct.run = lambda self: 1e9
+step_costs.MatrixProduct.__init__ = lambda self, *_: setattr(self, "rates", [])
+step_costs.MatrixProduct.run = lambda self: 1e9
 benchmark.flags.FLAGS(["benchmark", "--config={TOY}", "--steps=1", *ARGUMENTS])
 benchmark.main(None)
 """

@@ -12,6 +12,7 @@ import time
 import built
 import numpy as np
 import pytest
+from self_distillation import SelfDistillation
 
 from mim_jax.runs.saved import has_checkpoint
 
@@ -123,7 +124,7 @@ def test_fsdp_and_checkpoints_across_device_counts(tmp_path):
 def test_other_methods_on_one_and_eight_devices_and_in_micro_batches():
     env = {**os.environ, "XLA_FLAGS": xla_flags(8), "PYTHONPATH": str(REPO)}
     done = subprocess.run([sys.executable, __file__, "methods"], cwd=REPO, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0 and done.stdout.count("passed") == 4, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.returncode == 0 and done.stdout.count("passed") == 5, done.stdout[-2000:] + done.stderr[-3000:]
 
 
 def methods_scenario():
@@ -137,6 +138,9 @@ def methods_scenario():
     from mim_jax.train.step import make_step
 
     def parts(config):
+        if config.get("method") == "maskfeat":  # its encoder and data, with a moving teacher
+            made = SelfDistillation(encoder=built.encoder(config))
+            return made, lambda batch, key: made.inputs({"images": batch["image"].astype(np.float32) / 255}, key)
         if config.job == "finetune":
             return built.classifier(config, 10), built.settings(config).inputs(10)
         made = built.objective(config)
@@ -147,7 +151,7 @@ def methods_scenario():
         tx = built.optimizer(config, warmup_cosine(1e-3, 10, 1))
         mesh = sharding.make_mesh(jax.devices()[:devices])
         example = made.example()
-        fresh, _, where = plan(made, tx, example, seed=0, mesh=mesh, frozen_patterns=made.frozen)
+        fresh, _, where = plan(made, tx, example, seed=0, mesh=mesh)
         state = create(fresh, where)
         step = make_step(made, tx, mesh, where, prepare=prepare, seed=0, accumulation=accumulation)
         history = []
@@ -168,6 +172,7 @@ def methods_scenario():
 
     # devices, accumulation; drop path draws for every micro-batch anew, so BEiT's and fine-tuning's are not split
     others = {"localmim_vitb": ((8, 1), (2, 4)), "localmim_swinb": ((4, 2),), "beit_vitb": ((8, 1),), "finetune": ((8, 1),)}
+    others["maskfeat_vitb"] = ((8, 1), (2, 4))
     for name in others:
         config = toy(name)
         state, history = two_steps(config, 1, 1)
@@ -179,8 +184,8 @@ def methods_scenario():
             for ours, theirs in zip(same_history, history, strict=True):
                 for key in theirs:
                     np.testing.assert_allclose(ours[key], theirs[key], rtol=2e-5, err_msg=f"{name} {key}")
-            found = tree.flatten((other.params, other.frozen))
-            for path, x in tree.flatten((state.params, state.frozen)).items():
+            found = tree.flatten((other.params, other.frozen, other.teacher))
+            for path, x in tree.flatten((state.params, state.frozen, state.teacher)).items():
                 if not path.endswith("qkv/bias"):  # the key third's gradient is rounding noise, which Adam amplifies
                     np.testing.assert_allclose(found[path], x, atol=2e-5, err_msg=f"{name} {path}")
         print(name, "passed")
@@ -192,7 +197,7 @@ def scenario(workdir: str):
 
     from mim_jax import sharding, tree
     from mim_jax.config import load
-    from mim_jax.runs import checkpoint
+    from mim_jax.runs import checkpoint, saved
     from mim_jax.train.schedule import warmup_cosine
     from mim_jax.train.state import create, plan
     from mim_jax.train.step import make_step
@@ -232,7 +237,7 @@ def scenario(workdir: str):
         manager = checkpoint.Checkpoints(workdir, every=1, keep=1, keep_every=0)
         restored, meta = manager.restore(target, where)
         manager.close()
-        assert checkpoint.fingerprints(restored) == checkpoint.fingerprints(state) == meta["fingerprints"]
+        assert saved.fingerprints(restored) == saved.fingerprints(state) == meta["fingerprints"]
     print("passed")
 
 

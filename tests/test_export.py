@@ -289,6 +289,21 @@ def test_released_names_lead_back(spec, encoder):
     assert not any(name.startswith(("decoder", "hog_enc", "mask")) for name in encoder)
 
 
+@pytest.mark.parametrize("spec", ["localmim_vitb.py:toy,scales=same", "localmim_swinb.py:toy"])
+def test_one_value_for_all_taps_is_as_one_for_each(spec):
+    config, _, params = drawn(spec)
+    want = safetensors(config, params).tensors
+    (width, *_), (target, *_) = config.localmim.decoder_width, config.localmim.target
+    for one in (dict(decoder_width=(width,), target=(target,)), dict(decoder_width=width, target=target)):
+        with config.ignore_type():
+            config.localmim.update(one | dict(scales=(1.0,)))
+        built.objective(config)  # may be so
+        found = safetensors(config, params).tensors
+        assert found.keys() == want.keys()
+        for name, x in want.items():
+            np.testing.assert_array_equal(found[name], x)
+
+
 def test_hugging_face_names_and_tables():
     config, _, params = drawn("mae_vitb.py:toy", depth=1)
     found = {name: x.shape for name, x in hf(config, params).tensors.items()}

@@ -123,10 +123,10 @@ def extractor(name, pool="mean", tap="top"):
 def test_pools_and_taps_of_a_vit():
     made = extractor("vit")
     x = np.random.default_rng(0).normal(size=(2, 32, 32, 1)).astype(np.float32)
-    variables = jit(made.init)(jax.random.key(0), x)
+    variables = jit(made.init)(jax.random.key(0), {"images": x})
 
     def all_of_them(variables):
-        of = lambda pool, tap="top": extractor("vit", pool, tap).apply(variables, x)
+        of = lambda pool, tap="top": extractor("vit", pool, tap).apply(variables, {"images": x})
         last = of("none", made.encoder.levels - 1)
         normed = made.apply(variables, last, method=lambda m, tokens: m.encoder.norm(tokens))
         return of("none"), of("mean"), of("cls"), of("none", "0"), last, normed
@@ -142,9 +142,9 @@ def test_pools_and_taps_of_a_vit():
 def test_tokens_of_a_swin_come_row_by_row():
     made = extractor("swin", "none", "0")
     x = np.random.default_rng(0).normal(size=(2, *(g * made.encoder.patch for g in made.encoder.grid), 1))
-    variables = jit(made.init)(jax.random.key(0), x)
+    variables = jit(made.init)(jax.random.key(0), {"images": x})
     stage = lambda m: m.encoder.run_stage(0, m.encoder.embed(x), None, False)
-    tokens, units = jit(lambda v: (made.apply(v, x), made.apply(v, method=stage)))(variables)
+    tokens, units = jit(lambda v: (made.apply(v, {"images": x}), made.apply(v, method=stage)))(variables)
     (rows, columns), side = made.encoder.units, units.shape[2]
     assert side > 1
     for r, c in np.ndindex(rows * side, columns * side):

@@ -65,7 +65,7 @@ def pixels(made, masks, images):
             seen[b, row : row + window, column : column + window] |= ~np.asarray(masks.hidden[b, v]).reshape(window, window)
         visible = np.repeat(np.repeat(seen, patch, 1), patch, 2)
         return ~visible, visible
-    cell = made.cell if isinstance(made, MaskedPrediction) else made.encoder.unit
+    cell = made.hidden_side if isinstance(made, MaskedPrediction) else made.encoder.unit
     hidden = np.asarray(to_cells(rearrange(masks.hidden, "b (y x) -> b y x", y=images.shape[1] // cell), cell))
     return hidden, ~hidden
 

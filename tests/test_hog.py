@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ports.hog import maskfeat_hog
 
 from mim_jax.config import ConfigError
-from mim_jax.targets.hog import bins, gaussian_window, gradients, hog, maskfeat_hog
+from mim_jax.targets.hog import bins, gaussian_window, gradients, hog
 
 RNG = np.random.default_rng(0)
 CELLS = (4, 8, 16, 32)
@@ -228,6 +229,4 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match="1 biases for 2 cells.*one pair per cell"):
         hog(images, (4, 8), 9, [np.zeros(2)])
     with pytest.raises(ConfigError, match="cells of 32 pixels do not tile images of 32x48"):
-        maskfeat_hog(images, 9, 8, 32)
-    with pytest.raises(ConfigError, match="cells of 6 pixels do not tile tokens of 16.*divides 16"):
-        maskfeat_hog(images, 9, 6, 16)
+        hog(images, (8,), 9, window=32)

@@ -28,7 +28,7 @@ def objective(position, arch, norm_pix, pairing, views):
     return LoMaR(
         encoder=encoder,
         window=3,
-        views=views,
+        windows=views,
         mask_ratio=0.6,
         pairing=pairing,
         arch=arch,
@@ -68,7 +68,7 @@ def case(request):
     masks = made.masks(jax.random.key(1), BATCH)
     params = built.random_parameters(made, images, masks)
     predict = jax.jit(
-        lambda x, m: made.apply({"params": params}, dict(images=x, masks=m), method="predict").reshape(*m.hidden.shape, -1)
+        lambda x, m: made.apply({"params": params}, dict(images=x, masks=m), method="predict")[-1].reshape(*m.hidden.shape, -1)
     )
     return made, params, images, masks, predict
 
@@ -142,8 +142,8 @@ def test_cutting_before_the_embedding_is_cutting_after_it(position, arch):
     part = WindowMask(masks.corners[:, :2], masks.hidden[:, :2])
 
     def run(made, masks):
-        predict = jax.jit(lambda x: made.apply({"params": params}, dict(images=x, masks=masks), method="predict"))
-        return predict(images).reshape(*masks.hidden.shape, -1), made.patches(images, masks)
+        predict = jax.jit(lambda x: made.apply({"params": params}, dict(images=x, masks=masks), method="predict")[-1])
+        return predict(images).reshape(*masks.hidden.shape, -1), made.view.units(images, masks, made.encoder.patch)
 
     (after, patches), (before, same) = jax.tree.map(np.asarray, (run(many, masks), run(few, part)))
     np.testing.assert_array_equal(patches[:, :2], same)

@@ -80,7 +80,7 @@ class Case:
 
         def all_losses(params):
             total, metrics = self.made.apply({"params": params}, dict(images=self.images, masks=self.masks))
-            losses = jnp.stack([*(metrics[f"loss_tap{j}"] for j in range(len(self.made.taps))), total])
+            losses = jnp.stack([*(metrics[f"loss_tap{place}"] for place in self.made.taps), total])
             return losses, losses
 
         found, losses = jax.jit(jax.jacrev(all_losses, has_aux=True))(self.params)
@@ -143,6 +143,11 @@ def cell_vectors(images, cell):
     return np.stack([images[:, y : y + cell, x : x + cell] for y, x in places], 1)
 
 
+def cells_of(made):
+    """Pixels of a side of what each tap predicts as one."""
+    return tuple(output.cell for output in made.outputs)
+
+
 def pixel_weight(made, masks):
     """-> [b h w]: 1 at hidden pixels."""
     hidden = np.asarray(masks.hidden, np.float32).reshape(-1, *made.encoder.units)
@@ -151,9 +156,9 @@ def pixel_weight(made, masks):
 
 def test_weights_are_the_hidden_share_of_every_cell(case):
     made, seen = case.made, set()
-    assert made.cells == CELLS["vit" if made.encoder.has_cls else "swin"]
+    assert cells_of(made) == CELLS["vit" if made.encoder.has_cls else "swin"]
     hidden = pixel_weight(made, case.masks)[..., None]
-    for cell, weight in zip(made.cells, made.weights(case.masks), strict=True):
+    for cell, weight in zip(cells_of(made), made.weights(case.masks), strict=True):
         np.testing.assert_array_equal(weight, cell_vectors(hidden, cell).mean((2, 3, 4)))
         assert np.ptp(np.asarray(weight).sum(1)) == 0, "every image counts alike, or accumulation would change the loss"
         seen |= set(np.unique(weight).tolist())
@@ -162,8 +167,8 @@ def test_weights_are_the_hidden_share_of_every_cell(case):
 
 def test_targets_are_cells_of_the_image(case):
     made, images = case.made, np.asarray(case.images, np.float64)
-    found = case.apply(case.images, method="targets")
-    for cell, target in zip(made.cells, found, strict=True):
+    found = case.apply(dict(images=case.images, masks=case.masks), method="targets")
+    for cell, target in zip(cells_of(made), found, strict=True):
         if made.target == "hog":
             (want,) = jax.jit(hog, static_argnums=(1, 2))(case.images, (cell,), 5)
             want = np.asarray(want).reshape(BATCH, -1, 15)
@@ -177,7 +182,9 @@ def test_targets_are_cells_of_the_image(case):
 
 def test_raw_pixels_are_targets_without_norm_pix():
     case = Case("vit", "pixels", norm_pix=False)
-    for cell, target in zip(case.made.cells, case.apply(case.images, method="targets"), strict=True):
+    for cell, target in zip(
+        cells_of(case.made), case.apply(dict(images=case.images, masks=case.masks), method="targets"), strict=True
+    ):
         np.testing.assert_array_equal(target, cell_vectors(np.asarray(case.images), cell).reshape(target.shape))
 
 
@@ -185,12 +192,12 @@ def test_the_loss_is_the_sum_over_taps_of_weighted_means(case):
     made = case.made
     total, metrics = case.apply(dict(images=case.images, masks=case.masks))
     predictions = case.predict(case.images, case.masks)
-    targets = case.apply(case.images, method="targets")
+    targets = case.apply(dict(images=case.images, masks=case.masks), method="targets")
     want = {}
     for j, (p, t, w) in enumerate(zip(predictions, targets, made.weights(case.masks), strict=True)):
         assert p.dtype == np.float32 and p.shape == t.shape and w.shape == p.shape[:2]
         error = ((p.astype(np.float64) - np.asarray(t)) ** 2).mean(-1)
-        want[f"loss_tap{j}"] = (error * np.asarray(w)).sum() / np.asarray(w).sum()
+        want[f"loss_tap{made.taps[j]}"] = (error * np.asarray(w)).sum() / np.asarray(w).sum()
     assert {key: float(x) for key, x in metrics.items()} == pytest.approx(want, rel=1e-5)
     assert float(total) == pytest.approx(sum(want.values()), rel=1e-5)
 
@@ -316,13 +323,13 @@ def test_the_published_counts():
 
 def test_biases_on_the_gradients_are_drawn_per_tap_and_never_trained():
     case = Case("vit", hog_bias=True)
-    fresh = flatten(jax.jit(case.made.init)(jax.random.key(3), case.images, case.masks)["params"])
+    fresh = flatten(jax.jit(case.made.init)(jax.random.key(3), dict(images=case.images, masks=case.masks))["params"])
     biases = np.stack([fresh[f"hog_bias_{j}"] for j in range(3)])
     assert biases.shape == (3, 2) and (np.abs(biases) <= 1 / 3).all() and len(np.unique(biases)) == 6
     assert {path for path in fresh if any(re.search(p, path) for p in case.made.frozen)} == {f"hog_bias_{j}" for j in range(3)}
-    targets = case.apply(case.images, method="targets")
+    targets = case.apply(dict(images=case.images, masks=case.masks), method="targets")
     given = [case.params[f"hog_bias_{j}"] for j in range(3)]
-    wanted = jax.jit(hog, static_argnums=(1, 2))(case.images, case.made.cells, 5, given)
+    wanted = jax.jit(hog, static_argnums=(1, 2))(case.images, cells_of(case.made), 5, given)
     for found, want in zip(targets, wanted, strict=True):
         np.testing.assert_array_equal(found, want.reshape(found.shape))
     for j in range(3):

@@ -21,7 +21,7 @@ TAPS = (0, 2)
 def parts():
     """-> objective(decouple), parameters, images, masks."""
     encoder = ViT(grid=(5, 6), patch=4, width=24, depth=4, heads=2)
-    make = lambda decouple: LoMaR(encoder=encoder, window=3, views=2, mask_ratio=0.6, taps=TAPS, decouple_stages=decouple)
+    make = lambda decouple: LoMaR(encoder=encoder, window=3, windows=2, mask_ratio=0.6, taps=TAPS, decouple_stages=decouple)
     images = jax.random.normal(jax.random.key(0), (2, 20, 24, 3))
     masks = make(False).masks(jax.random.key(1), 2)
     shapes = jax.eval_shape(lambda: make(False).init(jax.random.key(0), dict(images=images, masks=masks)))["params"]
@@ -54,7 +54,7 @@ def test_each_loss_reaches_what_it_should(parts, decouple):
 
     total, metrics = made.apply({"params": params}, dict(images=images, masks=masks))
     np.testing.assert_allclose(total, sum(metrics.values()), rtol=1e-6)
-    assert list(metrics) == ["loss_tap0", "loss_tap1", "loss_tap2"]
+    assert list(metrics) == ["loss_tap0", "loss_tap2", "loss_tap3"]
     for path, slopes in tree.flatten(jacobian(params)).items():
         stage = stage_of(path)
         moved = [bool(np.any(np.asarray(slope))) for slope in slopes]
@@ -70,7 +70,7 @@ def test_without_taps_nothing_is_added(parts):
     loss, metrics = plain.apply({"params": tree.nest(top)}, dict(images=images, masks=masks))
     assert metrics == {}
     np.testing.assert_allclose(
-        loss, make(False).apply({"params": params}, dict(images=images, masks=masks))[1]["loss_tap2"], rtol=1e-6
+        loss, make(False).apply({"params": params}, dict(images=images, masks=masks))[1]["loss_tap3"], rtol=1e-6
     )
 
 

@@ -123,7 +123,7 @@ def test_masks_of_several_counts_are_the_mean_over_all_hidden_tokens(tmp_path):
     port = parity.port_of(Case(case))
     images, masks = Case(case).images(), (mask > 0).reshape(3, -1)
     loss, _ = port.objective.apply({"params": port.params}, dict(images=images, masks=TokenMask(masks)))
-    scores = port.objective.apply({"params": port.params}, dict(images=images, masks=TokenMask(masks)), method="predict")
+    scores = port.objective.apply({"params": port.params}, dict(images=images, masks=TokenMask(masks)), method="predict")[0]
     codes = port.objective.tokenizer.recorded
     chosen = np.take_along_axis(np.asarray(scores), codes[..., None], -1)[..., 0]
     losses = np.log(np.exp(np.asarray(scores)).sum(-1)) - chosen

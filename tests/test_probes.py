@@ -20,7 +20,7 @@ from mim_jax.jobs.streamed_probe import StreamedProbe
 from mim_jax.models.heads import BatchNorm, ProbeHead
 from mim_jax.models.vit import ViT
 from mim_jax.objectives.probe import LOGIT_LIMIT, Probe, bounded_cross_entropy
-from mim_jax.runs.saved import modern_names
+from mim_jax.runs.saved import modern_keys
 from mim_jax.sections import read
 from mim_jax.train.optimizer import lars, scale_by_path
 from mim_jax.train.state import create, plan
@@ -41,7 +41,7 @@ def start(made):
     """-> (make a fresh state, step) of an objective, its heads at their own learning rates."""
     mesh, example = sharding.make_mesh(), dict(images=jnp.asarray(IMAGES[0]), labels=jnp.asarray(LABELS[0]))
     tx = optax.chain(lars(lambda step: made.base_lrs[0] * 1000.0), scale_by_path(made.lr_scales))
-    fresh, _, where = plan(made, tx, example, seed=0, mesh=mesh, frozen_patterns=made.frozen)
+    fresh, _, where = plan(made, tx, example, seed=0, mesh=mesh)
     step = make_step(made, tx, mesh, where, prepare=lambda batch, key: batch, seed=0)
     return lambda: create(fresh, where), step
 
@@ -92,7 +92,7 @@ def test_heads_are_found_by_their_old_names(together):
     """Names held learning rates once: what a checkpoint from then calls each head."""
     made, (first, *more) = tiny(**ALL), ALL["base_lrs"]
     config = {"batch_size": 256, "optim": {"base_lr": first, "lr": 0.0, "more_base_lrs": more}}
-    params, renamed = together[0]().params, modern_names(config, [f"head_{head.name}" for head in made.heads])
+    params, renamed = together[0]().params, modern_keys(config, [f"head_{head.name}" for head in made.heads])
     assert set(renamed.values()) == params.keys() and len(renamed) == 8
     assert renamed["head_tap0_linear_lr0.7"] == "head_tap0_linear_1"
     assert renamed["head_tap1_attentive_lr0.1"] == "head_tap1_attentive_0"

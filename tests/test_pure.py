@@ -25,8 +25,9 @@ from mim_jax.models import irpe, layers
 from mim_jax.models.posembed import resize_table, sincos_table
 from mim_jax.models.vit import ViT
 from mim_jax.objectives.classify import one_hot_targets, smooth_labels, soft_cross_entropy
-from mim_jax.runs.checkpoint import fingerprints
-from mim_jax.targets.pixels import Normaliser, masked_mean, patch_statistics, pixel_targets
+from mim_jax.runs.saved import fingerprints
+from mim_jax.targets.pixels import Normaliser, patch_statistics, pixel_targets
+from mim_jax.targets.target import masked_mean
 from mim_jax.tokens import cut_windows, grid_size, keep, patchify, spread, unpatchify, visible
 from mim_jax.train.optimizer import adamw, decays, lars, lr_scale
 from mim_jax.train.schedule import scaled_lr, warmup_cosine
@@ -481,7 +482,7 @@ def test_the_fingerprint_does_not_see_the_sharding(run_python):
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from mim_jax import sharding
-from mim_jax.runs.checkpoint import fingerprints
+from mim_jax.runs.saved import fingerprints
 mesh = sharding.make_mesh()
 assert mesh.size == 8
 x = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)

@@ -15,8 +15,9 @@ from record_runs import RECORDS, RUNS, SAVED, STEPS, environment, outcome, renam
 # optimisations on was off by 6e-7 (the first losses of the fine-tuning: 1.2e-6), 4e-7, 1.3e-6 and 6e-6 at most.
 LOSS, NORM, LEAF, JUDGED = 1e-6, 1e-5, 1e-5, 0.02
 # Of another environment in effect. BEiT's loss divides by the hidden tokens that count, a number known at run time since
-# masks may hide fewer; XLA rounds its gradient otherwise in the last bit.
-OTHERWISE = {"beit_windows"}
+# masks may hide fewer; XLA rounds its gradient otherwise in the last bit. LoMaR's errors are added up over windows in a row,
+# no longer over the windows of each image.
+OTHERWISE = {"beit_windows", "lomar"}
 
 
 @pytest.fixture

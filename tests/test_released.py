@@ -34,7 +34,7 @@ from mim_jax.jobs import evaluate
 from mim_jax.jobs.import_weights import import_weights
 from mim_jax.models.dalle import DalleEncoder
 from mim_jax.models.posembed import sincos_table
-from mim_jax.models.relative_bias import bias_matrix, region_bias, resize_offsets
+from mim_jax.models.relative_bias import bias_matrix, resize_offsets, view_bias
 from mim_jax.models.window_attention import WindowLayout
 from mim_jax.runs import checkpoint, saved
 from mim_jax.runs.checkpoint import Checkpoints
@@ -265,7 +265,7 @@ def test_the_index_of_relative_positions_is_what_our_bias_does():
     numbers = np.arange(5 * 7 + 3, dtype=np.float32)[:, None]
     ours = bias_matrix(jnp.asarray(numbers[:-3]), (3, 4))[0]
     np.testing.assert_array_equal(ours, tables.offset_index((3, 4), cls=False))
-    np.testing.assert_array_equal(region_bias(numbers, (3, 4), (3, 4))[0], tables.offset_index((3, 4), cls=True))
+    np.testing.assert_array_equal(view_bias(numbers, (3, 4), (3, 4))[0], tables.offset_index((3, 4), cls=True))
 
 
 def test_tables_that_a_file_carries_are_compared_and_not_believed():
@@ -370,7 +370,7 @@ def test_an_encoder_alone_becomes_a_folder_that_fine_tuning_takes(tmp_path, caps
 def test_frozen_biases_of_hog_stay_frozen(tmp_path):
     state = state_of("traj_localmim_vit")
     import_weights(written(tmp_path, "", state), str(tmp_path / "run"), Options("localmim", 3))
-    frozen = built.arrays(tmp_path / "run", part="^frozen/")
+    frozen = built.arrays(tmp_path / "run", part=("frozen",))
     assert sorted(frozen) == [f"hog_bias_{j}" for j in range(4)]
     np.testing.assert_array_equal(frozen["hog_bias_2"], state["hog_enc.2.conv.bias"])
     assert built.meta(tmp_path / "run")["config"]["localmim"]["hog_bias"]
@@ -387,7 +387,7 @@ def test_half_precision_is_widened_and_a_common_prefix_dropped():
 
 
 def test_beit_takes_its_tokenizer_from_another_file(tmp_path, monkeypatch):
-    """A small dVAE in place of the released one: its weights stand under frozen/, and nothing is missing."""
+    """A small dVAE in place of the released one: its weights stand under teacher/, and nothing is missing."""
     small = dict(width=8, classes=16)
     monkeypatch.setattr(methods, "DalleEncoder", functools.partial(DalleEncoder, **small))
     monkeypatch.setattr(weights, "dalle_params", functools.partial(weights.dalle_params, **small))
@@ -402,7 +402,7 @@ def test_beit_takes_its_tokenizer_from_another_file(tmp_path, monkeypatch):
     import_weights(src, str(tmp_path / "run"), Options("beit", **HALF), str(tmp_path / "encoder.npz"))
     loaded = built.arrays(tmp_path / "run")
     assert loaded.keys() == wanted.keys() and built.meta(tmp_path / "run")["origin"]["lacks"] == []
-    frozen = built.arrays(tmp_path / "run", part="^frozen/")
+    frozen = built.arrays(tmp_path / "run", part=("teacher",))
     assert sorted(frozen) == sorted(path for path in wanted if path.startswith("tokenizer/"))
     np.testing.assert_array_equal(loaded["head/kernel"], ours["head/kernel"])
     with pytest.raises(ConfigError, match="--tokenizer is for BEiT's pretraining, and this is LoMaR's"):

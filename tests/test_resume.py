@@ -195,7 +195,7 @@ def test_nothing_readable_is_an_error_that_says_so_and_moves_nothing(saved):
     for step in (1, 2):
         shutil.rmtree(saved[0] / "checkpoints" / str(step) / "state")
     for _ in range(2):  # the next start must not begin from scratch either
-        with pytest.raises(checkpoint.CheckpointError, match="none of the checkpoints"):
+        with pytest.raises(runs.CheckpointError, match="none of the checkpoints"):
             restore(saved)
     assert (saved[0] / "checkpoints" / "2").is_dir()
 
@@ -205,7 +205,7 @@ def test_a_passing_error_is_not_taken_for_damage(saved, monkeypatch):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "require_fingerprints", out_of_memory)
+        patch.setattr(runs, "require_fingerprints", out_of_memory)
         with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
             restore(saved)
     assert restore(saved)[1]["step"] == 2

@@ -173,7 +173,7 @@ def test_reconstruction_is_compared_with_each_patchs_colour(trained):
         y, x = divmod(n, 9)
         cut = lambda whole, y=y, x=x: np.asarray(whole)[:, y * PATCH : (y + 1) * PATCH, x * PATCH : (x + 1) * PATCH]
         np.testing.assert_array_equal(target[:, n], cut(images).reshape(2, -1))
-        np.testing.assert_array_equal(prediction[:, n], cut(run("pictures")["reconstruction"]).reshape(2, -1))
+        np.testing.assert_array_equal(prediction[:, n], cut(run("pictures")[3]["image"]["reconstruction"]).reshape(2, -1))
         mean = np.broadcast_to(cut(images).mean((1, 2), keepdims=True), (2, PATCH, PATCH, 2))
         np.testing.assert_allclose(baseline[:, n], mean.reshape(2, -1), atol=1e-6)
     assert weight.shape == (2, 63) and (weight == 1).all()

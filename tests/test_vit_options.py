@@ -7,7 +7,7 @@ import pytest
 from jax import jit
 
 from mim_jax.config import ConfigError
-from mim_jax.models.relative_bias import RelativeBias, offsets, region_bias
+from mim_jax.models.relative_bias import RelativeBias, offsets, view_bias
 from mim_jax.models.self_attention import Attention
 from mim_jax.models.vit import Block, ViT
 from mim_jax.objectives.lomar import LoMaR
@@ -39,11 +39,11 @@ def slow_bias(table, grid, places, cls=True):
     return out
 
 
-@pytest.mark.parametrize("region", [(4, 5), (3, 3), (1, 5), (4, 1)])
-def test_bias_of_a_region_is_that_of_its_offsets(region):
+@pytest.mark.parametrize("view", [(4, 5), (3, 3), (1, 5), (4, 1)])
+def test_bias_of_a_view_is_that_of_its_offsets(view):
     table = RNG.normal(size=(offsets(GRID) + 3, 2)).astype(np.float32)
-    places = [(r, c) for r in range(region[0]) for c in range(region[1])]
-    np.testing.assert_array_equal(region_bias(jnp.asarray(table), GRID, region), slow_bias(table, GRID, places))
+    places = [(r, c) for r in range(view[0]) for c in range(view[1])]
+    np.testing.assert_array_equal(view_bias(jnp.asarray(table), GRID, view), slow_bias(table, GRID, places))
 
 
 def test_bias_of_some_tokens_is_that_of_their_places():
@@ -151,7 +151,7 @@ def test_a_part_of_the_image_keeps_its_places(position):
 
 def test_mae_in_windows_is_lomars_asymmetric_ablation():
     settings = dict(window=3, mask_ratio=0.6, decoder_width=16, decoder_depth=1, decoder_heads=2)
-    lomar = LoMaR(encoder=vit("absolute"), views=2, arch="asymmetric", **settings)
+    lomar = LoMaR(encoder=vit("absolute"), windows=2, arch="asymmetric", **settings)
     mae = MAE(encoder=vit("absolute"), windows=2, **settings)
     x = pictures()
     masks = mae.masks(jax.random.key(3), 2)

@@ -20,9 +20,20 @@ def pretraining_inputs(objective: Objective, normalise: Normaliser, channels: in
         images = batch["image"]
         if jitter:
             images = colour_jitter(images.astype(jnp.float32) / 255, prng.named(key, "jitter"), jitter) * 255
-        return objective.inputs({"images": normalise(images)}, key)
+        return objective.inputs(named(batch, normalise(images)), key)
 
     return inputs
+
+
+def named(batch: dict, images) -> dict:
+    """A batch of the pipeline with these images, by the names that objectives know; ids stay behind."""
+    labels = {"labels": batch["label"]} if "label" in batch else {}
+    return {key: x for key, x in batch.items() if key not in ("image", "label", "id")} | labels | {"images": images}
+
+
+def labelled_inputs(objective: Objective, normalise: Normaliser):
+    """Normalised images and their classes."""
+    return lambda batch, key: objective.inputs(named(batch, normalise(batch["image"])), key)
 
 
 def mixed_inputs(normalise: Normaliser, classes: int, smoothing: float, erasing: float, mixing: dict):

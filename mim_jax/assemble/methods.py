@@ -75,15 +75,11 @@ def objective(config, complete: bool = False) -> Objective:
     kind = METHODS[config.method]
     known = {field.name for field in dataclasses.fields(kind)}
     parts = {"encoder": config.made(complete), "dtype": dtype(config.compute_dtype)}
-    if ("tokenizer" in known) != (config.tokenizer is not None):
-        raise ConfigError(f"method={config.method} " + (
-            "needs a section 'tokenizer': the tokenizer whose codes it predicts" if "tokenizer" in known else
-            "reads no section 'tokenizer', which the config sets"
-        ))  # fmt: skip
-    if config.tokenizer is not None:
-        parts["tokenizer"] = config.tokenizer.made(config)
+    if config.tokenizer is not None and "tokenizer" not in known:
+        raise ConfigError(f"method={config.method} reads no section 'tokenizer', which the config sets")
+    parts["tokenizer"] = config.tokenizer and config.tokenizer.made(config)
     given = {name: part for name, part in parts.items() if name in known}
-    made = build(kind, config.settings, f"{config.method}.", complete, **given)
+    made = build(kind, config.settings, f"{config.method}.", complete, kind.KEYS, **given)
     for warning in made.warnings():
         logging.warning(warning)
     jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))  # every check of shapes, no compute

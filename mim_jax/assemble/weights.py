@@ -37,7 +37,7 @@ ENCODER = Taken("^encoder/")
 
 
 def taken_over(
-    source: saved.Saved, made: Objective, section, mesh, taken: Taken = ALL, part: str = saved.TRAINED
+    source: saved.Saved, made: Objective, section, mesh, taken: Taken = ALL, part: tuple = saved.TRAINED
 ) -> tuple[dict, str]:
     """-> ({path: array} of the run that fit the objective, a report). Raises CheckpointError naming what does not fit.
 
@@ -102,12 +102,12 @@ def fit_tables(loaded: dict, there: Encoder, here: Encoder) -> tuple[dict, str]:
 
 
 def tokenizer_weights(config, made: Objective, mesh) -> tuple[dict, str]:
-    """-> ({path: array} of BEiT's frozen tokenizer, a report). Raises ConfigError (CheckpointError) when there are none, or
+    """-> ({path: array} of the tokenizer that teaches, a report). Raises ConfigError (CheckpointError) when there are none, or
     they do not fit."""
     weights = config.tokenizer.weights
     if not weights:
         raise ConfigError(
-            "BEiT's targets come from a trained image tokenizer, and tokenizer.weights names none. Train one on your data:\n"
+            "Codes come from a trained image tokenizer, and tokenizer.weights names none. Train one on your data:\n"
             "  python -m mim_jax.main --config=configs/tokenizer.py --workdir=runs/tokenizer\n"
             "and add :tokenizer=trained and --config.tokenizer.weights=runs/tokenizer; or name the file of the released "
             "encoder of DALL-E's dVAE: --config.tokenizer.weights=encoder.pkl"
@@ -125,7 +125,7 @@ def tokenizer_weights(config, made: Objective, mesh) -> tuple[dict, str]:
 
 
 def dalle_tokenizer(file: str) -> dict:
-    """{path: array} of BEiT's tokenizer, from the released file of DALL-E's encoder."""
+    """{path: array} of the tokenizer that teaches, from the released file of DALL-E's encoder."""
     return {f"tokenizer/{path}": x for path, x in tree.flatten(dalle_params(file)).items()}
 
 

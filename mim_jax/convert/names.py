@@ -101,6 +101,13 @@ def tap_norms(prefix: str, taps: int, last_is_top: bool = True) -> tuple:
     return sum((norm(rf"{prefix}norm\.{tap}", name) for tap, name in enumerate(ours)), ())
 
 
+def per_tap(section, key: str) -> tuple:
+    """A setting of LocalMIM's section that is one value for all taps, or one for each -> one for each."""
+    value = section[key]
+    values = tuple(value) if isinstance(value, tuple | list) else (value,)
+    return values * len(section.taps) if len(values) == 1 else values
+
+
 def localmim_vit_rules(scales, last_is_top: bool = True) -> tuple:
     """LocalMIM on a ViT whose decoder J predicts at `scales[J]`; `last_is_top`: the last tap is after the last block."""
     rules = VIT_BODY + tap_norms("^", len(scales), last_is_top) + LOCAL_DECODERS
@@ -147,10 +154,7 @@ for stage in range(3):  # timm since 0.9 counts a merging to the stage after it
 TIMM_SWIN_HEAD = linear(r"^head\.fc", "head")
 
 
-# -- the encoder of DALL-E's dVAE -------------------------------------------------------------------------------------
-
-
-DALLE_LAYERS = (
+DALLE_LAYERS = (  # of the encoder of DALL-E's dVAE
     (r"^blocks\.input", "input"),
     (r"^blocks\.group_(\d+)\.block_(\d+)\.id_path", "group_{}/block_{}/id_path"),
     (r"^blocks\.group_(\d+)\.block_(\d+)\.res_path\.conv_(\d+)", "group_{}/block_{}/res_{}"),
@@ -158,8 +162,6 @@ DALLE_LAYERS = (
 )
 DALLE_LEAVES = ((r"\.w$", "/kernel", "conv"), (r"\.b$", "/bias", "same"))
 DALLE_RULES = tuple((there + w, here + k, layout) for there, here in DALLE_LAYERS for w, k, layout in DALLE_LEAVES)
-
-# -- whose rules ------------------------------------------------------------------------------------------------------
 
 
 def released_rules(config) -> tuple | None:
@@ -170,8 +172,8 @@ def released_rules(config) -> tuple | None:
             return SWIN_CLASSIFIER_RULES
         return BEIT_CLASSIFIER_RULES if config.encoder.position in ("shared_bias", "layer_bias") else CLASSIFIER_RULES
     if config.method == "localmim" and not swin:
-        scales, taps = config.localmim.scales, config.localmim.taps
-        return localmim_vit_rules(tuple(scales), last_is_top=max(taps) == config.encoder.depth - 1)
+        last_is_top = max(config.localmim.taps) == config.encoder.depth - 1
+        return localmim_vit_rules(per_tap(config.localmim, "scales"), last_is_top)
     pairs = {"mae": (MAE_RULES, GREENMIM_RULES), "simmim": (SIMMIM_VIT_RULES, SIMMIM_SWIN_RULES)}  # of a ViT, of a Swin
     alone = {"lomar": LOMAR_RULES, "localmim": LOCALMIM_SWIN_RULES, "beit": BEIT_RULES}
     return pairs[config.method][swin] if config.method in pairs else alone.get(config.method)

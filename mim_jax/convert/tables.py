@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 
+from mim_jax.convert import names
 from mim_jax.models.posembed import sincos_table
 from mim_jax.models.relative_bias import offsets
 from mim_jax.models.window_attention import WindowLayout
@@ -81,9 +82,6 @@ def explain(name: str, array, size) -> tuple[str, bool] | None:
     return None
 
 
-# -- written again ----------------------------------------------------------------------------------------------------
-
-
 def tables(config, released) -> dict[str, np.ndarray]:
     """What the released pretraining code keeps beside its parameters, of which `released` are the names -> {name: array}."""
     e, method = config.encoder, config[config.method]
@@ -97,7 +95,8 @@ def tables(config, released) -> dict[str, np.ndarray]:
     if config.method == "mae":
         found["decoder_pos_embed"] = table(method.decoder_width, level(stages - 1))
     if config.method == "localmim":
-        for j, (tap, width, target) in enumerate(zip(method.taps, method.decoder_width, method.target)):
+        widths, targets = (names.per_tap(method, key) for key in ("decoder_width", "target"))
+        for j, (tap, width, target) in enumerate(zip(method.taps, widths, targets, strict=True)):
             found[f"decoder.{j}.pos_embed"] = table(width, level(tap + 1))
             if target == "hog":
                 found[f"hog_enc.{j}.conv.weight"] = SOBEL_FILTERS

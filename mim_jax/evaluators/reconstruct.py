@@ -30,22 +30,25 @@ def moments(parts: dict) -> dict:
 
 def summarise(found: dict, outputs: tuple[Output, ...]) -> dict[str, float]:
     """-> {"output/..."}: masked_mse; inpainting_mse; constant_mse, of the best constant vector; zero_mse, of 0, which is
-    each patch's own mean under norm_pix. Several outputs are averaged too, under no name.
+    each patch's own mean under norm_pix. Several outputs are averaged too, under no name, unless some are codes and
+    some are not.
 
     Where targets are `standardised` (norm_pix, HOG) the inpainted ones are scaled by the one factor that makes their
     error smallest on these very images: a smooth guess of full contrast would lose to predicting nothing. None instead
     of True or False: hits and misses (BEiT), of which no constant can be predicted.
     """
     errors = {}
-    for name, standardised, *_ in outputs:
+    for name, target, *_ in outputs:
         m = {key: np.mean(found[f"{name}/{key}"]) for key in ("masked_mse", "square", "inpainted", "product")}
-        scale = m["product"] / max(m["inpainted"], 1e-12) if standardised else 1.0
+        scale = m["product"] / max(m["inpainted"], 1e-12) if target.standardised else 1.0
         inpainting = m["square"] - 2 * scale * m["product"] + scale**2 * m["inpainted"]
         errors[name] = {"masked_mse": m["masked_mse"], "inpainting_mse": inpainting}
-        if standardised is not None:
+        if target.standardised is not None:
             constant = np.square(found[f"{name}/target"].mean(0)).mean()
             errors[name] |= {"zero_mse": m["square"], "constant_mse": m["square"] - constant}
-    mean = {key: float(np.mean([e[key] for e in errors.values()])) for key in next(iter(errors.values()))}
+    alike = len({target.standardised is None for _, target, *_ in outputs}) == 1  # shares of wrong codes are no squared errors
+    keys = next(iter(errors.values())) if alike else ()
+    mean = {key: float(np.mean([e[key] for e in errors.values()])) for key in keys}
     several = {f"{name}/{key}": float(x) for name, e in errors.items() for key, x in e.items()} if len(errors) > 1 else {}
     return {**mean, **several}
 

@@ -98,13 +98,17 @@ def open_splits(config: CachedProbe) -> dict:
 
 
 def subjects(config: CachedProbe, made: Probe, sources: dict, mesh, encoders: dict, logger: Logger) -> dict:
-    """-> {who: a function that gives {split: {place: features, "label": labels}}}: encoders by their variables, pixels."""
+    """-> {who: a function that gives {split: {place: features, "label": labels}}}: encoders by their variables, pixels.
+
+    Places are "" for the linear probe at the top, else "tap<i>", "attentive" or "tap<i>_attentive".
+    """
     normalise, size = config.normaliser(), config.settings.eval_batch_size
     batches = {n: config.batches(s, size) for n, s in sources.items()}
 
     def encode(variables, batch):
         found = made.apply(variables, normalise(batch["image"]), method="head_inputs")
-        return {"label": batch["label"], **{place_name(made, *place): x for place, x in found.items()}}
+        at = lambda tap, kind: joined("" if tap == made.top else f"tap{tap}", "" if kind == "linear" else kind)
+        return {"label": batch["label"], **{at(*place): x for place, x in found.items()}}
 
     def raw(variables, batch):
         return {"label": batch["label"], "": normalise(batch["image"]).reshape(batch["image"].shape[0], -1)}
@@ -162,11 +166,6 @@ class Judge:
             scores = fewshot.fewshot(bank, queries, self.classes, n, draws=p.draws, l2=p.l2, seed=seed)
             found[f"{n}shot"], found[f"{n}shot_spread"] = fewshot.summary(scores)
         return found
-
-
-def place_name(made, tap: int, kind: str) -> str:
-    """ "" for the linear probe at the top, else "tap<i>", "attentive" or "tap<i>_attentive"."""
-    return joined("" if tap == made.top else f"tap{tap}", "" if kind == "linear" else kind)
 
 
 def joined(*words: str) -> str:

@@ -6,24 +6,19 @@ import time
 import jax
 from etils import epath
 
-from mim_jax import sharding, tree
-from mim_jax.assemble import encoders, judges, weights
-from mim_jax.assemble.datasets import Data
-from mim_jax.assemble.inheritance import PLACE, inherit, source_of
+from mim_jax import logs, provenance, sections, sharding, tree
+from mim_jax.assemble import datasets, encoders, inheritance, judges, weights
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.jobs import finetune, pretrain, streamed_probe
-from mim_jax.logs import Logger
 from mim_jax.objectives.objective import Objective
-from mim_jax.provenance import this_run, write_result
 from mim_jax.runs import saved
 from mim_jax.runs.workdir import RESULT, claimed, finished
-from mim_jax.sections import defaults, each, nested, read
 from mim_jax.train.loop import report
 
 
 class Evaluate(encoders.WithEncoder):
-    data: Data = nested(Data)
-    evals: dict = each("type", {"classify": judges.Classify})
+    data: datasets.Data = sections.nested(datasets.Data)
+    evals: dict = sections.each("type", {"classify": judges.Classify})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,23 +34,23 @@ class Loaded:
 def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     """Top-1 and top-5 of the classifier at `init_from` -> the numbers, also in result.json."""
     began = time.perf_counter()
-    source, typed = source_of(settings, workdir), settings.to_dict()
+    source, typed = inheritance.source_of(settings, workdir), settings.to_dict()
     if source.config.job not in ("finetune", "linprobe"):
         raise ConfigError(
             f"job=eval judges a classifier, and {source.folder} is a {source.config.job} run; fine-tune or probe it first"
         )
-    completed = inherit(settings, source.config)
-    config = read(Evaluate, completed)
+    completed = inheritance.inherit(settings, source.config)
+    config = sections.read(Evaluate, completed)
     judged = trained(config, source)
     evaluators = judges.evaluators(config.evals, judged, steps=lambda duration: 0)
     if not evaluators:
         raise ConfigError(f"none of the splits {', '.join(sorted(config.evals))} is there and on: nothing to judge")
     loaded, words = load(config, source, judged.objective, judged.mesh)
-    data = {key: getattr(config.data, key) for key in PLACE}
+    data = {key: getattr(config.data, key) for key in inheritance.PLACE}
     origin = dict(
         run=str(source.folder), step=source.step, image_size=list(config.image_size), splits=typed["evals"], data=data
     )
-    with claimed(workdir, typed, defaults(Evaluate, completed)), Logger(workdir) as logger:
+    with claimed(workdir, typed, sections.defaults(Evaluate, completed)), logs.Logger(workdir) as logger:
         already = finished(workdir, origin)
         logger.say(f"workdir      {workdir}\nweights      {words}")
         if already:
@@ -67,17 +62,17 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
             report(logger, 0, evaluator.name, scalars, images)
             results.update(scalars)
         results.update(origin, seconds=time.perf_counter() - began)
-        return write_result(workdir / RESULT, results, this_run(typed, results["seconds"]))
+        return provenance.write_result(workdir / RESULT, results, provenance.this_run(typed, results["seconds"]))
 
 
 def trained(config: Evaluate, source: saved.Saved) -> judges.Judged:
     """The classifier, or the probe, that the run trained, for images of the size here."""
     there, encoder = source.config, config.made()
     if tuned := there.job == "finetune":
-        past = read(finetune.Finetune, pretrain.saved_keys(there), complete=True)
+        past = sections.read(finetune.Finetune, pretrain.saved_keys(there), complete=True)
         made = finetune.classifier(encoder, there.classes, there.pool)
     else:
-        past = read(streamed_probe.StreamedProbe, pretrain.saved_keys(there), complete=True)
+        past = sections.read(streamed_probe.StreamedProbe, pretrain.saved_keys(there), complete=True)
         made = past.probe(encoder, there.classes, past.optim.base_lrs(past.batch_size))
     names, averaged = tuple(there.get("class_names", ())), tuned and past.optim.average > 0
     return judges.Judged(made, config, sharding.make_mesh(), class_names=names, averaged=averaged)

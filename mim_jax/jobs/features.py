@@ -6,18 +6,14 @@ from typing import Literal
 import jax
 from etils import epath
 
-from mim_jax import sharding, tree
-from mim_jax.assemble import encoders, inheritance, weights
-from mim_jax.assemble.datasets import FeatureData
+from mim_jax import logs, provenance, sections, sharding, tree
+from mim_jax.assemble import datasets, encoders, inheritance, weights
 from mim_jax.config import ConfigDict, ConfigError
-from mim_jax.evaluators.split_runner import SplitRunner
+from mim_jax.evaluators import split_runner
 from mim_jax.jobs.feature_files import FILES, Writer, check_room
-from mim_jax.logs import Logger
 from mim_jax.models.encoder import Encoder
 from mim_jax.objectives.objective import Extractor
-from mim_jax.provenance import git_hash, this_run, write_result
 from mim_jax.runs.workdir import RESULT, claimed, finished
-from mim_jax.sections import Count, defaults, nested, read
 
 SAY_EVERY = 30.0  # seconds
 
@@ -26,8 +22,8 @@ class Features(encoders.WithEncoder):
     format: Literal["npy", "parquet"]
     pool: Literal["mean", "cls", "none"]
     tap: str
-    batch_size: Count
-    data: FeatureData = nested(FeatureData)
+    batch_size: sections.Count
+    data: datasets.FeatureData = sections.nested(datasets.FeatureData)
 
     def check(self):
         super().check()
@@ -53,7 +49,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     """
     source, typed, mesh = inheritance.source_of(settings, workdir), settings.to_dict(), sharding.make_mesh()
     completed = inheritance.inherit(settings, source.config)
-    config = read(Features, completed)
+    config = sections.read(Features, completed)
     d, made = config.data, extractor(config.made(), config.pool, config.tap)
     images = config.opened(d.split)
     check_writing(config, images, workdir)
@@ -66,7 +62,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
         image_size=list(config.image_size), source=d.source, path=d.path, data_dir=d.data_dir, split=d.split,
     )  # fmt: skip
     check_room(workdir, config.format, shape)
-    with claimed(workdir, typed, defaults(Features, completed)), Logger(workdir) as logger:
+    with claimed(workdir, typed, sections.defaults(Features, completed)), logs.Logger(workdir) as logger:
         already = finished(workdir, origin)
         logger.say(f"workdir      {workdir}\nweights      {words}")
         logger.say(f"data         {images.name} '{images.split}': {images.num_examples} images, {images.num_classes} classes")
@@ -75,12 +71,12 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
             return already
         writer = None
         if jax.process_index() == 0:
-            writer = Writer(workdir, images, shape, config.format, {**origin, "git": git_hash()})
+            writer = Writer(workdir, images, shape, config.format, {**origin, "git": provenance.git_hash()})
         results = write(config, made, variables, images, mesh, writer, logger)
         results = {**origin, **results, "shape": list(shape), "dtype": "float32", "files": list(FILES[config.format])}
         logger.say(f"{results['count']} features {list(row)} at {results['images_per_second']:.1f} images/s: "
                    f"{workdir / FILES[config.format][-1]}")  # fmt: skip
-        return write_result(workdir / RESULT, results, this_run(typed, results["seconds"]))
+        return provenance.write_result(workdir / RESULT, results, provenance.this_run(typed, results["seconds"]))
 
 
 def check_writing(config: Features, images, workdir: epath.Path):
@@ -94,7 +90,7 @@ def check_writing(config: Features, images, workdir: epath.Path):
         )
 
 
-def write(config: Features, made: Extractor, variables, images, mesh, writer: Writer | None, logger: Logger) -> dict:
+def write(config: Features, made: Extractor, variables, images, mesh, writer: Writer | None, logger: logs.Logger) -> dict:
     """Asks the encoder for every image -> how many, seconds and images per second."""
     normalise = config.normaliser()
 
@@ -104,7 +100,7 @@ def write(config: Features, made: Extractor, variables, images, mesh, writer: Wr
 
     batches = config.batches(images, config.batch_size)
     began, first, said, done = time.perf_counter(), None, time.perf_counter(), 0
-    for rows in SplitRunner(fn, mesh, *batches).stream(variables):
+    for rows in split_runner.SplitRunner(fn, mesh, *batches).stream(variables):
         if writer:
             writer.write(rows["id"], rows["label"], rows["features"])
         done += len(rows["id"])

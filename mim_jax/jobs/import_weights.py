@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mim_jax import tree
+from mim_jax import clock, paths, provenance, sections, tree
 from mim_jax.assemble import methods, weights
-from mim_jax.clock import Clock
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.convert.reading import weights_file
 from mim_jax.convert.reading.recognition import Options, completed
@@ -19,13 +18,10 @@ from mim_jax.convert.reading.released_formats import LICENCES
 from mim_jax.convert.reading.released_model import Release, fit_windows, release, require_fit
 from mim_jax.convert.reading.sizes_from_shapes import describe
 from mim_jax.jobs import finetune, pretrain
-from mim_jax.paths import expanded
-from mim_jax.provenance import git_hash
-from mim_jax.runs.checkpoint import Checkpoints
-from mim_jax.runs.saved import has_checkpoint
+from mim_jax.objectives.objective import Objective
+from mim_jax.runs import checkpoint, saved
 from mim_jax.runs.workdir import CONFIG, claimed
-from mim_jax.sections import read
-from mim_jax.train.state import TrainState, split
+from mim_jax.train.state import TrainState, divide
 
 
 def import_weights(src: str, workdir: str, options: Options, tokenizer: str = "") -> str:
@@ -36,13 +32,13 @@ def import_weights(src: str, workdir: str, options: Options, tokenizer: str = ""
     """
     if not workdir:
         raise ConfigError("--workdir is empty; name a folder")
-    place = expanded(workdir)
-    if (place / CONFIG).exists() or has_checkpoint(place):
+    place = paths.expanded(workdir)
+    if (place / CONFIG).exists() or saved.has_checkpoint(place):
         raise ConfigError(f"'{workdir}' holds a run already; choose another --workdir")
     try:
         options = completed(options, weights_file.metadata(src))
         found = release(weights_file.read(src), options)
-        frozen, params = fitted(found, options, tokenizer)
+        made, params = fitted(found, options, tokenizer)
         came_from = origin(src, found, options)
         params |= found.params()
         if broken := [path for path, x in params.items() if not np.isfinite(x).all()]:
@@ -50,17 +46,18 @@ def import_weights(src: str, workdir: str, options: Options, tokenizer: str = ""
             raise ConfigError(f"'{src}': '{name}' has values that are no finite numbers")
     except ConfigError as error:
         raise ConfigError(str(error) if src in str(error) else f"'{src}': {error}") from error
-    write(workdir, params, frozen, found.config, came_from)
+    write(workdir, params, made, found.config, came_from)
     return f"{report(src, found, options, came_from)}\nwritten to {workdir}"
 
 
-def fitted(found: Release, options: Options, tokenizer: str) -> tuple[tuple, dict]:
-    """Brings the tensors to the model of their config, every one -> patterns of what is frozen, {our path: array} of its
-    tokenizer."""
+def fitted(found: Release, options: Options, tokenizer: str) -> tuple[Objective, dict]:
+    """Brings the tensors to the model of their config, every one -> the objective, {our path: array} of its tokenizer."""
     if found.kind.pool:
-        made = read(finetune.Finetune, pretrain.saved_keys(found.config), complete=True).classifier(found.config.classes)
+        made = sections.read(finetune.Finetune, pretrain.saved_keys(found.config), complete=True).classifier(
+            found.config.classes
+        )
     else:
-        made = methods.objective(read(pretrain.Pretrain, found.config, complete=True), complete=True)
+        made = methods.objective(sections.read(pretrain.Pretrain, found.config, complete=True), complete=True)
     fit_windows(found, made.encoder.tables(), resize=options.size is not None)
     wanted, codes = weights.shapes(made), {}
     if tokenizer:
@@ -68,7 +65,7 @@ def fitted(found: Release, options: Options, tokenizer: str) -> tuple[tuple, dic
             raise ConfigError(f"--tokenizer is for BEiT's pretraining, and this is {found.kind.words}")
         codes = weights.dalle_tokenizer(tokenizer)
     require_fit(found, {path: leaf for path, leaf in wanted.items() if path not in codes})
-    return made.frozen, codes
+    return made, codes
 
 
 def origin(src: str, found: Release, options: Options) -> dict:
@@ -87,14 +84,14 @@ def origin(src: str, found: Release, options: Options) -> dict:
     return origin | {"licence": licence, "lacks": sorted(missing)}
 
 
-def write(workdir: str, params: dict, frozen, config: ConfigDict, came_from: dict):
-    """Saves {our path: array} as step 0 of a run; `frozen`: patterns of paths. Raises ConfigError, and leaves no half a run,
+def write(workdir: str, params: dict, made: Objective, config: ConfigDict, came_from: dict):
+    """Saves {our path: array} of an objective as step 0 of a run. Raises ConfigError, and leaves no half a run,
     where it cannot be written."""
-    place = expanded(workdir)
-    trained, kept = split(jax.tree.map(jnp.asarray, tree.nest(params)), frozen)
+    place = paths.expanded(workdir)
+    trained, frozen, teacher = divide(jax.tree.map(jnp.asarray, tree.nest(params)), made)
     zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, trained, kept, {}, {}, zero, zero)
-    meta = {"step": 0, "examples": 0, "clock": Clock().state(), "config": config.to_dict(), "git": git_hash()}
+    state = TrainState(zero, trained, frozen, {}, {}, zero, zero, teacher)
+    meta = {"step": 0, "examples": 0, "clock": clock.Clock().state(), "config": config.to_dict(), "git": provenance.git_hash()}
     new = not place.exists()
     try:
         with claimed(place, config.to_dict(), {}):
@@ -107,7 +104,7 @@ def write(workdir: str, params: dict, frozen, config: ConfigDict, came_from: dic
 def save(place, state: TrainState, meta: dict):
     """Raises ConfigError, with nothing left behind: half a run would be in the way of the next try."""
     try:
-        with Checkpoints(place, every=1, keep=1, keep_every=0) as checkpoints:
+        with checkpoint.Checkpoints(place, every=1, keep=1, keep_every=0) as checkpoints:
             checkpoints.save(0, state, meta)
             checkpoints.require_saved(0)
     except BaseException as error:
@@ -116,9 +113,6 @@ def save(place, state: TrainState, meta: dict):
         if not isinstance(error, Exception):
             raise
         raise ConfigError(f"--workdir={place} cannot be written ({str(error).splitlines()[0][:200]})") from error
-
-
-# -- what is said of it -----------------------------------------------------------------------------------------------
 
 
 def report(src: str, found: Release, options: Options, came_from: dict) -> str:

@@ -5,6 +5,7 @@ from typing import Literal
 from etils import epath
 
 from mim_jax.assemble import datasets, encoders, inheritance, weights
+from mim_jax.assemble.inputs import labelled_inputs
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.jobs import training
 from mim_jax.models.encoder import Encoder
@@ -74,8 +75,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     if not saved.has_checkpoint(workdir):
         replace, words = weights.taken_over(source, made, config.encoder, mesh, TAKEN)
         begin = Start(replace, words, source.ancestry())
-    normalise = config.normaliser()
-    inputs = lambda batch, key: {"images": normalise(batch["image"]), "labels": batch["label"]}
+    inputs = labelled_inputs(made, config.normaliser())
     e = training.experiment(config, completed, objective=made, inputs=inputs, source=images, start=begin, mesh=mesh,
                             lr_scales=made.lr_scales)  # fmt: skip
     return training.run(e, workdir, settings.to_dict(), defaults(StreamedProbe, completed))

@@ -87,8 +87,8 @@ def run(e: Experiment, workdir: epath.Path, typed: dict, defaults: dict) -> dict
 def begin(e: Experiment, logger: Logger, checkpoints: Checkpoints, stopping: Stopping) -> loop.Run:
     """The state of the newest sound checkpoint, or a new one from `e.start`; says what a reader wants to know."""
     made, first, clock, ancestor, words = e.objective, 0, Clock(), e.start.ancestor, e.start.words
-    fresh, shapes, shardings = plan(made, e.optimizer, made.example(), seed=e.config.seed, mesh=e.mesh, fsdp=e.config.fsdp,
-                                    frozen_patterns=made.frozen)  # fmt: skip
+    options = dict(seed=e.config.seed, mesh=e.mesh, fsdp=e.config.fsdp)
+    fresh, shapes, shardings = plan(made, e.optimizer, made.example(), **options)
     state, meta = checkpoints.restore(shapes, shardings)
     if state is None:
         state = create(fresh, shardings, e.start.replace)
@@ -108,7 +108,7 @@ def begin(e: Experiment, logger: Logger, checkpoints: Checkpoints, stopping: Sto
 def require_same_classes(e: Experiment, there: dict):
     """Raises ConfigError where labels would be continued on other classes, as many: data.path may change between runs."""
     then, now = tuple(there.get("class_names", ())), tuple(e.source.class_names)
-    if "labels" in e.objective.example() and then and then != now:
+    if e.objective.labelled and then and then != now:
         raise ConfigError(
             f"the classes of {e.source.name} at '{e.config.data.path}' are not those that this run was trained on so far "
             f"({', '.join(then[:3])}, ... there; {', '.join(now[:3])}, ... here): labels are counted in the order of the names"

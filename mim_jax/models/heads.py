@@ -7,6 +7,7 @@ from einops import rearrange
 
 from mim_jax.models.layers import xavier
 
+MOMENTUM, EPS = 0.9, 1e-6  # of BatchNorm
 GRADIENT_LIMIT = 1e9  # far above any gradient of a head that learns; its square still fits float32 many times
 
 
@@ -20,11 +21,8 @@ def bounded_gradient(x):
     return x
 
 
-def _bounded(_, g):
-    return (jnp.where(jnp.isnan(g), 0, jnp.clip(g, -GRADIENT_LIMIT, GRADIENT_LIMIT)),)
-
-
-bounded_gradient.defvjp(lambda x: (x, None), _bounded)
+bounded = lambda _, g: (jnp.where(jnp.isnan(g), 0, jnp.clip(g, -GRADIENT_LIMIT, GRADIENT_LIMIT)),)
+bounded_gradient.defvjp(lambda x: (x, None), bounded)
 
 
 class BatchNorm(nn.Module):
@@ -36,8 +34,6 @@ class BatchNorm(nn.Module):
     """
 
     unbiased: bool = True
-    momentum: float = 0.9
-    eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x, train: bool):
@@ -45,16 +41,16 @@ class BatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
         var = self.variable("batch_stats", "var", jnp.ones, x.shape[-1:])
         if not train:
-            return (x - mean.value) * jax.lax.rsqrt(var.value + self.eps)
+            return (x - mean.value) * jax.lax.rsqrt(var.value + EPS)
         axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
         batch_mean = x.mean(axes)
         centred = x - batch_mean
         batch_var = jnp.square(centred).mean(axes)
         if not self.is_initializing():
             followed = batch_var * (count / max(count - 1, 1)) if self.unbiased else batch_var
-            mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
-            var.value = self.momentum * var.value + (1 - self.momentum) * followed
-        return centred * jax.lax.rsqrt(batch_var + self.eps)
+            mean.value = MOMENTUM * mean.value + (1 - MOMENTUM) * batch_mean
+            var.value = MOMENTUM * var.value + (1 - MOMENTUM) * followed
+        return centred * jax.lax.rsqrt(batch_var + EPS)
 
 
 class Linear(nn.Module):

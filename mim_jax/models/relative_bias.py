@@ -46,12 +46,12 @@ def bias_matrix(table, window):
     return rearrange(both, "j i k l h -> h (i j) (k l)")
 
 
-def region_bias(table, grid, region):
-    """[offsets+3 heads] of a grid -> [heads 1+n 1+n] among cls and the n tokens of a region no larger than it."""
-    (rows, columns), (r, c) = grid, region
+def view_bias(table, grid, view):
+    """[offsets+3 heads] of a grid -> [heads 1+n 1+n] among cls and the n tokens of a view no larger than it."""
+    (rows, columns), (r, c) = grid, view
     body = table[:-CLS_ENTRIES].reshape(2 * rows - 1, 2 * columns - 1, -1)
     body = body[rows - r : rows + r - 1, columns - c : columns + c - 1]
-    body = bias_matrix(body.reshape(-1, table.shape[-1]), region)
+    body = bias_matrix(body.reshape(-1, table.shape[-1]), view)
     to_token, to_cls, to_itself = table[-CLS_ENTRIES:]  # [heads] each
     heads, n, _ = body.shape
     first = jnp.concatenate([to_itself[:, None], jnp.broadcast_to(to_token[:, None], (heads, n))], 1)
@@ -63,17 +63,17 @@ def region_bias(table, grid, region):
 class RelativeBias:
     """How to make of a table what a block adds to its logits.
 
-    grid: the table's; region: rows and columns of what is looked at; ids: [r k] where only these tokens of the region are
+    grid: the table's; view: rows and columns of what is looked at; ids: [r k] where only these tokens of the view are
     there, else None.
     """
 
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
-    region: tuple[int, int] = flax.struct.field(pytree_node=False)
+    view: tuple[int, int] = flax.struct.field(pytree_node=False)
     ids: jax.Array | None = None
 
     def of(self, table):
         """[offsets+3 heads] -> [heads n n] or [r heads n n] for the tokens that are there."""
-        matrix = region_bias(table, self.grid, self.region)
+        matrix = view_bias(table, self.grid, self.view)
         if self.ids is None:
             return matrix
         there = jnp.pad(self.ids + 1, ((0, 0), (1, 0)))  # cls comes first

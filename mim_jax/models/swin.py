@@ -115,8 +115,6 @@ class Swin(Encoder):
         super().__post_init__()
         if len(self.heads) != len(self.depths) or not self.depths:
             raise ConfigError(f"encoder.depths={self.depths} and encoder.heads={self.heads} need one number per stage each")
-        if self.window < 1:
-            raise ConfigError(f"encoder.window={self.window}: a window has at least one token a side")
         if any(g % self.side for g in self.grid):
             h, w = self.image_size
             raise ConfigError(

@@ -136,13 +136,13 @@ class ViT(Encoder):
         cls = self.cls_token + (self.pos_embed[:, :1] if self.position == "learned" else 0)
         return jnp.concatenate([jnp.broadcast_to(cls.astype(tokens.dtype), (tokens.shape[0], 1, self.width)), tokens], 1)
 
-    def encode(self, tokens, taps: Sequence[int] = (), *, region=None, ids=None, decouple=False, train: bool = False):
+    def encode(self, tokens, taps: Sequence[int] = (), *, view=None, ids=None, decouple=False, train: bool = False):
         """[r n d] with cls first -> [r n d] after the final norm, and a list of the outputs of the blocks in `taps`.
 
-        The tokens are those of a region of this many (rows, columns), the whole grid by default; or only those at the
-        places `ids` [r k] of that region.
+        The tokens are those of a view of this many (rows, columns), the whole grid by default; or only those at the
+        places `ids` [r k] of that view.
         """
-        buckets, bias = self.relations(region or self.grid, ids)
+        buckets, bias = self.relations(view or self.grid, ids)
         self.sow("intermediates", "tokens_in", tokens)
         tapped = []
         for i in range(self.depth):
@@ -152,16 +152,16 @@ class ViT(Encoder):
                 tokens = jax.lax.stop_gradient(tokens) if decouple and i < self.depth - 1 else tokens
         return (self.norm(tokens) if self.final_norm else tokens), tapped
 
-    def relations(self, region, ids=None):
+    def relations(self, view, ids=None):
         """-> iRPE's buckets, and the learned bias that blocks share or how to make their own, or None for what is not used."""
         buckets, bias = None, None
         if self.relative:
-            buckets = jnp.asarray(irpe.bucket_table(region))
+            buckets = jnp.asarray(irpe.bucket_table(view))
             if ids is not None:
                 there = jnp.pad(ids + 1, ((0, 0), (1, 0)))  # cls comes first
                 buckets = buckets[there[:, :, None], there[:, None, :]]
         if self.position in ("shared_bias", "layer_bias"):
-            bias = relative_bias.RelativeBias(self.grid, region, ids)
+            bias = relative_bias.RelativeBias(self.grid, view, ids)
             bias = bias.of(self.relative_bias) if self.position == "shared_bias" else bias
         return buckets, bias
 
@@ -170,12 +170,12 @@ class ViT(Encoder):
         patches = patchify(images, self.patch)
         tokens = self.patch_embed(keep(rearrange(patches, "r y x d -> r (y x) d"), visible))
         places = visible.ids if ids is None else jnp.take_along_axis(ids, visible.ids, 1)
-        tokens, region = self.with_cls(tokens + self.positions(places)), patches.shape[1:3]
-        return self.encode(tokens, taps, region=region, ids=visible.ids, decouple=decouple, train=train)
+        tokens, view = self.with_cls(tokens + self.positions(places)), patches.shape[1:3]
+        return self.encode(tokens, taps, view=view, ids=visible.ids, decouple=decouple, train=train)
 
     def encode_masked(self, images, hidden, mask_token, *, ids=None, train: bool = False):
         tokens = jnp.where(rearrange(hidden, "r y x -> r (y x) 1"), mask_token.astype(self.dtype), self.tokens_of(images))
-        return self.encode(self.with_cls(tokens + self.positions(ids)), region=hidden.shape[1:], train=train)[0]
+        return self.encode(self.with_cls(tokens + self.positions(ids)), view=hidden.shape[1:], train=train)[0]
 
     def encode_tapped(self, images, taps: Sequence[int] = (), train: bool = False):
         return self.encode(self.with_cls(self.embed(images)), taps, train=train)

@@ -66,9 +66,9 @@ class WindowLayout:
             return None
         bands = lambda g, w, s: np.searchsorted([g - w, g - s], np.arange(g), "right")
         rows, columns = map(bands, self.grid, self.window, self.shift)
-        region = rows[:, None] * 3 + columns  # of the rolled grid
-        region = rearrange(region, "(y r) (x c) -> (y x) (r c)", r=self.window[0], c=self.window[1])
-        return region[:, :, None] != region[:, None, :]
+        piece = rows[:, None] * 3 + columns  # of the rolled grid
+        piece = rearrange(piece, "(y r) (x c) -> (y x) (r c)", r=self.window[0], c=self.window[1])
+        return piece[:, :, None] != piece[:, None, :]
 
 
 class WindowAttention(nn.Module):

@@ -1,94 +1,74 @@
-"""What MAE, SimMIM, MaskFeat and BEiT share: places are hidden, one vector is predicted for every token, hidden ones count.
+"""What the methods share: places are hidden, vectors are predicted for cells, hidden ones count.
 
-Either in the whole image, or in LoMaR's small random windows of it (arXiv 2206.00790, "can be easily integrated into any
-other generative self-supervised approach"): `windows` of `window` x `window` patches per image, each a sequence of its
-own with its true places in the image, and LoMaR's hiding inside.
+A method says what it looks at (`view`, of masking/views.py), what it predicts (`outputs`, with targets of targets/), and how
+(`predict`). Loss, evaluation and pictures follow from these three.
 """
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mim_jax.config import ConfigError
-from mim_jax.masking import block, windows
-from mim_jax.masking.random import TokenMask, kept_count
-from mim_jax.models import flops
-from mim_jax.models.decoders import MaskedDecoder
-from mim_jax.models.layers import Dense, token_init
-from mim_jax.objectives.objective import Objective, Output
-from mim_jax.targets.pixels import masked_mean, pixel_targets, repaint
-from mim_jax.tokens import cut_windows, patchify, to_cells, unpatchify
+from mim_jax.config import ConfigError, choice
+from mim_jax.masking import random, windows
+from mim_jax.masking.random import TokenMask
+from mim_jax.masking.views import Views, Whole, Windows
+from mim_jax.objectives.objective import Objective
+from mim_jax.objectives.teacher import Teacher
+from mim_jax.targets.codes import Codes
+from mim_jax.targets.hog import Hog
+from mim_jax.targets.pixels import Pixels
+from mim_jax.targets.target import Target, masked_mean
+from mim_jax.tokens import to_cells
 
-
-class Region(NamedTuple):
-    """What is looked at as one. images: [r h w c]; hidden: [r y x] bool of its cells; ids: [r n], the places of its
-    patches in the image's grid, or None where it is the whole image."""
-
-    images: jax.Array
-    hidden: jax.Array
-    ids: jax.Array | None
+TARGETS = {  # the word in a config: from a method to the value
+    "pixels": lambda method: method.pixels,
+    "hog": lambda method: method.histograms,
+    "codes": lambda method: method.codes,
+}
 
 
 class MaskedPrediction(Objective):
-    """A method says what to hide of whole images, what to predict (`targets`: [b n t] of units), from what, and how errors
-    count."""
+    """windows: how many of `window` x `window` patches are looked at in an image; 0: the whole image.
+
+    `tokenizer`: codes(images [b h w c]) -> [b n], one of `classes` for each patch; paint(codes, grid) -> [b h' w' c], a
+    picture of them; of methods that predict codes.
+    """
 
     mask_ratio: float = 0.75
     window: int = 7
+    windows: int = 0
+    tokenizer: nn.Module | None = None
     dtype: Any = jnp.float32
 
-    windows: ClassVar[int] = 0  # how many are looked at; 0: the whole image. A field of the methods that have the choice
     pairing: ClassVar[str] = "paper"  # of images with windows (masking/windows.py)
 
     def hide(self, key, batch_size: int) -> TokenMask:
-        """What is hidden of the cells of whole images."""
-        raise NotImplementedError
+        """What is hidden of the squares of whole images: random ones."""
+        return random.draw(key, batch_size, math.prod(self.hidden_grid), self.kept)
 
-    def predict_region(self, region: Region, train: bool = False):
-        """-> [r n t] float32 for the n units of the region."""
+    def predict_views(self, views: Views, train: bool = False) -> list:
+        """-> [r n t] float32 of each output."""
         raise NotImplementedError
-
-    def loss(self, prediction, target, hidden):
-        """[r n t], [r n t], [r y x] of cells -> loss [], metrics."""
-        error = jnp.square(prediction - target).mean(-1)
-        self.sow("intermediates", "error", error)
-        return masked_mean(error, rearrange(hidden, "r y x -> r (y x)")), {}
 
     @property
-    def cell(self) -> int:
+    def view(self) -> Whole | Windows:
+        """What is looked at."""
+        e = self.encoder
+        return Windows(e.grid, self.window, self.windows, self.pairing) if self.windows else Whole(e.units)
+
+    @property
+    def hidden_side(self) -> int:
         """Pixels of a side of what is hidden as one."""
         return self.encoder.unit
 
     @property
-    def cells(self) -> tuple[int, int]:
-        """Rows and columns of cells in a region."""
-        return tuple(u * self.encoder.unit // self.cell for u in self.units)
-
-    @property
-    def units(self) -> tuple[int, int]:
-        """Rows and columns of the encoder's units in a region."""
-        return (self.window, self.window) if self.windows else self.encoder.units
-
-    @property
-    def regions(self) -> int:
-        """How many regions are looked at in an image."""
-        return max(1, self.windows)
-
-    @property
-    def window_side(self) -> int:
-        return self.window * self.encoder.patch if self.windows else 0
-
-    @property
-    def place(self) -> str:
-        """What a region is called."""
-        return "window" if self.windows else "image"
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        return (Output(self.place),)
+    def hidden_grid(self) -> tuple[int, int]:
+        """Rows and columns of what is hidden as one in a view."""
+        return tuple(u * self.encoder.unit // self.hidden_side for u in self.view.shape)
 
     def check(self):
         """Raises ConfigError for settings that cannot be, before any compute."""
@@ -96,198 +76,147 @@ class MaskedPrediction(Objective):
             raise ConfigError(f"mask_ratio={self.mask_ratio} is not a share between 0 and 1")
         if self.windows < 0:
             raise ConfigError(f"windows={self.windows} must be 0, for the whole image, or more")
-        if self.windows and not self.encoder.takes_parts:
-            raise ConfigError(f"windows need a ViT: a {type(self.encoder).__name__} takes whole images only; use windows=0")
         if self.windows:
-            windows.check(self.encoder.grid, self.window, self.windows, self.mask_ratio, "paper")
+            if not self.encoder.takes_parts:
+                raise ConfigError(f"windows need a ViT: a {type(self.encoder).__name__} takes whole images only; use windows=0")
+            self.view.check(self.mask_ratio)
+        if self.tokenizer is not None and "codes" not in self.kinds:
+            raise ConfigError("a section 'tokenizer' is read with target=codes only; leave it out or predict codes")
+        if "hog" in self.kinds and self.bins < 1:
+            raise ConfigError(f"{type(self).__name__.lower()}.bins={self.bins} must be 1 or more")
 
     def masks(self, key, batch_size: int):
-        """-> TokenMask of the image's cells, or WindowMask where there are windows."""
+        """-> TokenMask of the image's squares, or WindowMask where there are windows."""
         self.check()
-        if not self.windows:
-            return self.hide(key, batch_size)
-        sizes = dict(window=self.window, views=self.windows, mask_ratio=self.mask_ratio)
-        return windows.draw(key, batch_size, self.encoder.grid, pairing=self.pairing, **sizes)
+        return self.view.draw(key, batch_size, self.mask_ratio) if self.windows else self.hide(key, batch_size)
 
     def __call__(self, inputs: dict, train: bool = False):
+        return self.loss(self.predict(inputs, train), self.targets(inputs), self.weights(inputs["masks"]))
+
+    def loss(self, predictions, answers, weights):
+        """What is predicted and right [r n t], and where it counts [r n], of each output -> loss [], metrics."""
+        losses, metrics = [], {}
+        for output, prediction, answer, weight in zip(self.outputs, predictions, answers, weights, strict=True):
+            error, own = output.target.error(prediction, answer), output.target.metrics(prediction, answer)
+            losses.append(masked_mean(error, weight))
+            suffix = "" if output.name == self.view.name else f"_{output.name}"  # of taps
+            self.sow("intermediates", f"error{suffix}", error)
+            metrics |= {f"loss{suffix}": losses[-1]} if suffix else {}
+            metrics |= {name + suffix: masked_mean(x, weight) for name, x in own.items()}
+        return sum(losses), metrics
+
+    def views(self, inputs: dict) -> Views:
+        images, masks, view = inputs["images"], inputs["masks"], self.view
+        return Views(view.cut(images, masks, self.encoder.unit), view.hidden(masks, self.hidden_grid[0]), view.ids(masks))
+
+    def predict(self, inputs: dict, train: bool = False) -> list:
+        """-> [r n t] float32 of each output, for the cells of all views."""
+        return self.predict_views(self.views(inputs), train)
+
+    def teach(self, inputs: dict) -> dict:
+        if self.tokenizer is None:
+            return {}
+        if self.is_initializing():  # what only pictures need has parameters too
+            self.tokenizer.paint(self.tokenizer.codes(inputs["images"]), self.tokenizer.grid)
+        with jax.default_matmul_precision("highest"):  # or the hardware's rounding would choose some codes
+            codes = self.tokenizer.codes(inputs["images"])
+        return {"codes": rearrange(codes, "b (y x) -> b y x 1", y=self.tokenizer.grid[0])}
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return Teacher((r"^tokenizer/",)) if self.tokenizer else None
+
+    def targets(self, inputs: dict, seen=None) -> list:
+        """-> [r n t] of each output: what is to be predicted. Targets of one kind are made at once, in views alone where
+        nothing around them matters. `seen` [r h w c] may replace the pixels of the views, each in an image of its own."""
+        outputs, unit, answers = self.outputs, self.encoder.unit, {}
         images, masks = inputs["images"], inputs["masks"]
-        region = self.region(images, masks)
-        prediction = self.predict_region(region, train)
-        return self.loss(prediction, self.region_targets(images, masks), region.hidden)
+        if seen is None:
+            seen = self.view.cut(images, masks, unit)
+        elif not all(output.target.local for output in outputs):
+            images, masks = self.view.paste(images, masks, seen)
+            inputs = {"images": images, "masks": masks}
+        inputs = self.taught(inputs)
+        for target in dict.fromkeys(output.target for output in outputs):
+            names, cells = zip(*((o.name, o.cell) for o in outputs if o.target is target))
+            if target.local:
+                made = self.made(target, {"images": seen}, cells)
+            else:
+                whole = self.made(target, inputs, cells)
+                made = [self.view.cut(x, masks, max(1, unit // cell)) for x, cell in zip(whole, cells)]
+            answers |= dict(zip(names, (rearrange(x, "r y x t -> r (y x) t") for x in made)))
+        return [answers[output.name] for output in outputs]
 
-    def region(self, images, masks) -> Region:
-        """The whole images, or all their windows."""
-        if not self.windows:
-            return Region(images, rearrange(masks.hidden, "b (y x) -> b y x", y=self.cells[0]), None)
-        patch = self.encoder.patch
-        cut = cut_windows(patchify(images, patch), masks.corners, self.window)
-        crops = unpatchify(rearrange(cut, "b m (y x) d -> (b m) y x d", y=self.window), patch)
-        hidden = rearrange(masks.hidden, "b m (y x) -> (b m) y x", y=self.window)
-        steps = jnp.arange(self.window)
-        rows, columns = (masks.corners[..., i, None] + steps for i in range(2))  # [b m side] each
-        ids = rows[..., :, None] * self.encoder.grid[1] + columns[..., None, :]
-        return Region(crops, hidden, rearrange(ids, "b m y x -> (b m) (y x)"))
+    def made(self, target: Target, inputs: dict, cells) -> list:
+        """`target.of`, for a method that has more to give to it."""
+        return target.of(inputs, cells)
 
-    def of_regions(self, values, masks):
-        """[b n t] of whole images -> [r n t] of the regions."""
-        if not self.windows:
-            return values
-        grid = rearrange(values, "b (y x) t -> b y x t", y=self.encoder.grid[0])
-        return rearrange(cut_windows(grid, masks.corners, self.window), "b m n t -> (b m) n t")
-
-    def region_targets(self, images, masks):
-        """[b h w c], masks -> [r n t]: what is to be predicted."""
-        return self.of_regions(self.targets(images), masks)
-
-    def filled_targets(self, images, masks, filled):
-        """The same, of the images in which `filled` [r h' w' c] takes the place of the region."""
-        if not self.windows:
-            return self.targets(filled)
-        corners = rearrange(masks.corners, "b m i -> (b m) i")
-        paste = lambda image, window, at: jax.lax.dynamic_update_slice(image, window, (*(at * self.encoder.patch), 0))
-        whole = jax.vmap(paste)(jnp.repeat(images, self.windows, 0), filled, corners)
-        return self.region_targets(whole, windows.WindowMask(corners[:, None], None))
-
-    def predict(self, inputs: dict, train: bool = False):
-        """-> [r n t] float32, r the images or all their windows."""
-        return self.predict_region(self.region(inputs["images"], inputs["masks"]), train)
+    def weights(self, masks) -> list:
+        """-> [r n] of each output: the hidden share of every cell."""
+        hidden = self.view.hidden(masks, self.hidden_grid[0]).astype(jnp.float32)
+        return [rearrange(to_cells(hidden, self.hidden_side / o.cell), "r y x -> r (y x)") for o in self.outputs]
 
     def reconstruct(self, inputs: dict, fill):
-        """-> {"image" or "window": (prediction, target, baseline, weight)}; the baseline is the target of the images whose
-        hidden pixels, or those of one window at a time, `fill(pictures, hidden pixels)` completes from what is visible."""
-        images, masks = inputs["images"], inputs["masks"]
-        region = self.region(images, masks)
-        filled = fill(region.images, to_cells(region.hidden, self.cell))
-        answers = (self.region_targets(images, masks), self.filled_targets(images, masks, filled))
-        parts = (self.predict(inputs), *answers, self.unit_weights(region.hidden))
-        return {self.place: tuple(rearrange(x, "(b m) n ... -> b (m n) ...", b=images.shape[0]) for x in parts)}
+        """As the contract says; the baseline are the targets of images whose hidden pixels, or those of one window at a time,
+        `fill` completes from what is visible in the view."""
+        images, masks, views = inputs["images"], inputs["masks"], self.views(inputs)
+        filled = fill(views.images, to_cells(views.hidden, self.hidden_side))
+        answers, guesses, found = self.targets(inputs), self.targets(inputs, filled), {}
+        parts = self.predict(inputs), answers, guesses, self.weights(masks)
+        for output, (*values, weight) in zip(self.outputs, zip(*parts, strict=True), strict=True):
+            joined = (
+                rearrange(x, "(b m) n ... -> b (m n) ...", b=len(images)) for x in (*output.target.judged(*values), weight)
+            )
+            found[output.name] = tuple(joined)
+        return found
 
     def pictures(self, inputs: dict):
-        """-> {name: [b h w c]} of the images, or of the first window of each: what is visible."""
-        region = self.region(inputs["images"], self.shown(inputs["masks"]))
-        hidden = to_cells(region.hidden, self.cell)[..., None]
-        window = {"window": region.images} if self.windows else {}
-        return {**window, "masked": jnp.where(hidden, 0.0, region.images)}
-
-    def unit_weights(self, hidden):
-        """[r y x] of cells -> [r n]: the hidden share of each unit."""
-        scale = self.cell / self.encoder.unit
-        return rearrange(to_cells(hidden.astype(jnp.float32), scale), "r y x -> r (y x)")
-
-    def shown(self, masks):
-        """The masks of what pictures show: the whole images, or the first window of each."""
-        return windows.WindowMask(masks.corners[:, :1], masks.hidden[:, :1]) if self.windows else masks
-
-
-class MaskTokenPrediction(MaskedPrediction):
-    """Methods in which hidden places enter the encoder as mask tokens, and one linear layer predicts from what comes out."""
-
-    def setup(self):
-        self.check()
-        self.mask_token = self.param("mask_token", token_init, (1, 1, self.encoder.width))
-        self.head = Dense(self.target_width, self.dtype)
-
-    @property
-    def target_width(self) -> int:
-        """What is predicted for a unit: so many numbers."""
-        raise NotImplementedError
-
-    @property
-    def scored(self) -> int:
-        """How many units of a region training predicts something for."""
-        return math.prod(self.units)
-
-    def encode_masked(self, region: Region, train: bool = False):
-        """-> [r n d] of the region's units."""
-        e = self.encoder
-        patches = to_cells(region.hidden, self.cell // e.patch)
-        tokens = e.encode_masked(region.images, patches, self.mask_token, ids=region.ids, train=train)
-        return tokens[:, int(e.has_cls) :]
-
-    def predict_region(self, region: Region, train: bool = False):
-        return self.head(self.encode_masked(region, train)).astype(jnp.float32)
-
-    def flops(self) -> int:
-        head = flops.dense(self.scored, self.encoder.top_width, self.target_width)
-        return self.regions * (self.encoder.flops(math.prod(self.units)) + head)
-
-
-class BlockPrediction(MaskTokenPrediction):
-    """Methods that hide int(n * mask_ratio) patches of an image in blocks (masking/block.py). They need a token for each."""
-
-    min_block: int = 16
-    windows: int = 0
-
-    def check(self):
-        super().check()
-        if self.encoder.unit != self.encoder.patch:
-            raise ConfigError(
-                f"{type(self).__name__} predicts every patch, and a {type(self.encoder).__name__} keeps one token for several: "
-                "it is here for a ViT, as in its paper"
-            )
-        if not self.windows:
-            try:
-                block.check(self.encoder.grid, self.hidden_count, self.min_block)
-            except ConfigError as error:
-                raise ConfigError(f"{error} (mask_ratio={self.mask_ratio} of the patches gives the count)") from error
+        inputs = inputs | {"masks": self.view.first(inputs["masks"])}
+        views, answers, weights = self.views(inputs), self.targets(inputs), self.weights(inputs["masks"])
+        painted = {}
+        for o, prediction, answer, weight in zip(self.outputs, self.predict(inputs), answers, weights, strict=True):
+            painted[o.name] = o.target.paint(prediction, answer, weight > 0, views.images, o.cell)
+        masked = jnp.where(to_cells(views.hidden, self.hidden_side)[..., None], 0.0, views.images)
+        return self.view.corner(inputs["masks"], self.encoder.unit), views.images, masked, painted
 
     @property
     def hidden_count(self) -> int:
-        """Hidden patches of an image or window."""
+        """Hidden squares of a view."""
         if self.windows:
             return windows.hidden_count(self.window, self.mask_ratio)
-        return int(math.prod(self.encoder.grid) * self.mask_ratio)
+        return self.hidden_of(math.prod(self.hidden_grid))
 
-    def hide(self, key, batch_size: int) -> TokenMask:
-        return block.draw(key, batch_size, self.encoder.grid, count=self.hidden_count, min_block=self.min_block)
-
-
-class PixelPrediction(MaskedPrediction):
-    """Methods whose target are the pixels of a unit, standardised by their own statistics under `norm_pix`."""
-
-    norm_pix: bool = True
-
-    def targets(self, images):
-        return pixel_targets(rearrange(patchify(images, self.encoder.unit), "b y x d -> b (y x) d"), self.norm_pix)
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        return (Output(self.place, self.norm_pix),)
-
-    def pictures(self, inputs: dict):
-        """As the base class says, and what is predicted; see targets/pixels.repaint."""
-        images, shown, unit = inputs["images"], self.shown(inputs["masks"]), self.encoder.unit
-        region = self.region(images, shown)
-        patches = rearrange(patchify(region.images, unit), "r y x d -> r (y x) d")
-        prediction, hidden = self.predict({"images": images, "masks": shown}), self.unit_weights(region.hidden) > 0
-        painted = repaint(prediction, patches, hidden, self.norm_pix)
-        if self.cell < unit:  # a unit may be visible in part, and none as a whole
-            painted.pop("reconstruction_own", None)
-        visible = ~to_cells(region.hidden, self.cell)[..., None]
-        whole = lambda x: unpatchify(rearrange(x, "r (y x) d -> r y x d", y=self.units[0]), unit)
-        painted = {name: jnp.where(visible, region.images, whole(x)) for name, x in painted.items()}
-        return painted | super().pictures(inputs)
-
-
-class DecodedPixels(PixelPrediction):
-    """Methods that predict pixels from visible units alone, with MAE's decoder."""
-
-    decoder_width: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
-
-    def pixel_decoder(self, **options) -> MaskedDecoder:
-        """The decoder, of the running module, or with parent=None only for its sizes."""
-        e, sizes = self.encoder, (self.decoder_width, self.decoder_depth, self.decoder_heads)
-        return MaskedDecoder(*sizes, e.unit**2 * e.channels, e.has_cls, remat=e.remat, dtype=self.dtype, **options)
-
-    def decoder_flops(self, **options) -> int:
-        """Forward FLOPs on one region."""
-        decoder = self.pixel_decoder(parent=None, **options)
-        return decoder.flops(self.kept, math.prod(self.units), self.encoder.top_width)
+    def hidden_of(self, n: int) -> int:
+        """How many of the n squares of a whole image are hidden."""
+        return n - random.kept_count(n, self.mask_ratio)
 
     @property
     def kept(self) -> int:
-        """Visible units of an image or window."""
-        n = math.prod(self.units)
-        return n - windows.hidden_count(self.window, self.mask_ratio) if self.windows else kept_count(n, self.mask_ratio)
+        """Visible squares of a view."""
+        return math.prod(self.hidden_grid) - self.hidden_count
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The word for the target of each output: "pixels", "hog" or "codes"."""
+        raise NotImplementedError
+
+    def target_of(self, kind: str) -> Target:
+        """Raises ConfigError for a word that names no target, and for codes without a tokenizer."""
+        return TARGETS[choice(f"{type(self).__name__.lower()}.target", kind, TARGETS)](self)
+
+    @property
+    def pixels(self) -> Pixels:
+        return Pixels(self.norm_pix)
+
+    @property
+    def histograms(self) -> Hog:
+        return Hog(self.bins)
+
+    @property
+    def codes(self) -> Codes:
+        if self.tokenizer is None:
+            raise ConfigError("codes as a target need a section 'tokenizer': the tokenizer that they are of")
+        return Codes(self.tokenizer)
+
+    def training_flops(self) -> int:
+        return super().training_flops() + (self.tokenizer.flops() if self.tokenizer else 0)  # it only runs forward

@@ -8,40 +8,53 @@ import jax.numpy as jnp
 
 from mim_jax.models import flops
 from mim_jax.models.encoder import Encoder
+from mim_jax.objectives.teacher import Teacher
+from mim_jax.targets.target import Target
 
 
 class Output(NamedTuple):
-    """One of what `reconstruct` gives. standardised: whether its targets have no contrast of their own (norm_pix, HOG); None
-    for hits. To be drawn by cells it has a title, `cell` pixels of a side, and histograms of `bins`, or 0 of pixels."""
+    """One of what a method predicts: a target, for cells of `cell` pixels a side. title: what figures call it."""
 
     name: str
-    standardised: bool | None = False
+    target: Target
+    cell: int
     title: str = ""
-    cell: int = 0
-    bins: int = 0
 
 
 class Objective(nn.Module):
     """The contract. `params["encoder"]` is what transfers.
 
     Inputs are one dict, whose first axis is always the image: `images`, float32 [b h w c], already normalised; `masks`, what
-    is hidden in them; `labels`. What is hidden is data: the same inputs give the same loss.
+    is hidden in them; `labels`; `taught`, what a teacher says of them. What is hidden is data, as a teacher's answer is: the
+    same inputs give the same loss.
     """
 
     encoder: Encoder
 
+    labelled: ClassVar[bool] = False  # whether it learns from `labels`
     hides: ClassVar[bool] = True  # whether there is a share of hidden places, `mask_ratio`
     frozen: ClassVar[tuple[str, ...]] = ()  # patterns of parameters outside the optimiser
-    outputs = ()  # an Output for each that `reconstruct` gives
+    teacher: ClassVar[Teacher | None] = None
+    KEYS: ClassVar[dict[str, str]] = {}  # {key of the config: the field it is}, where the two differ
+    outputs: ClassVar[tuple[Output, ...]] = ()  # of what `reconstruct` and `pictures` give
 
     def warnings(self) -> list[str]:
         """What a user should know of settings that work but may not be meant."""
         return []
 
     def inputs(self, batch: dict, key) -> dict:
-        """The `images` and `labels` of a batch, on the device -> what `__call__` takes; everything random is drawn here, from
-        the key."""
+        """The `images`, `labels` and whatever else a batch has, on the device -> what `__call__` takes; everything random is
+        drawn here, from the key."""
         return {"images": batch["images"], "masks": self.masks(key, batch["images"].shape[0])}
+
+    def teach(self, inputs: dict) -> dict:
+        """What the teacher says of the inputs; asked with its parameters, once a step, before the loss."""
+        return {}
+
+    def taught(self, inputs: dict) -> dict:
+        """The inputs with what the teacher says of them under `taught`, unless it is there: where no step asked before, as at
+        the making of parameters and in evaluation, these parameters answer."""
+        return inputs if "taught" in inputs else inputs | {"taught": jax.lax.stop_gradient(self.teach(inputs))}
 
     def masks(self, key, batch_size: int) -> Any:
         """What to hide: arrays of static shape, first axis b, drawn on the device; no parameters."""
@@ -56,17 +69,12 @@ class Objective(nn.Module):
         """The same with another share of hidden places; of a method that hides nothing, itself."""
         return self.clone(mask_ratio=ratio) if self.hides else self
 
-    @property
-    def window_side(self) -> int:
-        """Pixels of a side of the windows that a method looks at, whose masks have `corners`; 0: it looks at whole images."""
-        return 0
-
     def __call__(self, inputs: dict, train: bool = False):
         """-> loss [], metrics {name: []}."""
         raise NotImplementedError
 
-    def targets(self, images):
-        """[b h w c] -> what is to be predicted, or None where it is not made apart from the loss: asked for by benchmark."""
+    def targets(self, inputs: dict):
+        """-> what is to be predicted, or None where it is not made apart from the loss: asked for by benchmark."""
         return None
 
     def reconstruct(self, inputs: dict, fill):
@@ -75,7 +83,8 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def pictures(self, inputs: dict):
-        """-> {name: [b h w c]} of normalised pixels, for the figures of methods whose outputs have no cells (figures/)."""
+        """One view of each image -> its place [b 2] in pixels, or None of whole images; its pixels [b h w c]; the same without
+        what is hidden; {output: {name: picture}} as targets paint them (targets/target.py)."""
         raise NotImplementedError
 
     def features(self, images, pool: str = "mean"):
@@ -95,7 +104,7 @@ class Objective(nn.Module):
 class Labelled(Objective):
     """What is trained on `labels`: classes [b], or soft targets [b classes]. It has heads, and hides nothing."""
 
-    hides = False
+    labelled, hides = True, False
 
     def inputs(self, batch: dict, key) -> dict:
         return {"images": batch["images"], "labels": batch["labels"]}

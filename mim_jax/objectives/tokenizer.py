@@ -12,6 +12,7 @@ from einops import rearrange
 from mim_jax.masking.random import TokenMask
 from mim_jax.models.codebook import to_codes
 from mim_jax.objectives.objective import Objective, Output
+from mim_jax.targets.pixels import Pixels
 from mim_jax.tokens import patchify
 
 
@@ -20,7 +21,10 @@ class TokenizerTraining(Objective):
     parameters that would need a loss of their own."""
 
     hides = False
-    outputs = (Output("image"),)
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return (Output("image", Pixels(norm=False), self.encoder.patch),)
 
     def masks(self, key, batch_size: int) -> TokenMask:
         """Nothing is hidden, whatever the key."""
@@ -45,8 +49,8 @@ class TokenizerTraining(Objective):
         return {"image": (flat(e.reconstruct(images)), target, baseline, jnp.ones(target.shape[:2]))}
 
     def pictures(self, inputs: dict):
-        """-> {"reconstruction": [b h w c]}."""
-        return {"reconstruction": self.encoder.reconstruct(inputs["images"])}
+        images = inputs["images"]
+        return None, images, images, {"image": {"truth": images, "reconstruction": self.encoder.reconstruct(images)}}
 
     def flops(self) -> int:
         """Forward FLOPs per image, to the codes and back."""

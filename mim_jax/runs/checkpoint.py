@@ -9,10 +9,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from mim_jax import tree
-from mim_jax.durations import Duration, stated
-from mim_jax.paths import expanded
-from mim_jax.runs.saved import CheckpointError, Damaged, fingerprints, modern_names, require_fingerprints
+from mim_jax import durations, paths, tree
+from mim_jax.runs import saved
 from mim_jax.sections import Count, Natural, Section
 
 
@@ -21,7 +19,7 @@ class Saving(Section):
 
     keep: Count
     keep_every_steps: Natural
-    every: Duration = stated()
+    every: durations.Duration = durations.stated()
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -29,7 +27,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def __init__(self, workdir: str, *, every: int, keep: int, keep_every: int):
         self.every = every
-        self.folder = expanded(workdir) / "checkpoints"
+        self.folder = paths.expanded(workdir) / "checkpoints"
         self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
         self._manager = self._open()
         self._saved = None
@@ -48,14 +46,14 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         if self._saved == step or step in self._manager.all_steps():
             return
-        meta = {**meta, "fingerprints": fingerprints(state)}
+        meta = {**meta, "fingerprints": saved.fingerprints(state)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         with self._full_disk_is_a_warning(self._saved):  # what the save before this one ended with
             self._manager.wait_until_finished()
         with self._full_disk_is_a_warning(step):
             require_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(state)))
             if not self._manager.save(step, args=items, force=True):
-                raise CheckpointError(f"the checkpoint of step {step} was not written; {self.folder} holds a later step")
+                raise saved.CheckpointError(f"the checkpoint of step {step} was not written; {self.folder} holds a later step")
             self._saved = step
 
     @contextlib.contextmanager
@@ -79,13 +77,14 @@ class Checkpoints(contextlib.AbstractContextManager):
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-                on_disk = arrays(self._manager.item_metadata(step).state)
-                today = keys_that_differ(modern_names(meta.get("config", {}), on_disk))
-                target = with_keys(wanted, {new: old for old, new in today.items()})
+                there = self._manager.item_metadata(step).state.tree
+                on_disk = {path: leaf for path, leaf in tree.flatten(there).items() if hasattr(leaf, "shape")}  # no empty nodes
+                today = saved.modern_keys(meta.get("config", {}), on_disk)
+                target = with_keys(saved.before_teachers(wanted, there), {new: old for old, new in today.items()})
                 _require_same_shapes(target, on_disk, f"{self.folder}/{step}")
                 item = ocp.args.Composite(state=ocp.args.StandardRestore(target))
                 restored = self._manager.restore(step, args=item).state
-                require_fingerprints(restored, meta["fingerprints"])
+                saved.require_fingerprints(restored, meta["fingerprints"])
                 restored = with_keys(restored, today)
             except Exception as error:
                 if not is_damage(error):
@@ -93,9 +92,9 @@ class Checkpoints(contextlib.AbstractContextManager):
                 damaged[step] = error
                 continue
             self._move_aside(damaged)
-            return restored, meta
+            return saved.since_teachers(restored, wanted), meta
         if damaged:  # they stay where they are: what cannot be read now may be read later
-            raise CheckpointError(
+            raise saved.CheckpointError(
                 f"none of the checkpoints in {self.folder} can be read: "
                 + "; ".join(f"step {step}: {str(error).splitlines()[0][:200]}" for step, error in damaged.items())
             )
@@ -110,10 +109,10 @@ class Checkpoints(contextlib.AbstractContextManager):
             names = [f"broken_{step}", *(f"broken_{step}.{i}" for i in range(1, 100))]
             broken = next(self.folder / name for name in names if not (self.folder / name).exists())
             logging.warning("checkpoint of step %d is damaged (%s); moved to %s", step, str(error)[:300], broken)
-            together("every process has chosen the name")
+            multihost_utils.sync_global_devices("every process has chosen the name")
             if jax.process_index() == 0:
                 (self.folder / str(step)).rename(broken)
-            together("checkpoint moved aside")
+            multihost_utils.sync_global_devices("checkpoint moved aside")
         self._manager = self._open()
 
     def require_saved(self, step: int):
@@ -122,25 +121,18 @@ class Checkpoints(contextlib.AbstractContextManager):
             self._manager.wait_until_finished()
         if step not in self._manager.all_steps():
             newest = max(self._manager.all_steps(), default=0)
-            raise CheckpointError(
+            raise saved.CheckpointError(
                 f"the state of step {step} could not be saved in '{self.folder}', where the disk is full; make room and "
                 f"start again: the newest is of step {newest}"
             )
 
-    def __exit__(self, *error):
-        self.close()
-
-    def close(self):
+    def close(self, *error):
         """Waits for saves under way and lets go of the folder."""
         with self._full_disk_is_a_warning(self._saved):
             self._manager.wait_until_finished()
         self._manager.close()
 
-
-def together(where: str):
-    """Waits until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+    __exit__ = close
 
 
 def require_room(folder, size: int):
@@ -158,23 +150,12 @@ def is_full(error: Exception) -> bool:
 
 def is_damage(error: Exception) -> bool:
     """Whether a failed restore is the file's fault: not another shape, no memory, no permission, no network."""
-    if isinstance(error, CheckpointError):
-        return isinstance(error, Damaged)
+    if isinstance(error, saved.CheckpointError):
+        return isinstance(error, saved.Damaged)
     passing = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "DEADLINE_EXCEEDED")
     if isinstance(error, PermissionError) or any(word in str(error) for word in passing):
         return False
     return isinstance(error, (ValueError, KeyError, TypeError, AttributeError, OSError))  # what orbax raises for bad files
-
-
-def arrays(metadata) -> dict:
-    """orbax metadata -> {path: leaf with a shape}; empty nodes are left out."""
-    return {path: leaf for path, leaf in tree.flatten(metadata.tree).items() if hasattr(leaf, "shape")}
-
-
-def keys_that_differ(paths: dict[str, str]) -> dict[str, str]:
-    """{path: path} -> {key: key} of the parts in which they differ."""
-    pairs = (pair for old, new in paths.items() for pair in zip(old.split("/"), new.split("/"), strict=True))
-    return {old: new for old, new in pairs if old != new}
 
 
 def with_keys(values, names: dict[str, str]):
@@ -188,4 +169,4 @@ def _require_same_shapes(target, on_disk: dict, where: str):
     problems = [f"{kind}: {line}" for kind, lines in report.items() for line in lines]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise CheckpointError(f"the checkpoint {where} does not fit this model. {'; '.join(problems[:5])}{more}")
+        raise saved.CheckpointError(f"the checkpoint {where} does not fit this model. {'; '.join(problems[:5])}{more}")

@@ -16,9 +16,11 @@ from mim_jax import sharding, tree
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.paths import expanded
 
-# Which leaves of a train state are wanted; what follows is the parameter's own path.
-TRAINED, AVERAGE, STATS = r"^(params|frozen)/", r"^(opt_state/.*/average|frozen)/", "^stats/"
-PARTS = {"trained": TRAINED, "average": AVERAGE}
+# Which leaves of a train state are wanted, by patterns of where they lie; what follows is the parameter's own path. Of a path
+# that lies in several places, the first counts.
+TRAINED, AVERAGE = ("params", "frozen", "teacher"), ("opt_state/.*/average", "frozen", "teacher")
+TEACHER, STATS = ("teacher", "params", "frozen"), ("stats",)
+PARTS = {"trained": TRAINED, "average": AVERAGE, "teacher": TEACHER}
 
 
 class CheckpointError(ConfigError):
@@ -56,8 +58,7 @@ def has_checkpoint(workdir) -> bool:
 def open(place) -> "Saved":
     """The run in a folder, at its newest step, or at the step whose folder is named. Raises CheckpointError for none."""
     folder = find(place)
-    manager, step = _reader(folder)
-    with manager, _named(folder):
+    with _reading(folder) as (manager, step):
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
     return Saved(folder, {**meta, "config": modernised(meta["config"])})
 
@@ -101,19 +102,22 @@ class Saved:
         method = self.meta["config"].get("method") or earlier.get("method") or origin.get("from", "unknown")
         return {"method": method, "origin": origin or earlier.get("origin", {}), "weights": self.digest}
 
-    def arrays(self, mesh, pattern: str = "", part: str = TRAINED) -> dict:
-        """{path: array} of the parameters, trained and frozen, whose path matches; bits are verified.
+    def arrays(self, mesh, pattern: str = "", part: tuple = TRAINED) -> dict:
+        """{path: array} of the parameters, the frozen and the teacher's among them, whose path matches; bits are verified.
 
-        `part` AVERAGE: their moving average instead; STATS: running statistics.
+        `part` AVERAGE: their moving average instead; TEACHER: the teacher's where it has any; STATS: running statistics.
         """
-        manager, step = _reader(self.folder)
+
+        def place(path):
+            """-> which of the places it lies in, and its own path there."""
+            return next(((i, found[1]) for i, where in enumerate(part) if (found := re.fullmatch(f"{where}/(.*)", path))), None)
 
         def choose(path, leaf):
-            if not (hasattr(leaf, "shape") and re.match(part, path) and re.search(pattern, re.sub(part, "", path))):
+            if not (hasattr(leaf, "shape") and place(path) and re.search(pattern, place(path)[1])):
                 return ocp.PLACEHOLDER
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
 
-        with manager, _named(self.folder):
+        with _reading(self.folder) as (manager, step):
             target = tree.map_named(choose, manager.item_metadata(step).state.tree)
             if all(leaf is ocp.PLACEHOLDER for leaf in jax.tree.leaves(target)):
                 what = {AVERAGE: "moving average of a ", STATS: "statistic of a "}.get(part, "")
@@ -123,11 +127,13 @@ class Saved:
             loaded = tree.flatten(manager.restore(step, args=ocp.args.Composite(state=item)).state)
             loaded = {path: x for path, x in loaded.items() if x is not ocp.PLACEHOLDER}
             require_fingerprints(loaded, self.meta["fingerprints"])
-        modern = modern_names(self.meta["config"], loaded)
-        return {re.sub(part, "", modern.get(path, path)): x for path, x in loaded.items()}
+        today, found = modern_keys(self.meta["config"], loaded), {}
+        for path in sorted(loaded, key=lambda path: -place(path)[0]):
+            found["/".join(today.get(key, key) for key in place(path)[1].split("/"))] = loaded[path]
+        return found
 
     def variables(self, objective, mesh, which: str = "trained") -> dict:
-        """What `objective.apply` takes, "trained" or their moving "average". Raises CheckpointError for what does not fit."""
+        """What `objective.apply` takes, `which` of PARTS. Raises CheckpointError for what does not fit."""
         wanted = jax.eval_shape(lambda: objective.init(jax.random.key(0), objective.example()))
         params, _ = match_params(tree.flatten(wanted["params"]), self.arrays(mesh, part=PARTS[which]))
         return {"params": tree.nest(params), **self.stats(wanted, mesh)}
@@ -137,18 +143,15 @@ class Saved:
         return tree.nest(self.arrays(mesh, part=STATS)) if "batch_stats" in wanted else {}
 
 
-def _reader(step_folder):
-    """-> orbax manager over the run's checkpoints, for reading, and the step."""
+@contextlib.contextmanager
+def _reading(step_folder: epath.Path):
+    """Inside: an orbax manager over the run's checkpoints, and the step. orbax has no one error for a damaged file: all of them
+    become a CheckpointError that names the folder."""
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(create=False)
-    return ocp.CheckpointManager(step_folder.parent, item_handlers=handlers, options=options), int(step_folder.name)
-
-
-@contextlib.contextmanager
-def _named(step_folder: epath.Path):
-    """orbax has no one error for a damaged file: all of them become a CheckpointError that names the folder."""
     try:
-        yield
+        with ocp.CheckpointManager(step_folder.parent, item_handlers=handlers, options=options) as manager:
+            yield manager, int(step_folder.name)
     except Damaged as error:
         raise CheckpointError(f"the checkpoint {step_folder} is damaged: {error}") from error
     except CheckpointError:
@@ -223,12 +226,29 @@ def modernised(config: dict) -> dict:
     return {**config, "encoder": {"kind": kind, **norms, **e}}
 
 
-def modern_names(config: dict, paths) -> dict[str, str]:
-    """{path on disk: the path today}, where they differ: heads of a probe were called by their learning rates."""
+def modern_keys(config: dict, paths) -> dict[str, str]:
+    """{part of a path on disk: what it is called today}, where they differ: probes called heads by their learning rates."""
     optim = config.get("optim", {})
     if "more_base_lrs" not in optim:
         return {}
     first = optim["base_lr"] or optim["lr"] * 256 / config["batch_size"]
     place = {f"{lr:g}": i for i, lr in enumerate((first, *optim["more_base_lrs"]))}
-    today = lambda path: re.sub(r"(head_tap\d+_[a-z]+)_lr([^/]+)", lambda m: f"{m[1]}_{place[m[2]]}", path)
-    return {path: today(path) for path in paths if today(path) != path}
+    found = (re.fullmatch(r"(head_tap\d+_[a-z]+)_lr(.+)", key) for path in paths for key in path.split("/"))
+    return {m[0]: f"{m[1]}_{place[m[2]]}" for m in found if m}
+
+
+def before_teachers(state, on_disk):
+    """The train state as a tree on disk has it: there were no teachers, and a tokenizer lay with what is frozen."""
+    if "teacher" in on_disk or isinstance(state, dict):
+        return state
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "teacher"}
+    return fields | {"frozen": {**state.frozen, **state.teacher}}
+
+
+def since_teachers(restored, wanted):
+    """What was restored, as the train state that is wanted today."""
+    if isinstance(wanted, dict) or not isinstance(restored, dict):
+        return restored
+    teacher = {name: x for name, x in restored["frozen"].items() if name in wanted.teacher}
+    frozen = {name: x for name, x in restored["frozen"].items() if name not in teacher}
+    return wanted.replace(**restored | {"frozen": frozen, "teacher": teacher})

@@ -4,7 +4,9 @@ The angle of a pixel's gradient is atan2(first, second), first = left minus righ
 bin is floor(angle / pi * nbins) mod nbins: opposite directions share a bin, and a pixel counts for one bin only.
 """
 
+import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import numpy as np
 from einops import rearrange
 
 from mim_jax.config import ConfigError
+from mim_jax.targets.target import Target, in_cells, in_rows
 
 EPS = 1e-12
 SMALLEST = 1e-5  # of a gradient, in units of the normalised image
@@ -89,23 +92,25 @@ def check_cells(images, cells):
             )
 
 
-def hog(images, cells, nbins: int = 9, biases=None):
+def hog(images, cells, nbins: int = 9, biases=None, window: int = 0):
     """[b h w c] -> [[b rows columns (c nbins)] for each of `cells`, in pixels]: histograms of length 1 per channel.
 
     One pass over the gradients serves all cells, and coarse cells add up fine ones. With `biases`, one pair per cell
-    that is added to (first, second), each cell has gradients and so bins of its own.
+    that is added to (first, second), each cell has gradients and so bins of its own. With a `window`, pixels count by a
+    Gaussian over squares of so many pixels (MaskFeat, as mmpretrain has it).
     """
-    check_cells(images, cells)
+    check_cells(images, (*cells, *filter(None, (window,))))
     if biases is not None and len(biases) != len(cells):
         raise ConfigError(f"HOG has {len(biases)} biases for {len(cells)} cells {tuple(cells)}: give one pair per cell")
-    c = images.shape[-1]
+    h, w, c = images.shape[1:]
+    weight = np.tile(gaussian_window(window), (h // window, w // window)).repeat(c, 1) if window else None
     first, second = gradients(jax.lax.stop_gradient(images).astype(jnp.float32))
     if biases is None:
         sums = {}
         for cell in sorted(set(cells)):
             finer = max((f for f in sums if cell % f == 0), default=None)
             if finer is None:
-                sums[cell] = cell_sums(first, second, nbins, cell, c)
+                sums[cell] = cell_sums(first, second, nbins, cell, c, weight)
             else:
                 p = cell // finer
                 sums[cell] = rearrange(sums[finer], "b (r p) (s q) c k -> b r p s q c k", p=p, q=p).sum((2, 4))
@@ -122,17 +127,28 @@ def gaussian_window(side: int):
     return np.float32(np.outer(line, line))
 
 
-def maskfeat_hog(images, nbins: int = 9, cell: int = 8, token: int = 16, gaussian: bool = True):
-    """[b h w c] -> [b n (c nbins p p)], p = token / cell: MaskFeat's target, one vector per token of `token` pixels.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Hog(Target):
+    """The histogram of a cell, of length 1 for each channel: (channel, bin). `cell`: its side in pixels, 0 for 8 or, where
+    that is less, half of what is predicted from a token; `window`: see `hog`."""
 
-    With `gaussian` pixels count by a Gaussian window over their token; cells are sums, and the order is channel, bin, row
-    and column of the cell within the token.
-    """
-    check_cells(images, (token,))
-    if cell < 1 or token % cell:
-        raise ConfigError(f"HOG cells of {cell} pixels do not tile tokens of {token}: choose a cell that divides {token}")
-    h, w, c = images.shape[1:]
-    first, second = gradients(jax.lax.stop_gradient(images).astype(jnp.float32))
-    weight = np.tile(gaussian_window(token), (h // token, w // token)).repeat(c, 1) if gaussian else None
-    sums = cell_sums(first, second, nbins, cell, c, weight)
-    return rearrange(unit(sums), "b (r p) (s q) c k -> b (r s) (c k p q)", p=token // cell, q=token // cell)
+    bins: int = 9
+    cell: int = 0
+    window: int = 0
+    standardised: ClassVar[bool] = True
+
+    def cell_within(self, unit: int) -> int:
+        return self.cell or max(1, min(8, unit // 2))
+
+    def width(self, cell: int, channels: int) -> int:
+        return channels * self.bins
+
+    def of(self, inputs: dict, cells, biases=None) -> list:
+        return hog(inputs["images"], cells, self.bins, biases, self.window)
+
+    def split(self, prediction, rows: int, side: int, cell: int):
+        return in_cells(prediction, rows, side)
+
+    def paint(self, prediction, answer, hidden, images, cell: int) -> dict:
+        mixed = jnp.where(hidden[..., None], prediction, answer)
+        return {"histograms": in_rows(answer, images, cell), "predicted_histograms": in_rows(mixed, images, cell)}

@@ -4,6 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+
+from mim_jax.config import ConfigError
+from mim_jax.targets.target import Target, in_rows
+from mim_jax.tokens import patchify, unpatchify
 
 NORM_PIX_EPS = 1e-6
 
@@ -71,7 +76,41 @@ def repaint(prediction, patches, hidden, norm_pix: bool) -> dict:
     return {"reconstruction": borrowed, "reconstruction_own": jnp.where(hidden, own, patches)}
 
 
-def masked_mean(values, hidden):
-    """[... n], [... n] -> []: the mean of `values` over hidden tokens; a fractional weight counts as such."""
-    weight = hidden.astype(jnp.float32)
-    return (values * weight).sum() / weight.sum()
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pixels(Target):
+    """The pixels of a cell (row, column, channel), standardised by their own statistics under `norm`; with `absolute` the
+    error is not squared."""
+
+    norm: bool = True
+    absolute: bool = False
+    local = True
+
+    @property
+    def standardised(self) -> bool:
+        return self.norm
+
+    def width(self, cell: int, channels: int) -> int:
+        return cell**2 * channels
+
+    def check(self, cell: int, channels: int, where: str):
+        if self.norm and cell**2 * channels == 1:
+            raise ConfigError(
+                f"{where}a cell is one number, which norm_pix cannot standardise; use a smaller scale, larger patches or "
+                "norm_pix=False"
+            )
+
+    def of(self, inputs: dict, cells) -> list:
+        return [pixel_targets(patchify(inputs["images"], cell), self.norm) for cell in cells]
+
+    def split(self, prediction, rows: int, side: int, cell: int):
+        """The pixels of a unit follow each other row by row (SimMIM)."""
+        sizes = dict(y=rows, i=side, j=side, p=cell, q=cell)
+        return rearrange(prediction, "r (y x) (i p j q c) -> r (y i x j) (p q c)", **sizes)
+
+    def error(self, prediction, answer):
+        return jnp.abs(prediction - answer).mean(-1) if self.absolute else super().error(prediction, answer)
+
+    def paint(self, prediction, answer, hidden, images, cell: int) -> dict:
+        patches = rearrange(patchify(images, cell), "r y x t -> r (y x) t")
+        painted = repaint(prediction, patches, hidden, self.norm)
+        return {"truth": images} | {name: unpatchify(in_rows(x, images, cell), cell) for name, x in painted.items()}

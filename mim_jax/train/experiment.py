@@ -121,6 +121,7 @@ def describe(e: Experiment, state, workdir, loaded: str) -> str:
     """What a reader wants to know before the first step."""
     n, mesh, source = e.length, e.mesh, e.source
     local = n.batch_size // (mesh.size * n.accumulation)
+    parts = {"trained": state.params, "frozen": state.frozen, "of the teacher": state.teacher}
     rows = {
         "workdir": workdir,
         "weights": loaded,
@@ -129,7 +130,7 @@ def describe(e: Experiment, state, workdir, loaded: str) -> str:
         "batch": f"{n.batch_size} = {local} per device x {mesh.size} devices x {n.accumulation} accumulation",
         "steps": f"{n.total}, warm-up {round(e.rate.warmup)}; {n.batch_size * n.total / n.per_epoch:.1f} epochs",
         "lr": f"{e.rate} at the peak",
-        "parameters": f"{tree.count(state.params):,} trained, {tree.count(state.frozen):,} frozen",
+        "parameters": ", ".join(f"{tree.count(x):,} {what}" for what, x in parts.items() if what == "trained" or x),
         "FLOPs/image": f"{e.objective.flops() / 1e9:.3f} G forward",
     }
     return "\n".join(f"{name:<12} {value}" for name, value in rows.items())

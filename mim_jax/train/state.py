@@ -12,7 +12,8 @@ from mim_jax import prng, sharding, tree
 
 @flax.struct.dataclass
 class TrainState:
-    """`params` are trained; `frozen` are parameters outside the optimiser; `stats` are running statistics."""
+    """`params` are trained; `frozen` are parameters outside the optimiser; `teacher` are those that teach (objectives/
+    teacher.py); `stats` are running statistics."""
 
     step: jax.Array
     params: Any
@@ -21,23 +22,46 @@ class TrainState:
     opt_state: Any
     skipped: jax.Array  # steps with a non-finite loss or gradient since the start
     skipped_in_row: jax.Array
+    teacher: Any = flax.struct.field(default_factory=dict)
 
     def variables(self, average: bool = False) -> dict:
         """What `objective.apply` takes; with `average` the moving average of the parameters, which the optimiser keeps."""
         params = optax.tree.get(self.opt_state, "average") if average else self.params
-        return {"params": merge(params, self.frozen), **self.stats}
+        return {"params": merge(self.teacher, self.frozen, params), **self.stats}
+
+    def teaching(self) -> dict:
+        """What `objective.apply` takes for the teacher to answer: its own parameters, and those it shares."""
+        return {"params": merge(self.params, self.frozen, self.teacher), **self.stats}
 
 
-def merge(params, frozen):
-    """Two nested trees with disjoint leaves -> one."""
-    return tree.nest({**tree.flatten(params), **tree.flatten(frozen)}) if jax.tree.leaves(frozen) else params
+def merge(*trees):
+    """Nested trees -> one; of a leaf that stands in several, the last."""
+    trees = [x for x in trees if jax.tree.leaves(x)]
+    return trees[0] if len(trees) == 1 else tree.nest({path: x for part in trees for path, x in tree.flatten(part).items()})
 
 
-def split(params, frozen_patterns):
-    """A nested tree -> (trained, frozen) by regular expressions on the path."""
+def split(params, patterns):
+    """A nested tree -> (what does not match, what does) by regular expressions on the path."""
     flat = tree.flatten(params)
-    is_frozen = {path: tree.matches(frozen_patterns, path) for path in flat}
-    return tuple(tree.nest({p: x for p, x in flat.items() if is_frozen[p] == side}) for side in (False, True))
+    matches = {path: tree.matches(patterns, path) for path in flat}
+    return tuple(tree.nest({p: x for p, x in flat.items() if matches[p] == side}) for side in (False, True))
+
+
+def divide(params, objective):
+    """All parameters of an objective -> those that are trained, frozen, and the teacher's, which may be both."""
+    params, frozen = split(params, objective.frozen)
+    if objective.teacher is None:
+        return params, frozen, {}
+    rest, teacher = split(params, objective.teacher.patterns)
+    return (rest if objective.teacher.alone else params), frozen, teacher
+
+
+def moved(teacher, weights, params, step):
+    """The teacher's `weights` after a step of its moving average towards the parameters. `teacher`: objectives/teacher.py."""
+    if teacher is None or teacher.alone:
+        return weights
+    m, flat = teacher.share(step), tree.flatten(params)
+    return tree.map_named(lambda path, x: (m * x + (1 - m) * flat[path]).astype(x.dtype), weights)
 
 
 def init_variables(objective, example, seed: int):
@@ -45,16 +69,15 @@ def init_variables(objective, example, seed: int):
     return objective.init({"params": prng.stream(seed, "params")}, example)
 
 
-def plan(objective, tx, example, *, seed: int, mesh, fsdp: bool = False, frozen_patterns=()):
+def plan(objective, tx, example, *, seed: int, mesh, fsdp: bool = False):
     """-> (fresh() -> state, the shapes of its arrays, their shardings); nothing is computed yet."""
 
     def fresh():
         variables = init_variables(objective, example, seed)
-        params = variables["params"]
-        params, frozen = split(params, frozen_patterns)
+        params, frozen, teacher = divide(variables["params"], objective)
         stats = {name: value for name, value in variables.items() if name not in ("params", "intermediates")}
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, frozen, stats, tx.init(params), zero, zero)
+        return TrainState(zero, params, frozen, stats, tx.init(params), zero, zero, copied(teacher))
 
     shapes = jax.eval_shape(fresh)
     return fresh, shapes, sharding.state_shardings(shapes, mesh, fsdp)
@@ -63,7 +86,8 @@ def plan(objective, tx, example, *, seed: int, mesh, fsdp: bool = False, frozen_
 def create(fresh, shardings, replace=None) -> TrainState:
     """A new state, every array created where it will live.
 
-    `replace` is a flat {path: array} of pretrained parameters that take the place of the fresh ones.
+    `replace` is a flat {path: array} of pretrained parameters that take the place of the fresh ones. A teacher and a moving
+    average start from what was loaded, in buffers of their own.
     """
     state = jax.jit(fresh, out_shardings=shardings)()
     if replace:
@@ -73,9 +97,13 @@ def create(fresh, shardings, replace=None) -> TrainState:
             pick = lambda path, x: jax.device_put(replace[path].astype(x.dtype), where[path]) if path in replace else x
             return tree.map_named(pick, part)
 
-        state = state.replace(params=put(state.params, shardings.params), frozen=put(state.frozen, shardings.frozen))
+        parts = {name: put(getattr(state, name), getattr(shardings, name)) for name in ("params", "frozen", "teacher")}
+        state = state.replace(**parts | {"teacher": jax.jit(copied, out_shardings=shardings.teacher)(parts["teacher"])})
         if optax.tree.get(state.opt_state, "average") is not None:
-            # It starts from what was loaded, in buffers of its own.
-            copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings.params)(state.params)
+            copy = jax.jit(copied, out_shardings=shardings.params)(state.params)
             state = state.replace(opt_state=optax.tree.set(state.opt_state, average=copy))
     return state
+
+
+def copied(values):
+    return jax.tree.map(jnp.copy, values)

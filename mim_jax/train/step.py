@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mim_jax import prng, sharding
-from mim_jax.train.state import TrainState, merge
+from mim_jax.train.state import TrainState, merge, moved
 
 
 def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulation: int = 1, lr=None):
@@ -21,22 +21,27 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
     def step(state: TrainState, batch):
         inputs = prepare(batch, prng.stream(seed, "masks", state.step))
         inputs = jax.lax.with_sharding_constraint(inputs, sharding.batch_sharding(mesh))
+        kept = state.teacher
+        if before := objective.teacher is not None and objective.teacher.before:
+            state = state.replace(teacher=moved(objective.teacher, state.teacher, state.params, state.step))
         key = prng.stream(seed, "dropout", state.step)
         loss, metrics, stats, grads = accumulate(objective, state, inputs, key, accumulation)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        new = (optax.apply_updates(state.params, updates), opt_state, stats)
+        params = optax.apply_updates(state.params, updates)
+        taught = state.teacher if before else moved(objective.teacher, state.teacher, params, state.step)
+        new = (params, opt_state, stats, taught)
         # By the norm, which one non-finite gradient makes non-finite. Asking every gradient reads more plainly, but XLA
         # copies that chain of answers into the update of every parameter: minutes of compilation for a Swin.
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss + grad_norm)
-        old = (state.params, state.opt_state, state.stats)
-        params, opt_state, stats = jax.tree.map(partial(jnp.where, finite), new, old)
+        old = (state.params, state.opt_state, state.stats, kept)
+        params, opt_state, stats, teacher = jax.tree.map(partial(jnp.where, finite), new, old)
         bad = jnp.where(finite, 0, 1)
         in_row = (state.skipped_in_row + 1) * bad
         metrics = {**metrics, "loss": loss, "grad_norm": grad_norm, "skipped_in_row": in_row, "skipped": state.skipped + bad}
         if lr is not None:
             metrics["lr"] = lr(state.step)
-        state = TrainState(state.step + 1, params, state.frozen, stats, opt_state, state.skipped + bad, in_row)
+        state = TrainState(state.step + 1, params, state.frozen, stats, opt_state, state.skipped + bad, in_row, teacher)
         return state, metrics
 
     # one sharding for every leaf of the batch: masks that come with it are split over images too
@@ -45,7 +50,16 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
 
 
 def accumulate(objective, state, inputs: dict, key, accumulation: int):
-    """Mean loss, metrics and gradients over `accumulation` micro-batches -> loss, metrics, stats, grads."""
+    """Mean loss, metrics and gradients over `accumulation` micro-batches -> loss, metrics, stats, grads.
+
+    What the teacher says of a micro-batch is one of its inputs: no gradient reaches the teacher, which answers as in
+    evaluation.
+    """
+
+    def taught(inputs):
+        if objective.teacher is None:
+            return inputs
+        return inputs | {"taught": jax.lax.stop_gradient(objective.apply(state.teaching(), inputs, method="teach"))}
 
     def loss_fn(params, stats, inputs, key):
         (loss, metrics), updated = objective.apply(
@@ -55,18 +69,18 @@ def accumulate(objective, state, inputs: dict, key, accumulation: int):
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulation == 1:
-        (loss, (metrics, stats)), grads = grad_fn(state.params, state.stats, inputs, key)
+        (loss, (metrics, stats)), grads = grad_fn(state.params, state.stats, taught(inputs), key)
         return loss, metrics, stats, grads
 
     def micro(carry, x):
         stats, sums = carry
         index, inputs = x
-        (loss, (metrics, stats)), grads = grad_fn(state.params, stats, inputs, jax.random.fold_in(key, index))
+        (loss, (metrics, stats)), grads = grad_fn(state.params, stats, taught(inputs), jax.random.fold_in(key, index))
         return (stats, jax.tree.map(jnp.add, sums, (loss, metrics, grads))), None
 
     parts = jax.tree.map(partial(micro_batches, accumulation=accumulation), inputs)
     first = jax.tree.map(lambda x: x[0], parts)
-    (loss, (metrics, _)), grads = jax.eval_shape(grad_fn, state.params, state.stats, first, key)
+    (loss, (metrics, _)), grads = jax.eval_shape(lambda x: grad_fn(state.params, state.stats, taught(x), key), first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, metrics, grads))
     (stats, sums), _ = jax.lax.scan(micro, (state.stats, zeros), (jnp.arange(accumulation), parts))
     loss, metrics, grads = jax.tree.map(lambda x: x / accumulation, sums)

@@ -20,6 +20,8 @@ class RecordedCodes(nn.Module):
 
     classes: int
     recorded: Any
+    grid: tuple[int, int]
+    patch: int
 
     def codes(self, images):
         return jnp.asarray(self.recorded)
@@ -40,7 +42,7 @@ class BeitPort:
         hidden = case["input/mask"].reshape(len(case["input/mask"]), -1).sum(1)
         self.objective = BEiT(
             encoder=encoder,
-            tokenizer=RecordedCodes(len(case["param/lm_head.bias"]), flat(case["input/ids"])),
+            tokenizer=RecordedCodes(len(case["param/lm_head.bias"]), flat(case["input/ids"]), encoder.grid, encoder.patch),
             mask_ratio=(hidden.max() + 0.5) / case["input/mask"][0].size,
             min_block=1,
         )
@@ -59,7 +61,7 @@ class BeitPort:
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))
         loss, seen = run_and_look(made, variables, dict(images=images, masks=masks))
         look_at_encoder(report, case, seen, np.arange(len(images)))
-        logits = made.apply(variables, dict(images=images, masks=masks), method="predict")
+        logits = made.apply(variables, dict(images=images, masks=masks), method="predict")[0]
         report.add("out/logits", logits, case.get("out/logits"))
         per_token = optax.softmax_cross_entropy_with_integer_labels(logits, made.tokenizer.recorded)
         report.add("loss/per_token", per_token, case.get("loss/per_token"))

@@ -55,7 +55,7 @@ class GreenmimPort:
                 stage, block = int(found.group(1)), found.group(2)
                 ours = by_unit(capture(seen, f"encoder/stage_{stage}/" + (f"block_{int(block):02d}" if block else "merge")))
                 report.add(f"out/{key}", ours[:, order[stage if block else stage + 1]], case[f"out/{key}"])
-        targets = made.apply({"params": self.params}, images, method="targets")
+        targets = made.apply({"params": self.params}, dict(images=images, masks=masks), method="targets")[0]
         report.add("target/patches", targets, case.get("target/patches"))
         self.compare_decoder(report, seen, loss)
         compare_gradients(report, case, made, self.params, self.rules, dict(images=images, masks=masks), "fixorder/grad/")

@@ -9,7 +9,7 @@ import numpy as np
 from einops import rearrange
 from recorded import Case, Report
 
-from mim_jax.targets.hog import gaussian_window, hog, maskfeat_hog
+from mim_jax.targets.hog import gaussian_window, hog
 
 NOISE = 1e-6  # recorded gradients below are rounding noise of a flat area
 
@@ -46,11 +46,16 @@ def whole(pixels, cell: int):
     return pixels.reshape(b, h // cell, cell, w // cell, cell).all((2, 4))
 
 
+def maskfeat_hog(images, nbins: int = 9, cell: int = 8, token: int = 16, gaussian: bool = True):
+    """[b h w c] -> [b n (c nbins p p)], p = token / cell: one vector per token, as MaskFeat's head orders it."""
+    (cells,) = hog(images, (cell,), nbins, window=token if gaussian else 0)
+    return rearrange(cells, "b (r p) (s q) k -> b (r s) (k p q)", p=token // cell, q=token // cell)
+
+
 class MaskfeatHogPort:
     """`target/S.gaussG.patchP` of images of S px: with (16) and without (0) the window, tokens of P px.
 
-    The released window stays 16 px wide under larger tokens, where ours grows with them: those are compared cell by cell
-    with ours of 16 px.
+    The released window stays 16 px wide under larger tokens, and they are compared cell by cell.
     """
 
     def __init__(self, case: Case):
@@ -61,8 +66,8 @@ class MaskfeatHogPort:
         for key in case.under("target/"):
             size, window, patch = map(int, re.fullmatch(r"(\d+)\.gauss(\d+)\.patch(\d+)", key).groups())
             images = np.moveaxis(case[f"input/images_{size}"], 1, -1)
-            made = functools.partial(maskfeat_hog, nbins=self.bins, cell=self.cell, gaussian=window > 0)
-            ours = self.cells(jax.jit(functools.partial(made, token=window or patch))(images), size, window or patch)
+            made = jax.jit(functools.partial(hog, cells=(self.cell,), nbins=self.bins, window=window))
+            ours = rearrange(np.asarray(made(images)[0]), "b y x (c k) -> b c y x k", k=self.bins)
             clear = ~rearrange(case[f"ambiguous/{size}"], "b c (y p) (x q) -> b c y x (p q)", p=self.cell, q=self.cell).any(-1)
             report.add(f"target/{key}", ours[clear], self.cells(case[f"target/{key}"], size, patch)[clear])
         for key in (key for key in case.arrays if key.startswith("gaussian_window")):

@@ -5,6 +5,7 @@ import math
 import re
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -57,9 +58,9 @@ class LocalPort:
     def add_scales(self, report: Report, images, masks, loss, seen, predictions, prefix: str = ""):
         """Losses, predictions, targets and weights of every tap."""
         case, made = self.case, self.objective
-        weights, targets = made.weights(masks), self.apply(images, method="targets")
+        weights, targets = made.weights(masks), self.apply(dict(images=images, masks=masks), method="targets")
         for j, weight in enumerate(weights):
-            error = np.asarray(seen[f"error_{j}"][0])
+            error = np.asarray(seen[f"error_{made.outputs[j].name}"][0])
             report.add(f"{prefix}loss/scale{j}", (error * weight).sum() / weight.sum(), case.get(f"{prefix}loss/scale{j}"))
             if prefix:
                 continue
@@ -83,7 +84,9 @@ class LocalPort:
             if not found:
                 continue  # it will be listed as not compared
             batch, name = found.groups()
-            ours = self.apply(self.case.images()[int(batch)], method="targets")[int(re.search(r"\d+$", name).group())]
+            images = self.case.images()[int(batch)]
+            inputs = dict(images=images, masks=self.objective.masks(jax.random.key(0), len(images)))
+            ours = self.apply(inputs, method="targets")[int(re.search(r"\d+$", name).group())]
             report.add(f"target/{key}", strided(ours, self.case, f"target/{key}"), self.case[f"target/{key}"])
 
     def inputs(self, micro_step: int):

@@ -24,7 +24,7 @@ class LomarPort:
         self.objective = LoMaR(
             encoder=case.encoder(position="rpe"),
             window=meta["window"],
-            views=meta["num_window"],
+            windows=meta["num_window"],
             mask_ratio=meta["mask_ratio"],
             norm_pix=meta["norm_pix_loss"],
             pairing="released",
@@ -33,7 +33,7 @@ class LomarPort:
 
     def masks(self, draws: str, batch_size: int) -> windows.WindowMask:
         """The recorded draws under a prefix, through this project's own pairing and hiding."""
-        case, m = self.case, self.objective.views
+        case, m = self.case, self.objective.windows
         corners = jnp.stack([jnp.asarray(case[f"{draws}{side}_randperm"][:m], jnp.int32) for side in ("top", "left")], -1)
         noise = jnp.asarray(case[f"{draws}noise"]).reshape(m, batch_size, -1).swapaxes(0, 1)  # recorded row = v*b + image
         count = windows.hidden_count(self.objective.window, self.objective.mask_ratio)
@@ -65,17 +65,19 @@ class LomarPort:
         images = case.images()
         masks = self.masks("rand/", images.shape[0])
         self.check_draws(report, masks, "derived/")
-        m, columns = made.views, made.encoder.grid[1]
+        m, columns = made.windows, made.encoder.grid[1]
         report.add("derived/top", case["rand/top_randperm"][:m], case.get("derived/top"))
         report.add("derived/left", case["rand/left_randperm"][:m], case.get("derived/left"))
-        report.add("derived/rp_bucket", irpe.bucket_table(made.units), case.get("derived/rp_bucket"))
+        report.add("derived/rp_bucket", irpe.bucket_table(made.view.shape), case.get("derived/rp_bucket"))
         ids = jnp.arange(made.encoder.grid[0] * columns).reshape(1, *made.encoder.grid, 1)
         ids = cut_windows(jnp.broadcast_to(ids, (images.shape[0], *ids.shape[1:])), masks.corners, made.window)
         report.add("derived/ids", as_rows(ids[..., 0]), case.get("derived/ids"))
 
         variables = {"params": self.params}
         loss, seen = run_and_look(made, variables, dict(images=images, masks=masks))
-        prediction = made.apply(variables, dict(images=images, masks=masks), method="predict_taps")[-1]
+        prediction = made.apply(variables, dict(images=images, masks=masks), method="predict")[-1].reshape(
+            *masks.hidden.shape, -1
+        )
         look_at_encoder(report, case, seen, as_image_rows(masks))
         embedded = made.apply(variables, images, method=lambda o, x: o.encoder.embed(x))
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))
@@ -84,9 +86,11 @@ class LomarPort:
         report.add("out/encoder_pred", whole, case.get("out/encoder_pred"))
         report.add("out/pred", as_rows(prediction), case.get("out/pred"))
         report.add(
-            "target/patches", as_rows(pixel_targets(made.patches(images, masks), made.norm_pix)), case.get("target/patches")
+            "target/patches",
+            as_rows(pixel_targets(made.view.units(images, masks, made.encoder.patch), made.norm_pix)),
+            case.get("target/patches"),
         )
-        report.add("loss/per_patch", as_rows(seen["error"][0]), case.get("loss/per_patch"))
+        report.add("loss/per_patch", as_rows(seen["error"][0].reshape(masks.hidden.shape)), case.get("loss/per_patch"))
         report.add("loss/total", loss, case.get("loss/total"))
         compare_gradients(report, case, made, self.params, self.rules, dict(images=images, masks=masks))
 

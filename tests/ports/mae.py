@@ -53,7 +53,7 @@ class MaePort:
         place = np.concatenate([np.zeros_like(place[:, :1]), place], 1)
         variables = {"params": self.params}
         loss, seen = run_and_look(made, variables, dict(images=images, masks=masks))
-        prediction = made.apply(variables, dict(images=images, masks=masks), method="predict")
+        prediction = made.apply(variables, dict(images=images, masks=masks), method="predict")[0]
         embedded = made.apply(variables, images, method=lambda o, x: o.encoder.embed(x) - o.encoder.positions())
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))
         report.add("out/tokens_in", np.asarray(seen["encoder"]["tokens_in"][0])[rows, place], case.get("out/tokens_in"))
@@ -67,7 +67,11 @@ class MaePort:
                 ours = capture(seen, f"{'decoder' if block.group(1) else 'encoder'}/block_{int(block.group(2)):02d}")
                 report.add(f"out/{key}", ours if block.group(1) else ours[rows, place], recorded)
         report.add("out/pred", prediction, case.get("out/pred"))
-        report.add("target/patches", made.apply(variables, images, method="targets"), case.get("target/patches"))
+        report.add(
+            "target/patches",
+            made.apply(variables, dict(images=images, masks=masks), method="targets")[0],
+            case.get("target/patches"),
+        )
         report.add("loss/per_patch", seen["error"][0], case.get("loss/per_patch"))
         report.add("loss/total", loss, case.get("loss/total"))
         compare_gradients(report, case, made, self.params, self.rules, dict(images=images, masks=masks))

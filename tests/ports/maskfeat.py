@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from recorded import Case, Report, compare_gradients, from_released, look_at_encoder, run_and_look
+from einops import rearrange
+from recorded import Case, Report, capture, compare_gradients, from_released, look_at_encoder, run_and_look
 
 from mim_jax.convert import names
 from mim_jax.masking.random import TokenMask
@@ -39,17 +40,19 @@ class MaskfeatPort:
     def compare(self, report: Report):
         case, made, variables = self.case, self.objective, {"params": self.params}
         images, hidden = case.images(), jnp.asarray(case["input/mask"] > 0)
-        masks = TokenMask(hidden.reshape(len(hidden), -1))
+        inputs = dict(images=images, masks=(masks := TokenMask(hidden.reshape(len(hidden), -1))))
         embedded = made.apply(variables, images, method=lambda o, x: o.encoder.tokens_of(x))
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))
-        loss, seen = run_and_look(made, variables, dict(images=images, masks=masks))
+        loss, seen = run_and_look(made, variables, inputs)
         look_at_encoder(report, case, seen, np.arange(len(images)))
-        prediction = made.apply(variables, dict(images=images, masks=masks), method="predict")
-        report.add("out/pred", prediction, case.get("out/pred"))
-        target = made.apply(variables, images, method="targets")
-        report.add("target/hog", target, case.get("target/hog"))
-        report.add("loss/per_patch", seen["error"][0], case.get("loss/per_patch"))
+        report.add("out/pred", capture(seen, "head"), case.get("out/pred"))
+        side = made.encoder.patch // made.hog_cell
+        by_token = lambda x: rearrange(x, "b (y p x q) k -> b (y x) (k p q)", p=side, q=side, y=made.encoder.grid[0])
+        prediction, target = (made.apply(variables, inputs, method=name) for name in ("predict", "targets"))
+        report.add("target/hog", by_token(target[0]), case.get("target/hog"))
+        report.add("loss/per_patch", by_token(seen["error"][0][..., None]).mean(-1), case.get("loss/per_patch"))
         report.add("loss/total", loss, case.get("loss/total"))
-        slope = jax.grad(lambda p: made.apply(variables, p, target, hidden, method="loss")[0])(prediction)
-        report.add("pred_grad", slope, case.get("pred_grad"))
-        compare_gradients(report, case, made, self.params, self.rules, dict(images=images, masks=masks))
+        weights = made.apply(variables, masks, method="weights")
+        slope = jax.grad(lambda p: made.apply(variables, p, target, weights, method="loss")[0])(prediction)
+        report.add("pred_grad", by_token(slope[0]), case.get("pred_grad"))
+        compare_gradients(report, case, made, self.params, self.rules, inputs)

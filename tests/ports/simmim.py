@@ -47,7 +47,7 @@ class SimmimPort:
         report.add("out/patch_embed", embedded, case.get("out/patch_embed"))
         latent = capture(seen, "encoder/norm")[:, int(e.has_cls) :]
         report.add("out/encoder", rearrange(latent, "b (y x) d -> b d y x", y=e.units[0]), case.get("out/encoder"))
-        prediction = np.asarray(made.apply(variables, dict(images=images, masks=masks), method="predict"))
+        prediction = capture(seen, "head")
         unit = dict(y=e.units[0], p=e.unit, q=e.unit)
         conv = rearrange(prediction, "b (y x) (p q c) -> b (c p q) y x", **unit)
         report.add("out/decoder_conv", conv, case.get("out/decoder_conv"))

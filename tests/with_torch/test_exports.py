@@ -136,7 +136,7 @@ def test_mae_is_that_of_transformers(norm_pix, tmp_path, monkeypatch):
     masks = made.masks(jax.random.key(0), len(images))
     run = lambda p: (
         made.apply({"params": p}, dict(images=images, masks=masks)),
-        made.apply({"params": p}, dict(images=images, masks=masks), method="predict"),
+        made.apply({"params": p}, dict(images=images, masks=masks), method="predict")[0],
     )
     (loss, _), prediction = jit(run)(params)
     other = loaded(config, params, "hf", tmp_path, monkeypatch)

@@ -8,11 +8,10 @@ from mim_jax import tree
 from mim_jax.config import ConfigDict, ConfigError, load
 from mim_jax.convert.reading import sizes_from_shapes as sizes
 from mim_jax.convert.reading.released_formats import KINDS, Kind
-from mim_jax.recipes import SWIN_SIZES, VIT_SIZES, swin_encoder, vit_encoder
+from mim_jax.recipes import IMAGENET_MEAN, IMAGENET_STD, SWIN_SIZES, VIT_SIZES, swin_encoder, vit_encoder
 from mim_jax.runs.saved import modernised
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[3] / "configs"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_PIXELS = ("lomar", "localmim", "mae", "greenmim", "simmim")  # standardised so by their released code
 LETTERS = {"lomar": "b", "mae": "blh", "beit": "blh", "timm": "blh", "localmim": "bl"}  # of the presets of fine-tuning
 

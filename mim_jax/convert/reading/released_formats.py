@@ -44,9 +44,6 @@ class Kind:
         return not strange and all(name in shapes for name in self.signs)
 
 
-# -- sections of methods ----------------------------------------------------------------------------------------------
-
-
 def mae_decoder(config, shapes) -> dict:
     return dict(decoder_width=shapes["decoder_embed.weight"][0], decoder_depth=sizes.count(shapes, r"decoder_blocks\.(\d+)\."))
 
@@ -91,16 +88,12 @@ def localmim(config, shapes) -> dict:
     return dict(taps=blocks, scales=scales, target=target, decoder_width=widths, decoder_depth=depths, **hog)
 
 
-# -- the formats ------------------------------------------------------------------------------------------------------
-
 VIT, SWIN = "blocks.0.attn.qkv.weight", "layers.0.blocks.0.attn.qkv.weight"
 ENCODER_OF_VIT = ("norm.weight", "pos_embed", VIT)
 OLD_SWIN = ("norm.weight", "layers.0.downsample.norm.weight", SWIN)  # as released, and in timm before 0.9
 NEW_SWIN = ("norm.weight", "layers.3.downsample.norm.weight", SWIN)
 RELATIVE = (r"\.rpe_k\.", r"relative_position_bias_table")
-LEARNED, EPS5, DENSE = (("position", "learned"),), (("norm_eps", 1e-5),), (("sparse", True),)
-TUNED_SWIN = (("norm_eps", 1e-6), ("norm2_eps", 1e-5), *DENSE)
-IRPE = (("position", "rpe"),)
+LEARNED, EPS5 = (("position", "learned"),), (("norm_eps", 1e-5),)
 TIMM_VIT = dict(rules=names.TIMM_VIT_RULES, encoder=(*LEARNED, ("layer_scale", 0.1)))
 TIMM_SWIN = dict(foreign=("^head",), encoder=EPS5, lacking=NO_DECODER)
 MEAN = ("head.weight", "fc_norm.weight", "pos_embed", VIT)
@@ -114,9 +107,9 @@ KINDS = (
     Kind("lomar", "LoMaR's encoder", "vit", ("norm.weight", RPE), foreign=("^head", "^fc_norm", "^encoder_pred"),
          unused=POSITIONS_UNUSED, section=lomar, lacking=NO_DECODER),
     Kind("lomar", "a fine-tuned LoMaR", "vit", ("head.weight", "fc_norm.weight", RPE), "lomar_b", "mean",
-         unused=POSITIONS_UNUSED + NORM_UNUSED, encoder=IRPE),
+         unused=POSITIONS_UNUSED + NORM_UNUSED),
     Kind("lomar", "a fine-tuned LoMaR on the cls token", "vit", ("head.weight", "norm.weight", RPE), "lomar_b", "cls",
-         foreign=("^fc_norm",), unused=POSITIONS_UNUSED, encoder=IRPE),
+         foreign=("^fc_norm",), unused=POSITIONS_UNUSED),
     Kind("mae", "MAE's pretraining with its decoder", "vit", ("decoder_embed.weight", VIT), foreign=RELATIVE,
          section=mae_decoder),
     Kind("mae", "MAE's encoder", "vit", ENCODER_OF_VIT, foreign=(*NO_RELATIVE_OR_HEAD, r"\.gamma"), lacking=NO_DECODER),
@@ -129,7 +122,7 @@ KINDS = (
          prefix="encoder.", section=localmim),
     Kind("localmim", "a Swin fine-tuned by LocalMIM", "swin",
          ("head.weight", "norm.weight", SWIN, "layers.0.downsample.norm.weight"), "localmim_swin_{}", "mean",
-         encoder=TUNED_SWIN),
+         encoder=(("norm2_eps", 1e-5),)),
     Kind("simmim", "SimMIM's pretraining of a ViT", "vit", (*SIMMIM, f"encoder.{SHARED_BIAS}"), prefix="encoder."),
     Kind("simmim", "SimMIM's pretraining of a Swin", "swin", (*SIMMIM, f"encoder.{SWIN}"), prefix="encoder.", encoder=EPS5),
     Kind("greenmim", "GreenMIM's pretraining", "swin", ("decoder_embed.weight", f"encoder.{SWIN}"), prefix="encoder.",
@@ -144,9 +137,9 @@ KINDS = (
     Kind("timm", "a ViT without a head", "vit", ENCODER_OF_VIT, "mae", foreign=(*NO_RELATIVE_OR_HEAD, "^fc_norm"),
          lacking=NO_DECODER, **TIMM_VIT),
     Kind("timm", "a Swin classifier", "swin", ("head.fc.weight", *NEW_SWIN), "localmim_swin_{}", "normed",
-         rules=names.TIMM_SWIN_RULES + names.TIMM_SWIN_HEAD, encoder=(*EPS5, *DENSE)),
+         rules=names.TIMM_SWIN_RULES + names.TIMM_SWIN_HEAD, encoder=EPS5),
     Kind("timm", "a Swin classifier in the layout before timm 0.9", "swin", ("head.weight", *OLD_SWIN), "localmim_swin_{}",
-         "normed", rules=names.SWIN_RULES + names.HEAD, encoder=(*EPS5, *DENSE)),
+         "normed", rules=names.SWIN_RULES + names.HEAD, encoder=EPS5),
     Kind("timm", "a Swin without a head", "swin", NEW_SWIN, "greenmim", rules=names.TIMM_SWIN_RULES, **TIMM_SWIN),
     Kind("timm", "a Swin without a head in the layout before timm 0.9", "swin", OLD_SWIN, "greenmim", rules=names.SWIN_RULES,
          **TIMM_SWIN),

@@ -66,7 +66,10 @@ def vit(shapes: dict, prefix: str, heads: int, size) -> tuple[dict, dict]:
     """
     at = lambda name: need(shapes, prefix + name)
     width, channels, patch, _ = at("patch_embed.proj.weight")
-    told, where = heads_of(shapes, prefix, width)
+    where = next((prefix + name for name in (RPE, SHARED_BIAS, OWN_BIAS) if prefix + name in shapes), "")
+    told = (
+        0 if not where else width // shapes[where][1] if where.endswith(RPE) else shapes[where][1]
+    )  # RPE: [1 head_dim buckets]
     known = told or heads or HEADS.get(width)
     if not known:
         raise ConfigError(f"the tensors do not tell the number of heads of a ViT {width} wide; give it: --heads=...")
@@ -80,14 +83,6 @@ def vit(shapes: dict, prefix: str, heads: int, size) -> tuple[dict, dict]:
     if not any(f"{prefix}blocks.0.{name}" in shapes for name in ("gamma_1", "ls1.gamma")):
         encoder["layer_scale"] = 0.0
     return encoder, dict(channels=channels, size=vit_size(shapes, prefix, patch, size))
-
-
-def heads_of(shapes: dict, prefix: str, width: int) -> tuple[int, str]:
-    """-> (heads, by which tensor); 0 where none tells."""
-    rpe, *biases = (prefix + name for name in (RPE, SHARED_BIAS, OWN_BIAS))
-    if rpe in shapes:
-        return width // shapes[rpe][1], rpe  # [1 head_dim buckets]
-    return next(((shapes[name][1], name) for name in biases if name in shapes), (0, ""))
 
 
 def vit_size(shapes: dict, prefix: str, patch: int, size) -> tuple[int, int]:

@@ -11,18 +11,14 @@ from mim_jax.models.posembed import sincos_table
 from mim_jax.recipes import SWIN_SIZES, VIT_SIZES
 from mim_jax.tokens import grid_size
 
-
-def swin_options(letter: str) -> dict:
-    width, depths, heads, _ = SWIN_SIZES[letter]
-    return dict(patch_size=4, embed_dim=width, depths=list(depths), num_heads=list(heads), window_size=7)
-
-
 # What timm builds under these names; other models are the first one with other numbers.
-VIT_KEYS = ("patch_size", "embed_dim", "depth", "num_heads")
+VIT_KEYS, SWIN_KEYS = ("patch_size", "embed_dim", "depth", "num_heads"), ("embed_dim", "depths", "num_heads")
 VITS = (("base", "B", 16), ("base", "B", 8), ("large", "L", 16), ("huge", "H", 14), ("small", "S", 16), ("tiny", "Ti", 16))
 BEITS = (("base", "B"), ("large", "L"))
 SWINS = (("base", "B"), ("large", "L"), ("tiny", "T"))
 vit_options = lambda letter, patch: dict(zip(VIT_KEYS, (patch, *VIT_SIZES[letter])))
+listed = lambda values: (list(x) if isinstance(x, tuple) else x for x in values)
+swin_options = lambda letter: dict(zip(SWIN_KEYS, listed(SWIN_SIZES[letter]))) | dict(patch_size=4, window_size=7)
 TIMM_VIT = {f"vit_{name}_patch{patch}_224": vit_options(letter, patch) for name, letter, patch in VITS}
 TIMM_BEIT = {f"beit_{name}_patch16_224": vit_options(letter, 16) for name, letter in BEITS}
 TIMM_SWIN = {f"swin_{name}_patch4_window7_224": swin_options(letter) for name, letter in SWINS}
@@ -66,7 +62,9 @@ def timm_vit(config, params: dict, options: dict, tuned: bool) -> dict:
     if beit:
         own = e.position == "layer_bias"
         options |= dict(use_abs_pos_emb=False, use_rel_pos_bias=own, use_shared_rel_pos_bias=not own)
-        params = bias_without_keys(params) if e.qkv_bias == "all" else params
+        if e.qkv_bias == "all":
+            params = split(params, "qkv/bias", ("q_bias", "k_bias", "v_bias"))
+            params = {path: x for path, x in params.items() if not path.endswith("k_bias")}
         rules = names.BEIT_CLASSIFIER_RULES + norm("^norm", "encoder/norm")
         return named(TIMM_BEIT, options) | dict(params=params, rules=rules)
     if e.position == "absolute":
@@ -95,14 +93,8 @@ def named(table: dict, options: dict) -> dict:
     return {"name": name, "options": {key: x for key, x in options.items() if key not in has or has[key] != x}}
 
 
-def bias_without_keys(params: dict) -> dict:
-    """`attn/qkv/bias` -> `attn/q_bias` and `attn/v_bias`."""
-    apart = split(params, "qkv/bias", ("q_bias", "k_bias", "v_bias"))
-    return {path: x for path, x in apart.items() if not path.endswith("k_bias")}
-
-
 def bias_with_keys(params: dict) -> dict:
-    """The reverse, with zeros for the keys."""
+    """`attn/q_bias` and `attn/v_bias` -> `attn/qkv/bias`, with zeros for the keys."""
     done = {path: x for path, x in params.items() if not path.endswith(("attn/q_bias", "attn/v_bias"))}
     for path, q in params.items():
         if path.endswith("attn/q_bias"):

@@ -69,6 +69,12 @@ def safetensors(config, params: dict, encoder_only: bool = False) -> Written:
         raise ConfigError(f"--to=safetensors knows no released names of a classifier with pool={config.pool}; use --to=timm")
     if pretraining and not encoder_only and config.method == "simmim" and config.channels != 3:
         raise ConfigError(f"--to=safetensors: SimMIM's released head is for 3 channels, not {config.channels}; {ANY}")
+    told = {"localmim": ("hog", "pixels"), "mae": ("pixels",), "lomar": ("pixels",), "simmim": ("pixels",)}
+    section = config[config.method] if pretraining else {}
+    kinds = section.get("target", "pixels")
+    kinds = (kinds,) if isinstance(kinds, str) else kinds
+    if pretraining and not encoder_only and (other := [k for k in kinds if k not in told.get(config.method, kinds)]):
+        raise ConfigError(f"--to=safetensors: released code of {config.method} predicts no {other[0]}; {ANY}")
     taken, left = choose(params, ENCODER if encoder_only else CLASSIFIER if tuned else NO_TOKENIZER)
     state = released(taken, rules, config.encoder.patch, "safetensors")
     if pretraining:
