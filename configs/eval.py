@@ -19,7 +19,7 @@ timm's evaluation).
 """
 
 from mim_jax.config import ConfigDict, arguments, choice
-from mim_jax.recipes import duration
+from mim_jax.recipes import RUN_DATA, duration
 
 SPLITS = {
     "validation": dict(source="", split="validation", optional=False),
@@ -37,7 +37,7 @@ def get_config(arg=""):
     c.image_size = (a.size, a.size)
     c.compute_dtype = "auto"
     c.remat = False
-    c.data = ConfigDict(dict(source="", path="", data_dir="", normalise="run", mean=(), std=(), resize_ratio=0.0))
+    c.data = ConfigDict(dict(RUN_DATA, normalise="run", mean=(), std=(), resize_ratio=0.0))
     c.evals = ConfigDict()
     for name in a.splits.split("-"):
         split = SPLITS[choice("splits", name, SPLITS)]

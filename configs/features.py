@@ -23,6 +23,7 @@ Arguments (default first)
 """
 
 from mim_jax.config import ConfigDict, arguments, choice
+from mim_jax.recipes import RUN_DATA
 
 
 def get_config(arg=""):
@@ -38,5 +39,5 @@ def get_config(arg=""):
     c.compute_dtype = "auto"
     c.remat = False
     # An empty source takes the data of the run; split auto: its training images; resize_ratio 0: .875 below 256 px, else 1.
-    c.data = ConfigDict(dict(source="", path="", data_dir="", split="auto", normalise="run", mean=(), std=(), resize_ratio=0.0))
+    c.data = ConfigDict(dict(RUN_DATA, split="auto", normalise="run", mean=(), std=(), resize_ratio=0.0))
     return c

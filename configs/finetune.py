@@ -37,7 +37,7 @@ Measured by this project: on the embedded sample, results/README.md; no full run
 """
 
 from mim_jax.config import ConfigDict, arguments, choice
-from mim_jax.recipes import adamw, duration
+from mim_jax.recipes import RUN_DATA, adamw, duration
 
 # epochs, warm-up in epochs, base lr per 256 or absolute lr, lowest lr, layer decay, drop path
 PRESETS = {
@@ -75,9 +75,8 @@ def get_config(arg=""):
     # An empty source takes the data of the pretraining run; resize_ratio 0: .875 below 256 px, else 1.
     c.data = ConfigDict(
         dict(
-            source="",
-            path="",
-            data_dir="",
+            RUN_DATA,
+            changed="refuse",
             normalise="run",
             mean=(),
             std=(),

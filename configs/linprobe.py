@@ -28,7 +28,7 @@ Published: MAE ViT-B, 1600 epochs 67.8 (cls). Measured by this project: results/
 """
 
 from mim_jax.config import ConfigDict, arguments, choice, numbers
-from mim_jax.recipes import duration
+from mim_jax.recipes import RUN_DATA, duration
 
 
 def get_config(arg=""):
@@ -46,9 +46,7 @@ def get_config(arg=""):
     c.compute_dtype = "auto"
     c.remat = False
     # An empty source takes the data of the pretraining run; resize_ratio 0: .875 below 256 px, else 1.
-    c.data = ConfigDict(
-        dict(source="", path="", data_dir="", resize_ratio=0.0, normalise="run", mean=(), std=(), train_split="auto")
-    )
+    c.data = ConfigDict(dict(RUN_DATA, resize_ratio=0.0, normalise="run", mean=(), std=(), train_split="auto"))
     if c.features == "cached":
         c.data.update(dict(validation_split="auto", test_split="auto"))
         c.probe = ConfigDict(
@@ -73,7 +71,7 @@ def get_config(arg=""):
     c.batch_size = 16384
     c.accumulation = 1
     c.fsdp = False
-    c.data.update(dict(crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True))
+    c.data.update(dict(changed="refuse", crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True))
     # more_base_lrs, such as (0.03, 0.3): heads of further learning rates, trained in the same pass
     c.optim = ConfigDict(
         dict(

@@ -10,6 +10,7 @@ def duration(name: str, *, steps=0, epochs=0.0, examples=0, percent=0.0) -> dict
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RUN_DATA = dict(source="", path="", data_dir="", columns="", folders="", holdout=0)  # an empty source: the data of the run
 VIT_SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
 SWIN_SIZES = {
     "T": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7),
@@ -100,7 +101,8 @@ def imagenet_pretraining(c, *, method: str, epochs: float, batch_size: int, size
     c.remat = False  # recompute blocks in the backward pass: less memory, a third more compute
     c.fsdp = False  # shard tensors above 4 MiB over the devices
     c.data = ConfigDict(dict(
-        source="imagenet2012", path="", data_dir="", train_split="train", picture_split="validation",
+        source="imagenet2012", path="", data_dir="", columns="", folders="", holdout=0, changed="refuse",
+        train_split="train", picture_split="validation",
         crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, jitter=0.0, resize_ratio=0.875,
         normalise="dataset", mean=IMAGENET_MEAN, std=IMAGENET_STD,
     ))  # fmt: skip

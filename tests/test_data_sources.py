@@ -7,6 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from mim_jax.data import augment, pipeline
@@ -74,14 +75,21 @@ def test_validation_folder_has_two_names(folder):
 
 
 def test_class_missing_from_train(folder):
-    path = folder("train/a/1.png", "train/b/2.png", "val/zebra/3.png")
-    with pytest.raises(DataError, match="zebra"):
-        open_source("folder", "validation", path=path)
+    """Its images are there; who needs their labels is told."""
+    path = folder("train/a/1.png", "train/b/2.png", "val/zebra/3.png", "val/b/4.png")
+    source = open_source("folder", "validation", path=path)
+    assert source.labels.numpy().tolist() == [1, -1]
+    with pytest.raises(DataError, match="knn needs labels.*zebra"):
+        source.require_labels("knn")
 
 
-@pytest.mark.parametrize("names", [("1.png", "2.jpg"), ("all/1.png", "all/2.jpg")])
-def test_without_labels(folder, names):
-    source = open_source("folder", "train", path=folder(*names))
+def test_one_class_is_labelled(folder):
+    source = open_source("folder", "train", path=folder("all/1.png", "all/2.jpg"))
+    assert source.class_names == ("all",) and source.labels.numpy().tolist() == [0, 0]
+
+
+def test_without_labels(folder):
+    source = open_source("folder", "train", path=folder("1.png", "2.jpg"))
     assert (source.num_examples, source.num_classes, source.class_names) == (2, 0, ())
     assert everything(source)["label"].tolist() == [-1] * 4
 
@@ -98,9 +106,9 @@ def test_hidden_files_are_no_images(folder):
 
 
 def test_empty_folder_counts_what_it_holds(tmp_path):
-    write(str(tmp_path / "x.tif"), b"")
-    write(str(tmp_path / "y.tif"), b"")
-    with pytest.raises(DataError, match=r"2 \.tif"):
+    write(str(tmp_path / "x.heic"), b"")
+    write(str(tmp_path / "y.heic"), b"")
+    with pytest.raises(DataError, match=r"2 \.heic"):
         open_source("folder", "train", path=str(tmp_path))
 
 
@@ -226,8 +234,6 @@ def fake_tars(tmp_path_factory):
 @pytest.fixture(scope="session", params=["tfrecord", "array_record"])
 def imagenet(request, fake_tars, tmp_path_factory):
     """Data folders prepared by the real TFDS builder, in three shards."""
-    import tensorflow_datasets as tfds
-
     data_dir = str(tmp_path_factory.mktemp(request.param))
     builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format=request.param)
     config = tfds.download.DownloadConfig(manual_dir=fake_tars, num_shards=3)
@@ -300,6 +306,64 @@ def test_imagenet_unknown_split(imagenet, split):
 @pytest.mark.parametrize("name", ["imagenet2012", "imagenet", "no_such_set"])
 def test_missing_dataset_names_the_three_ways(tmp_path, name):
     with pytest.raises(DataError, match="(?s)manual_dir.*data.source=folder.*data.source=sample"):
+        open_source(name, "train", data_dir=str(tmp_path))
+
+
+class Numbered(tfds.core.GeneratorBasedBuilder):
+    """A data set whose labels are plain numbers, as people write them who are in a hurry."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    LABELS = {"train": [3, 0, 1], "test": [4]}
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": tf.int64})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        rows = lambda labels: ((k, {"image": picture(k), "label": label}) for k, label in enumerate(labels))
+        return {split: rows(labels) for split, labels in self.LABELS.items()}
+
+    def _generate_examples(self):
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module", params=["tfrecord", "array_record"])
+def numbered(request, tmp_path_factory):
+    data_dir = str(tmp_path_factory.mktemp("numbered"))
+    Numbered(data_dir=data_dir, file_format=request.param).download_and_prepare()
+    return data_dir
+
+
+def test_whole_numbers_are_labels(numbered):
+    source = open_source("numbered", "train", data_dir=numbered)
+    assert source.class_names == ("0", "1", "2", "3", "4")  # of all splits, so that a label means the same in each
+    rows = everything(source)
+    assert sorted(rows["label"][rows["valid"]]) == [0, 1, 3]
+
+
+def test_numbers_that_are_no_classes(numbered, monkeypatch):
+    from mim_jax.data import tfds_source
+
+    tfds_source._integer_classes.cache_clear()
+    monkeypatch.setattr(tfds_source, "COUNTED", 3)
+    source = open_source("numbered", "train", data_dir=numbered)
+    tfds_source._integer_classes.cache_clear()
+    assert source.class_names == ()
+    with pytest.raises(DataError, match="knn needs labels.*'label' has no names, and more than 3 examples"):
+        source.require_labels("knn")
+
+
+def test_the_folder_of_a_version(numbered):
+    version = os.path.join(numbered, "numbered", "1.0.0")
+    source = open_source("numbered", "train", data_dir=version)
+    assert (source.num_examples, source.version) == (3, "numbered/1.0.0")
+    with pytest.raises(DataError, match="holds numbered/1.0.0, not data.source='imagenet2012'"):
+        open_source("imagenet2012", "train", data_dir=version)
+
+
+@pytest.mark.parametrize("name", ["huggingface:cifar10", "imagenet2012:9.9.9", "imagenet2012/nowhere"])
+def test_what_tfds_cannot_open_is_one_line(tmp_path, name):
+    with pytest.raises(DataError, match=f"data.source='{name}'"):
         open_source(name, "train", data_dir=str(tmp_path))
 
 

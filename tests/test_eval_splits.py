@@ -16,6 +16,7 @@ from mim_jax.data.pipeline import eval_batches
 from mim_jax.data.source import NotPrepared
 from mim_jax.data.sources import open_source
 from mim_jax.evaluators.top_k import hits, labelled
+from mim_jax.recipes import RUN_DATA
 from mim_jax.sections import read
 
 CLASSES = 1000
@@ -86,7 +87,7 @@ def settings(data_dir, **changes):
         every_examples=0,
         every_percent=0.0,
     )
-    data = dict(source="sample", path="", data_dir=data_dir, resize_ratio=1.0, normalise="dataset", mean=(), std=())
+    data = dict(RUN_DATA, source="sample", data_dir=data_dir, resize_ratio=1.0, normalise="dataset", mean=(), std=())
     return read(Classify, e | changes, "evals.it."), read(Data, data, "data.")
 
 
@@ -217,6 +218,8 @@ def test_unlabelled_images_cannot_be_judged(tmp_path):
     PIL.Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
     evaluation, data = settings("", source="", split="train")
     data = dataclasses.replace(data, source="folder", path=str(tmp_path))
-    with pytest.raises(ConfigError, match="folder 'train' has no labels"):
+    with pytest.raises(
+        ConfigError, match="classify needs labels, which folder 'train' has not .the images of .* lie in no class folders"
+    ):
         scheduled((evaluation, data))
     assert issubclass(NotPrepared, DataError)

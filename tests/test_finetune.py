@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorflow as tf
 from jax import jit
 from saved import REPO, save_run
 
@@ -18,12 +19,11 @@ from mim_jax import tree
 from mim_jax.assemble.inheritance import inherit, with_other_data
 from mim_jax.assemble.judges import Judged
 from mim_jax.config import ConfigError, load
+from mim_jax.data.source import ArraySource
 from mim_jax.jobs.evaluate import Evaluate
 from mim_jax.jobs.run import run
-from mim_jax.jobs.training import require_same_classes
 from mim_jax.models.posembed import cubic_matrix, sincos_table
 from mim_jax.models.relative_bias import CLS_ENTRIES, offsets, resize_offsets
-from mim_jax.objectives.classify import Classify
 from mim_jax.runs.saved import AVERAGE, TRAINED, CheckpointError
 from mim_jax.runs.stopping import Stopping
 from mim_jax.sections import read
@@ -211,26 +211,40 @@ def test_a_run_continues_without_the_run_it_came_from(tuned):
     assert len(meta["config"]["class_names"]) == meta["config"]["classes"] == 16
 
 
-def test_folders_of_other_classes_are_not_judged_by_their_number(monkeypatch):
-    """As many classes under other names would be counted against the wrong labels without a word."""
-    found = SimpleNamespace(name="folder", num_classes=2, class_names=("aardvark", "cats"))
+def judged_by_name(monkeypatch, names):
+    """What the classifier of cats and dogs is judged on in folders of these names."""
+    labels = tf.range(len(names))
+    found = ArraySource(
+        "folder", "validation", len(names), names, 3, images=tf.zeros([len(names), 1, 1, 3], tf.uint8), labels=labels
+    )
     monkeypatch.setattr("mim_jax.data.sources.open_source", lambda *args, **options: found)
     config = inherit(load(f"{REPO}/configs/eval.py"), load(f"{REPO}/configs/lomar_sample.py"))
     settings = read(Evaluate, config)
     judged = Judged(SimpleNamespace(classes=2), settings, None, class_names=("cats", "dogs"))
-    with pytest.raises(ConfigError, match="not those of the training .'cats' there, 'aardvark' here"):
-        settings.evals["validation"].made(judged)
+    return settings.evals["validation"].labelled_split(judged)
 
 
-def test_a_run_is_not_continued_on_other_classes():
-    """data.path may change between runs; as many classes under other names would be other labels."""
-    source = SimpleNamespace(name="folder", class_names=("aardvark", "cats"))
-    config = SimpleNamespace(data=SimpleNamespace(path="/new"))
-    e = SimpleNamespace(objective=Classify(encoder=None, classes=2), source=source, config=config)
-    with pytest.raises(ConfigError, match="folder at '/new' are not those.*cats, dogs.*aardvark, cats"):
-        require_same_classes(e, {"class_names": ["cats", "dogs"]})
-    require_same_classes(e, {"class_names": ["aardvark", "cats"]})
-    require_same_classes(e, {})  # a run of before names were kept
+def test_folders_of_other_classes_are_not_judged_by_their_number(monkeypatch):
+    """As many classes under other names would be counted against the wrong labels without a word."""
+    with pytest.raises(ConfigError, match="1 other classes .aardvark. than the training .cats, dogs"):
+        judged_by_name(monkeypatch, ("aardvark", "cats"))
+
+
+def test_folders_of_some_classes_are_judged_by_their_names(monkeypatch):
+    assert int(judged_by_name(monkeypatch, ("dogs",)).load(0)["label"]) == 1
+
+
+def test_jobs_read_a_folder_as_the_run_did():
+    run = load(f"{REPO}/configs/lomar_vitb.py")
+    run.data.update(dict(source="folder", path="/old", folders="classes", holdout=10))
+    job = lambda **data: inherit(changed(load(f"{REPO}/configs/features.py"), data), run).data
+    changed = lambda config, data: (config.data.update(data), config)[1]
+    assert (job(path="/new").folders, job().holdout) == ("classes", 10)
+    assert (job(folders="splits").folders, job(source="folder", path="/other").holdout) == ("splits", 0)
+    assert with_other_data(run, "", "/new", "").data.folders == "classes"
+    assert with_other_data(run, "folder", "/other", "").data.folders == ""
+    del run.data["folders"], run.data["holdout"]  # from before there were these
+    assert (job().folders, job().holdout) == ("", 0)
 
 
 def test_pictures_of_other_images_than_those_of_the_run():

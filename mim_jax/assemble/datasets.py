@@ -3,27 +3,34 @@
 The pipeline itself, mim_jax.data, imports TensorFlow and is imported only when it is needed.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
 
 from mim_jax.config import ConfigError
 from mim_jax.paths import Place
-from mim_jax.sections import Natural, NotNegative, Positive, Section, nested
+from mim_jax.sections import Bound, Natural, NotNegative, Positive, Section, nested
 from mim_jax.targets.pixels import Normaliser
 
 
 class Data(Section):
-    """Where images are, and how they are seen: evaluation cuts the centre out, `resize_ratio` of the shorter side."""
+    """Where images are, and how they are seen: evaluation cuts the centre out, `resize_ratio` of the shorter side.
+
+    Of a folder: `folders` says which of its folders are splits or classes, where the rules of docs/data.md do not; `holdout`
+    takes so many percent of the training images for the validation split that is not there.
+    """
 
     source: str
     path: Place
     data_dir: Place
+    folders: str = ""
+    holdout: Annotated[int, Bound(lambda x: 0 <= x < 100, "is not a whole number of percent below 100")] = 0
     normalise: Literal["dataset", "image"]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize_ratio: Positive
+    columns: str = ""  # "image=NAME,label=NAME" where a source has them under other names
 
     def check(self):
         self.require(self.resize_ratio <= 1, "resize_ratio", "is not a share between 0 and 1")
@@ -44,12 +51,17 @@ class Data(Section):
         """-> Source. Raises DataError for a data set that is not there, before anything is compiled."""
         from mim_jax.data.sources import open_source
 
-        return open_source(self.source, split, path=self.path, data_dir=self.data_dir, channels=channels)
+        place = {key: getattr(self, key) for key in ("path", "data_dir", "columns", "folders", "holdout")}
+        return open_source(self.source, split, channels=channels, **place)
 
 
 class TrainingData(Data):
-    """Random crops of the training split (RandomResizedCrop): shares of the area, width / height, and a flip."""
+    """Random crops of the training split (RandomResizedCrop): shares of the area, width / height, and a flip.
 
+    `changed`: whether a run whose images are not those of its last checkpoint stops, or goes on (runs/same_data.py).
+    """
+
+    changed: Literal["refuse", "continue"] = "refuse"
     train_split: str
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]

@@ -53,8 +53,7 @@ class WithEncoder(Section):
     def labelled(self, split: str):
         """-> Source. Raises ConfigError (DataError) for one without labels."""
         source = self.opened(split)
-        if not source.num_classes:
-            raise ConfigError(f"job={self.job} needs labels, which {source.name} '{split}' at '{self.data.path}' has not")
+        source.require_labels(f"job={self.job}")
         return source
 
     def batches(self, source, batch_size: int, limit: int = 0):

@@ -6,6 +6,7 @@ from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.runs import saved
 
 PLACE = ("source", "path", "data_dir")
+READING = {"columns": "", "folders": "", "holdout": 0}  # how it is read; runs may be from before these keys
 
 
 def source_of(config: ConfigDict, workdir: epath.Path) -> saved.Saved:
@@ -46,6 +47,8 @@ def take_data(merged: ConfigDict, source: ConfigDict):
     if not data.source:  # a path alone: the same data, moved
         for key in PLACE:
             data[key] = data[key] or source.data[key]
+        for key, none in READING.items():
+            data[key] = data.get(key) or source.data.get(key, none)
     for key in ("normalise", "mean", "std"):  # the model has seen images so, whichever images these are
         if data[key] == "run" or not data[key]:
             data[key] = source.data[key]
@@ -68,4 +71,6 @@ def with_other_data(config: ConfigDict, source: str, path: str, data_dir: str) -
     config = ConfigDict(config.to_dict())
     for key, value in zip(PLACE, (source, path, data_dir)):
         config.data[key] = value if source else value or config.data[key]
+    if source:
+        config.data.update(READING)
     return config

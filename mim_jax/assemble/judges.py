@@ -74,10 +74,10 @@ class Evaluation(Section):
         other = f"--config.{self.at}{key}=... names another split"
         try:
             source = judged.config.opened(name)
+            if labels:
+                source.require_labels(self.type)
         except ConfigError as error:
             raise type(error)(f"{error}; {other}") from error
-        if labels and not source.num_classes:
-            raise ConfigError(f"{self.type} needs labels, which {source.name} '{source.split}' has not; {other}")
         return source
 
 
@@ -189,15 +189,16 @@ class Classify(Evaluation):
     def labelled_split(self, judged: Judged):
         """The split, or None. Raises ConfigError when its classes are others than those of the classifier."""
         from mim_jax.data.source import NotPrepared
-        from mim_jax.data.sources import open_source  # imports TensorFlow
+        from mim_jax.data.sources import WITH_PATH, open_source  # imports TensorFlow
 
         if self.weights == "average" and not judged.averaged:
             raise ConfigError(
                 "weights=average: this run keeps no moving average of its weights; fine-tuning with optim.average=0.9999 does"
             )
         data, classes = judged.config.data, judged.objective.classes
-        path = data.path if self.source in ("", data.source) else ""
-        options = dict(path=path, data_dir=data.data_dir, channels=judged.config.channels, label_sets=True)
+        own = self.source in ("", data.source)
+        options = dict(path=data.path, columns=data.columns, folders=data.folders, holdout=data.holdout) if own else {}
+        options |= dict(data_dir=data.data_dir, channels=judged.config.channels, label_sets=True)
         try:
             source = open_source(self.source or data.source, self.split, **options)
         except NotPrepared as error:
@@ -206,19 +207,27 @@ class Classify(Evaluation):
             if classes == IMAGENET_CLASSES:  # of another data set nobody expects these
                 logging.warning("left out: %s", str(error).splitlines()[0])
             return None
+        source.require_labels(self.type)
+        if source.name in WITH_PATH and judged.class_names:
+            return self.by_name(source, judged.class_names)
         if source.num_classes != classes:
-            found = f"{source.num_classes} classes" if source.num_classes else "no labels"
             raise ConfigError(
-                f"{source.name} '{self.split}' has {found}, the classifier {classes} classes: only a split of the same "
-                "classes can be judged"
-            )
-        if source.name == "folder" and judged.class_names and judged.class_names != tuple(source.class_names):
-            strange = next((a, b) for a, b in zip(judged.class_names, source.class_names) if a != b)
-            raise ConfigError(
-                f"classes of '{self.split}' are not those of the training ('{strange[0]}' there, '{strange[1]}' here): labels "
-                "are counted in the order of the names, so give the folders the same names"
+                f"{source.name} '{self.split}' has {source.num_classes} classes, the classifier {classes} classes: only a "
+                "split of the same classes can be judged"
             )
         return source
+
+    def by_name(self, source, trained: tuple[str, ...]):
+        """The split with the labels of the training, of which it may lack some. Raises ConfigError for any other class."""
+        try:
+            found = source.counted_by(trained)
+        except ConfigError as error:
+            words = f"{', '.join(trained[:3])}, ... there; classes are known by the names of their folders"
+            raise ConfigError(f"{error} than the training ({words})") from error
+        if found is not source:
+            logging.warning("%s '%s' has %d of the %d trained classes; they are judged by name", source.name, self.split,
+                            source.num_classes, len(trained))  # fmt: skip
+        return found
 
 
 EVALUATORS = {"nmi": Nmi, "knn": Knn, "fewshot": Fewshot, "reconstruct": Reconstruct, "classify": Classify}

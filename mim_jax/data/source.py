@@ -2,15 +2,19 @@
 
 import dataclasses
 
+import numpy as np
 import tensorflow as tf
 
 from mim_jax.data.augment import DataError, decoded
 
-WAYS = """provide data in one of three ways:
+WAYS = """provide data in one of these ways:
   TFDS:          data.source=imagenet2012 data.data_dir=DIR, a folder prepared once with
                  tfds build imagenet2012 --data_dir=DIR --manual_dir=TARS --file_format=array_record
   image folder:  data.source=folder data.path=DIR, with DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg,
                  or any folder of images without labels
+  parquet:       data.source=parquet data.path=DIR, files train-*.parquet as the Hugging Face hub ships image sets
+  tar shards:    data.source=webdataset data.path=DIR, or a pattern such as DIR/train-{000..146}.tar
+  list of files: data.source=list data.path=FILE.csv (.tsv, .jsonl), with columns path and label
   sample:        data.source=sample (a few photographs bundled with scikit-image and scikit-learn)"""
 
 
@@ -23,7 +27,7 @@ class Source:
     """A split of labelled or unlabelled images; examples are numbered 0 .. num_examples - 1.
 
     Without `random_access`, `stream` replaces `lookup`. `load` works inside tf.data. With `label_sets` an example may have
-    several classes, or none.
+    several classes, or none. `missing`: why some or all labels are missing, for who needs them; `version`: of the data.
     """
 
     name: str
@@ -33,11 +37,39 @@ class Source:
     channels: int
     random_access: bool = True
     label_sets: bool = False
+    missing: str = ""
+    version: str = ""
     bulk = False  # whether lookup is worth calling with many ids at once
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def require_labels(self, who: str):
+        """Raises DataError, saying why, unless every example has its label. `who` needs them."""
+        if self.missing or not self.num_classes:
+            why = f" ({self.missing})" if self.missing else ""
+            raise DataError(f"{who} needs labels, which {self.name} '{self.split}' has not{why}")
+
+    def listing(self) -> list[bytes] | None:
+        """What the examples are called, in their order and wherever the data lies; None where that is not known."""
+        return None
+
+    def sizes(self, count: int) -> list[int] | None:
+        """Bytes of at most `count` examples, spread evenly; None where they are not known."""
+        return None
+
+    def counted_by(self, names: tuple[str, ...]) -> "Source":
+        """The same examples, labels being places in `names`. Raises DataError for a class that is not among them."""
+        if names == self.class_names:
+            return self
+        if self.label_sets:
+            raise DataError(f"{self.name} '{self.split}' has sets of classes, which cannot be counted anew")
+        if strange := [name for name in self.class_names if name not in names]:
+            raise DataError(f"{self.name} '{self.split}' has {len(strange)} other classes ({', '.join(strange[:5])})")
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Source)} | {"class_names": names}
+        numbers = tf.constant([names.index(name) for name in self.class_names] + [-1])  # -1: no label stays none
+        return Recounted(**fields, of=self, numbers=numbers)
 
     def lookup(self, ids):
         """int64 [b] -> items [b]: what `load` needs of each example."""
@@ -70,6 +102,44 @@ class Source:
     def file_name(self, example_id) -> str:
         """A name of the example for tables: its path below data.path, or "<split>/<id>"."""
         return f"{self.split}/{int(example_id)}"
+
+
+def evenly(n: int, count: int):
+    """-> int64 [min(n, count)]: places in range(n), spread evenly."""
+    count = min(n, count)
+    return np.arange(count) * n // count
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recounted(Source):
+    """A source whose labels `numbers` translates."""
+
+    of: Source = None
+    numbers: tf.Tensor = None  # int32 [classes + 1]
+
+    bulk = property(lambda self: self.of.bulk)
+
+    def lookup(self, ids):
+        return self.of.lookup(ids)
+
+    def load(self, item):
+        example = self.of.load(item)
+        return {**example, "label": self.numbers[example["label"]]}
+
+    def stream(self, low, high, seed=None):
+        return self.of.stream(low, high, seed)
+
+    def describe(self, example_id):
+        return self.of.describe(example_id)
+
+    def file_name(self, example_id) -> str:
+        return self.of.file_name(example_id)
+
+    def listing(self):
+        return self.of.listing()
+
+    def sizes(self, count: int):
+        return self.of.sizes(count)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

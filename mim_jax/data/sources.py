@@ -1,19 +1,28 @@
-"""Where examples come from: TFDS, an image folder or the embedded sample, behind one interface."""
+"""Where examples come from: files in one of several forms, TFDS or the embedded sample, behind one interface."""
 
 import tensorflow as tf
 from absl import logging
 
 from mim_jax.data.augment import DataError
 from mim_jax.data.image_folder import open_folder
+from mim_jax.data.list_source import open_list
+from mim_jax.data.parquet_source import open_parquet
 from mim_jax.data.sample import photos
 from mim_jax.data.source import ArraySource
+from mim_jax.data.subset import sliced
+from mim_jax.data.tar_source import open_tar
+
+WITH_COLUMNS = {"parquet": open_parquet, "webdataset": open_tar, "list": open_list}
+WITH_PATH = ("folder", *WITH_COLUMNS)
+READING = {"columns": tuple(WITH_COLUMNS), "folders": ("folder",), "holdout": WITH_PATH}
 
 
-def open_source(name, split, *, path="", data_dir="", channels=3, label_sets=False):
-    """Opens a split. `name` is "sample", "folder" (with `path`) or a TFDS dataset (with `data_dir`).
+def open_source(name, split, *, path="", data_dir="", channels=3, label_sets=False, **reading):
+    """Opens a split. `name` is "sample", one of WITH_PATH (with `path`) or a TFDS dataset (with `data_dir`).
 
-    `split` is "train", "validation" or "test", and what the source adds: TFDS slices such as "train[:1%]", and "train_tiles"
+    `split` is "train", "validation" or "test", slices of them such as "train[:1%]", and what the source adds: "train_tiles"
     for the sample, which is always gray. A TFDS dataset with several labels per example (ReaL) has none unless `label_sets`.
+    `reading`: data.columns, data.folders and data.holdout, of those that READING says.
 
     Raises:
       DataError: the data or the split does not exist, or the options do not fit together; NotPrepared, its kin, for a
@@ -21,16 +30,31 @@ def open_source(name, split, *, path="", data_dir="", channels=3, label_sets=Fal
     """
     if channels not in (1, 3):
         raise DataError(f"data.channels={channels}: images are decoded to 3 (colour) or 1 (gray) channels.")
-    if path and name != "folder":
-        words = f"is read with data.source=folder only, not with {name!r}; the folder of a TFDS dataset is data.data_dir."
-        raise DataError(f"data.path={path!r} {words}")
+    if path and name not in WITH_PATH:
+        words = f"is read with data.source={'|'.join(WITH_PATH)} only, not with {name!r}; the folder of a TFDS dataset is"
+        raise DataError(f"data.path={path!r} {words} data.data_dir.")
+    for key, value in reading.items():
+        if value and name not in READING[key]:
+            raise DataError(f"data.{key}={value!r} is for data.source={'|'.join(READING[key])}, not for {name!r}.")
+    if name in WITH_COLUMNS:
+        columns = _columns(reading.get("columns", ""))
+        return sliced(lambda whole: WITH_COLUMNS[name](path, whole, channels, columns), split, reading.get("holdout", 0))
     if name == "sample":
         return _open_sample(split)
     if name == "folder":
-        return open_folder(path, split, channels)
+        return open_folder(path, split, channels, reading.get("folders", ""), reading.get("holdout", 0))
     from mim_jax.data import tfds_source  # here, so that the other sources need no TFDS
 
     return tfds_source.open_tfds(name, split, data_dir=data_dir, channels=channels, label_sets=label_sets)
+
+
+def _columns(text):
+    """ "image=a,label=b" -> {"image": "a", "label": "b"}."""
+    pairs = [part.partition("=") for part in text.split(",")] if text else []
+    columns = {role.strip(): name.strip() for role, _, name in pairs}
+    if not columns.keys() <= {"image", "label"} or not all(equals for _, equals, _ in pairs) or columns.get("image") == "":
+        raise DataError(f"data.columns={text!r}: write image=NAME,label=NAME, or one of the two; label= for none.")
+    return columns
 
 
 def _open_sample(split):

@@ -1,7 +1,9 @@
 """TFDS datasets: array_record by random access, TFRecord as a seeded stream."""
 
 import dataclasses
+import functools
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ from mim_jax.data.augment import DataError
 from mim_jax.data.source import WAYS, NotPrepared, Source
 
 SHUFFLE_BUFFER = 8192  # encoded records: about 1 GB for ImageNet
+COUNTED = 200_000  # examples that are read through at most, to count integer labels
+VERSION = "dataset_info.json"  # lies in the folder of each version
 CYCLE = 16  # files read in turns while shuffling
 LABEL_SETS = "real_label"  # of imagenet2012_real: the classes that annotators saw (arXiv 2006.07159), maybe none
 
@@ -76,11 +80,18 @@ def _cut(files, low, high):
 
 def _open_builder(name, data_dir):
     try:
-        builder = tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
+        if data_dir and tf.io.gfile.exists(os.path.join(data_dir, VERSION)):  # the folder of one version itself
+            builder = tfds.builder_from_directory(data_dir)
+            if builder.name != re.split("[/:]", name)[0]:
+                raise DataError(f"data.data_dir={data_dir!r} holds {builder.info.full_name}, not data.source={name!r}.")
+        else:
+            builder = tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
     except tfds.core.DatasetNotFoundError as error:
         raise DataError(f"data.source={name!r} is neither 'sample' nor 'folder' nor a TFDS dataset; {WAYS}") from error
-    except ValueError as error:  # TFDS says which variants there are
-        raise DataError(f"data.source={name!r}: {error}") from error
+    except (ValueError, AssertionError, ImportError) as error:  # TFDS says which variants there are, or what it lacks
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"data.source={name!r} cannot be opened by TFDS: {error}") from error
     if not builder.info.splits:
         option = f"data.data_dir={data_dir!r}" if data_dir else "the default folder of TFDS (data.data_dir is empty)"
         manual = " --manual_dir=TARS" if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ""
@@ -89,6 +100,32 @@ def _open_builder(name, data_dir):
             f"tfds build {name} --data_dir={data_dir or 'DIR'}{manual} --file_format=array_record\nOr {WAYS}"
         )
     return builder
+
+
+@functools.lru_cache(maxsize=8)
+def _integer_classes(folder):
+    """Folder of a version whose `label` has no names -> (names "0", "1", ... over all splits; why there are none)."""
+    builder = tfds.builder_from_directory(folder)
+    label = builder.info.features["label"]
+    what = "its feature 'label' is no ClassLabel and no whole number"
+    if label.shape != () or not tf.as_dtype(label.dtype).is_integer:
+        return (), what
+    total = sum(info.num_examples for info in builder.info.splits.values())
+    if total > COUNTED:
+        return (), f"its feature 'label' has no names, and more than {COUNTED} examples are not read through to count them"
+    low, high = 0, -1
+    for split, info in builder.info.splits.items():
+        if builder.info.file_format.value == "array_record":
+            there, n = builder.as_data_source(split).data_source, info.num_examples
+            batches = (there.__getitems__(list(range(i, min(i + 1024, n)))) for i in range(0, n, 1024))
+        else:
+            batches = tf.data.TFRecordDataset(list(map(os.fspath, info.filepaths))).batch(1024)
+        for records in batches:
+            labels = tf.io.parse_example(records, {"label": tf.io.FixedLenFeature([], tf.int64)})["label"].numpy()
+            low, high = min(low, int(labels.min())), max(high, int(labels.max()))
+    if low < 0 or high >= COUNTED:
+        return (), f"its feature 'label' goes from {low} to {high}, which are no numbers of classes"
+    return tuple(map(str, range(high + 1))), ""
 
 
 def open_tfds(name, split, *, data_dir, channels, label_sets=False):
@@ -115,7 +152,9 @@ def open_tfds(name, split, *, data_dir, channels, label_sets=False):
         raise DataError(f"{name} has no feature 'image' that is an image; it has {', '.join(there)}.")
     label_sets = label_sets and LABEL_SETS in there
     label = there[LABEL_SETS].feature if label_sets else there.get("label")
-    names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
+    names, missing = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else (), ""
+    if not names and label is not None and not label_sets:
+        names, missing = _integer_classes(os.fspath(builder.data_path))
 
     file_format = builder.info.file_format.value
     if file_format not in ("array_record", "tfrecord"):
@@ -123,4 +162,7 @@ def open_tfds(name, split, *, data_dir, channels, label_sets=False):
     random_access = file_format == "array_record"
     records = builder.as_data_source(split).data_source if random_access else None
     logging.info("%s, split %s: %d examples, %d classes, %s", name, split, info.num_examples, len(names), file_format)
-    return TfdsSource(name, split, info.num_examples, names, channels, random_access, label_sets, features, files, records)
+    return TfdsSource(
+        name, split, info.num_examples, names, channels, random_access, label_sets, missing, str(builder.info.full_name),
+        features=features, files=files, records=records,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ from mim_jax.evaluators import split_runner
 from mim_jax.jobs.feature_files import FILES, Writer, check_room
 from mim_jax.models.encoder import Encoder
 from mim_jax.objectives.objective import Extractor
+from mim_jax.runs import same_data
 from mim_jax.runs.workdir import RESULT, claimed, finished
 
 SAY_EVERY = 30.0  # seconds
@@ -60,6 +61,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     origin = dict(
         run=str(source.folder), step=int(source.folder.name), pool=made.pool, tap=config.tap,
         image_size=list(config.image_size), source=d.source, path=d.path, data_dir=d.data_dir, split=d.split,
+        images=same_data.record(images),
     )  # fmt: skip
     check_room(workdir, config.format, shape)
     with claimed(workdir, typed, sections.defaults(Features, completed)), logs.Logger(workdir) as logger:

@@ -15,6 +15,7 @@ from mim_jax.durations import Duration, stated
 from mim_jax.logs import Logger, Logging
 from mim_jax.objectives.objective import Objective
 from mim_jax.provenance import git_hash, this_run, write_result
+from mim_jax.runs import same_data
 from mim_jax.runs.checkpoint import Checkpoints, Saving
 from mim_jax.runs.stopping import Stopping
 from mim_jax.runs.workdir import RESULT, claimed, read_json
@@ -46,7 +47,7 @@ def experiment(
     """
     length = Length.of(config.total, config.batch_size, config.accumulation, source.num_examples)
     facts = {"classes": source.num_classes, "class_names": source.class_names}
-    judged = judges.Judged(objective, config, mesh, config.seed, averaged=averaged)
+    judged = judges.Judged(objective, config, mesh, config.seed, source.class_names, averaged)
     return Experiment(
         config, kept.to_dict() | facts, objective, source=source, mesh=mesh, rate=Rate(config.optim, length),
         evaluators=judges.evaluators(config.evals, judged, length.steps),
@@ -89,30 +90,24 @@ def begin(e: Experiment, logger: Logger, checkpoints: Checkpoints, stopping: Sto
     made, first, clock, ancestor, words = e.objective, 0, Clock(), e.start.ancestor, e.start.words
     options = dict(seed=e.config.seed, mesh=e.mesh, fsdp=e.config.fsdp)
     fresh, shapes, shardings = plan(made, e.optimizer, made.example(), **options)
-    state, meta = checkpoints.restore(shapes, shardings)
+    workdir, go_on, said = checkpoints.folder.parent, e.config.data.changed == "continue", []
+    check = lambda meta: said.append(same_data.require_same(meta, e.source, workdir, labelled=made.labelled, go_on=go_on))
+    state, meta = checkpoints.restore(shapes, shardings, check)
     if state is None:
         state = create(fresh, shardings, e.start.replace)
     else:
-        require_same_classes(e, meta["config"])
         first, clock, ancestor = meta["step"], Clock(meta["clock"]), meta.get("ancestor", {})
-        words = f"continued at step {first}"
-    logger.say(describe(e, state, checkpoints.folder.parent, words))
+        words = f"continued at step {first}" + said[-1]
+        if first > e.length.total:
+            raise ConfigError(f"the run is at step {first}, beyond its end, step {e.length.total}; lengthen total_*")
+    same_data.keep_list(e.source, workdir)
+    logger.say(describe(e, state, workdir, words))
     overview = tree.overview(state.params)
     logger.text("parameters", overview)
     if first == 0:
         logger.say(overview)
-    kept = {"config": e.kept, "git": git_hash(), "ancestor": ancestor}
+    kept = {"config": e.kept, "git": git_hash(), "ancestor": ancestor, "data": same_data.record(e.source)}
     return loop.Run(state, first, shardings, checkpoints, logger, clock, stopping, kept)
-
-
-def require_same_classes(e: Experiment, there: dict):
-    """Raises ConfigError where labels would be continued on other classes, as many: data.path may change between runs."""
-    then, now = tuple(there.get("class_names", ())), tuple(e.source.class_names)
-    if e.objective.labelled and then and then != now:
-        raise ConfigError(
-            f"the classes of {e.source.name} at '{e.config.data.path}' are not those that this run was trained on so far "
-            f"({', '.join(then[:3])}, ... there; {', '.join(now[:3])}, ... here): labels are counted in the order of the names"
-        )
 
 
 def devices(config: Training) -> jax.sharding.Mesh:

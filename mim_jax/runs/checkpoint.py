@@ -66,10 +66,11 @@ class Checkpoints(contextlib.AbstractContextManager):
             reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0][:200]
             logging.warning("no checkpoint was written at step %s, the disk is full (%s); training goes on", step, reason)
 
-    def restore(self, state, shardings):
+    def restore(self, state, shardings, check=lambda meta: None):
         """-> (state, meta) of the newest sound checkpoint, or (None, None) when there is none.
 
-        `state` gives structure, shapes and types. Damaged checkpoints newer than that one are moved aside with a warning.
+        `state` gives structure, shapes and types; `check(meta)` may refuse before they are compared. Damaged
+        checkpoints newer than that one are moved aside with a warning.
         Raises CheckpointError when the shapes differ, or when every checkpoint is damaged.
         """
         wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
@@ -77,6 +78,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+                check(meta)
                 there = self._manager.item_metadata(step).state.tree
                 on_disk = {path: leaf for path, leaf in tree.flatten(there).items() if hasattr(leaf, "shape")}  # no empty nodes
                 today = saved.modern_keys(meta.get("config", {}), on_disk)

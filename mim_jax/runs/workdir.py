@@ -12,9 +12,10 @@ from mim_jax.runs.lock import locked
 from mim_jax.runs.saved import modernised
 
 # Keys that may differ between the run a workdir holds and the command that continues it: none changes more than rounding.
-# (A tokenizer's weights are in the checkpoints.)
-MAY_CHANGE = (r"^log\.", r"^checkpoint\.", r"^evals\.", r"^data\.(path|data_dir)$", r"^(remat|fsdp|accumulation)$",
-              r"^tokenizer\.weights$")  # fmt: skip
+# (A tokenizer's weights are in the checkpoints, and so is what the data was.)
+MAY_CHANGE = (r"^log\.", r"^checkpoint\.", r"^evals\.", r"^data\.(path|data_dir|folders|changed)$",
+              r"^(remat|fsdp|accumulation)$", r"^tokenizer\.weights$")  # fmt: skip
+LATER = ("images",)  # keys of a result that earlier ones lack
 RESULT, CONFIG = "result.json", "config.json"
 
 
@@ -71,7 +72,11 @@ def finished(workdir: epath.Path, origin: dict) -> dict | None:
     origin = json.loads(json.dumps(origin))
     at_home = lambda value: json.dumps(value).replace('"~/', f'"{paths.at_home("~")}/')  # as typed, once
     differs = lambda key: at_home(there.get(key)) != at_home(origin[key])
-    changed = [f"{key}: {there.get(key)} -> {value}" for key, value in origin.items() if differs(key)]
+    changed = [
+        f"{key}: {there.get(key)} -> {value}"
+        for key, value in origin.items()
+        if differs(key) and (key in there or key not in LATER)
+    ]
     if changed:
         raise ConfigError(
             f"'{workdir}' is finished and holds something else; nothing was changed there. Choose another --workdir. "
