@@ -10,7 +10,8 @@ def duration(name: str, *, steps=0, epochs=0.0, examples=0, percent=0.0) -> dict
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RUN_DATA = dict(source="", path="", data_dir="", columns="", folders="", holdout=0)  # an empty source: the data of the run
+DECODING = dict(exif="auto", bad_limit=0.1)  # of `c.data`: EXIF (auto, ignore or apply), the share that may be unreadable
+RUN_DATA = dict(source="", path="", data_dir="", columns="", folders="", holdout=0, **DECODING)  # no source: the run's
 VIT_SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
 SWIN_SIZES = {
     "T": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7),
@@ -106,6 +107,7 @@ def imagenet_pretraining(c, *, method: str, epochs: float, batch_size: int, size
         crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, jitter=0.0, resize_ratio=0.875,
         normalise="dataset", mean=IMAGENET_MEAN, std=IMAGENET_STD,
     ))  # fmt: skip
+    c.data.update(DECODING)
     c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", epochs=1)))
     c.log = ConfigDict(dict(every_steps=50, tensorboard=True))
     c.evals = ConfigDict()

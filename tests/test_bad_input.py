@@ -339,12 +339,27 @@ def test_an_unreadable_image_is_named_and_no_checkpoint_is_written(tmp_path):
             picture(tmp_path / "images" / split / "ab"[k % 2] / f"{k}.png")
     bad = tmp_path / "images" / "train" / "a" / "0.png"
     bad.write_bytes(bad.read_bytes()[:100])
-    config = folder_config(tmp_path / "images", evals__knn__train_split="train", data__crop_scale=(0.2, 1.0))
+    config = folder_config(
+        tmp_path / "images", evals__knn__train_split="train", data__crop_scale=(0.2, 1.0), data__bad_limit=0.0
+    )
     assert config.batch_size == 8, "the first batch holds every image"
     with pytest.raises(ValueError) as caught:
         run(config, str(tmp_path / "w"))
     assert type(caught.value).__name__ == "DataError" and str(bad) in str(caught.value)
     assert not list((tmp_path / "w").glob("checkpoints/[0-9]*")) and not (tmp_path / "w" / "result.json").exists()
+
+
+def test_one_unreadable_image_ends_no_run(tmp_path):
+    for split, count in (("train", 13), ("val", 4)):
+        for k in range(count):
+            picture(tmp_path / "images" / split / "ab"[k % 2] / f"{k}.png")
+    for bad in ("train/a/0.png", "val/b/1.png"):
+        path = tmp_path / "images" / bad
+        path.write_bytes(path.read_bytes()[:100])
+    knn = dict(evals__knn__on=True, evals__knn__train_split="train", evals__knn__test_split="validation")
+    config = folder_config(tmp_path / "images", data__crop_scale=(0.2, 1.0), **knn)
+    results = run(config, str(tmp_path / "w"))
+    assert results["steps"] == 2 and np.isfinite(results["knn/accuracy"])
 
 
 def test_unlabelled_images_need_the_knn_evaluator_off_as_the_message_says(tmp_path):

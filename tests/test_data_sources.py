@@ -14,6 +14,7 @@ from mim_jax.data import augment, pipeline
 from mim_jax.data.augment import DataError
 from mim_jax.data.image_folder import check_folder
 from mim_jax.data.sources import open_source
+from mim_jax.data.unreadable import Reading
 
 
 def picture(seed, height=40, width=48):
@@ -132,20 +133,22 @@ def test_broken_files_are_named(folder, content):
     write(os.path.join(path, "b/broken.jpg"), whole[: len(whole) // 3] if content is None else content)
     assert check_folder(path) == [os.path.join(path, "b/broken.jpg")]
     source = open_source("folder", "train", path=path)
-    batches = pipeline.TrainBatches(source, batch_size=4, size=(16, 16), crop=augment.RandomCrop(), seed=0)
+    none = lambda: Reading(limit=0)
+    options = dict(batch_size=4, size=(16, 16), crop=augment.RandomCrop(), seed=0)
     with pytest.raises(DataError, match="b/broken.jpg") as failure:
-        batches.batch(0)
+        pipeline.TrainBatches(source, reading=none(), **options).batch(0)
     assert "1.jpg" not in str(failure.value)
     with pytest.raises(DataError, match="b/broken.jpg"):
-        everything(source)
+        everything(source, reading=none())
 
 
 def test_file_deleted_while_training(folder):
     path = folder("1.jpg", "2.jpg")
     source = open_source("folder", "train", path=path)
     os.remove(os.path.join(path, "2.jpg"))
+    assert everything(source)["valid"].tolist() == [True, False, False, False]
     with pytest.raises(DataError, match="2.jpg"):
-        everything(source)
+        everything(source, reading=Reading(limit=0))
 
 
 # ---- formats

@@ -172,13 +172,30 @@ def test_a_killed_run_leaves_no_file_under_its_name_and_is_repeated(lomar, tmp_p
     folder, workdir = draw(tmp_path / "images", NAMES), tmp_path / "run"
     whole = (folder / NAMES[-1]).read_bytes()
     (folder / NAMES[-1]).write_bytes(whole[:60])
+    strict = settings(lomar, folder)
+    strict.data.bad_limit = 0.0
     with pytest.raises(DataError, match="deep/9.png"):
-        run(settings(lomar, folder), str(workdir))
+        run(strict, str(workdir))
     assert (workdir / "features.npy.part").exists()
     assert not [name for name in ("features.npy", "labels.npy", "names.txt", "result.json") if (workdir / name).exists()]
     (folder / NAMES[-1]).write_bytes(whole)
-    assert run(settings(lomar, folder), str(workdir))["count"] == 9
+    assert run(strict, str(workdir))["count"] == 9
     assert np.isfinite(written(workdir)[0]).all()
+
+
+@pytest.mark.parametrize("format", ["npy", "parquet"])
+def test_an_unreadable_image_has_a_row_without_numbers(format, lomar, tmp_path):
+    folder, workdir = draw(tmp_path / "images", NAMES), tmp_path / "run"
+    (folder / NAMES[4]).write_bytes(b"")
+    result = run(settings(lomar, folder, f"toy,format={format}"), str(workdir))
+    assert (result["count"], result["unread"]) == (9, 1)
+    if format == "npy":
+        rows, labels, _ = written(workdir)
+        nothing = [label == -1 for label in labels]
+    else:
+        table = pq.read_table(workdir / "features.parquet")
+        rows, nothing = np.stack(table["feature"].to_numpy()), [label is None for label in table["label"].to_pylist()]
+    assert [np.isnan(row).all() for row in rows] == nothing == [k == 4 for k in range(9)]
 
 
 def test_finished_features_are_left_alone(plain, lomar, images, tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ import numpy as np
 
 from mim_jax.config import ConfigError
 from mim_jax.paths import Place
-from mim_jax.sections import Bound, Natural, NotNegative, Positive, Section, nested
+from mim_jax.sections import Bound, Natural, NotNegative, Positive, Section, Share, nested
 from mim_jax.targets.pixels import Normaliser
 
 
@@ -19,6 +19,8 @@ class Data(Section):
 
     Of a folder: `folders` says which of its folders are splits or classes, where the rules of docs/data.md do not; `holdout`
     takes so many percent of the training images for the validation split that is not there.
+    exif: whether photos are turned as their EXIF says; auto: as in the run that is started from, else ignored. bad_limit: the
+    share of images that may be unreadable, 0: none.
     """
 
     source: str
@@ -31,6 +33,8 @@ class Data(Section):
     std: tuple[float, ...]
     resize_ratio: Positive
     columns: str = ""  # "image=NAME,label=NAME" where a source has them under other names
+    exif: Literal["auto", "ignore", "apply"] = "auto"
+    bad_limit: Share = 0.1
 
     def check(self):
         self.require(self.resize_ratio <= 1, "resize_ratio", "is not a share between 0 and 1")
@@ -46,6 +50,13 @@ class Data(Section):
         if len(self.mean) != channels or len(self.std) != channels:
             raise ConfigError(f"data.mean and data.std need one number for each of the {channels} channels")
         return Normaliser(self.mean, self.std, per_image=self.normalise == "image")
+
+    def reading(self):
+        """-> data.unreadable.Reading, of one source."""
+        from mim_jax.data.decoding import Decoding
+        from mim_jax.data.unreadable import Reading
+
+        return Reading(Decoding("apply" if self.exif == "apply" else "ignore"), self.bad_limit)
 
     def opened(self, split: str, channels: int):
         """-> Source. Raises DataError for a data set that is not there, before anything is compiled."""
@@ -119,14 +130,14 @@ def training_batches(config, source, augment: RandAugmentation | None = None):
     crop = RandomCrop(scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip)
     process = jax.process_index(), jax.process_count()
     options = dict(batch_size=config.batch_size, size=config.image_size, seed=config.seed, process=process)
-    return TrainBatches(source, crop=crop, augment=policy, **options)
+    return TrainBatches(source, crop=crop, augment=policy, reading=data.reading(), **options)
 
 
-def split_batches(source, size, resize_ratio: float, batch_size: int, limit: int = 0):
-    """-> (batches(), number of examples): padded batches over a split, each example once."""
+def split_batches(source, size, resize_ratio: float, batch_size: int, limit: int = 0, reading=None):
+    """-> (batches(), number of examples): padded batches over a split, each example once; `reading` as Data.reading() gives."""
     from mim_jax.data.pipeline import eval_batches
 
     whole, process = -(-batch_size // jax.device_count()) * jax.device_count(), (jax.process_index(), jax.process_count())
-    options = dict(batch_size=whole, size=size, resize_ratio=resize_ratio, limit=limit, process=process)
+    options = dict(batch_size=whole, size=size, resize_ratio=resize_ratio, limit=limit, process=process, reading=reading)
     count = min(limit, source.num_examples) if limit else source.num_examples
     return lambda: eval_batches(source, **options), count

@@ -52,6 +52,8 @@ def take_data(merged: ConfigDict, source: ConfigDict):
     for key in ("normalise", "mean", "std"):  # the model has seen images so, whichever images these are
         if data[key] == "run" or not data[key]:
             data[key] = source.data[key]
+    if data.get("exif", "auto") == "auto":
+        data.exif = source.data.get("exif", "auto")
     if not data.resize_ratio:  # MAE's and timm's rule: 224 / 256 for small images, the whole image for large ones
         data.resize_ratio = 0.875 if min(merged.image_size) < 256 else 1.0
     sample = data.source == "sample"

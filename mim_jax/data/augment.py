@@ -1,20 +1,18 @@
 """Decoding, cropping and resizing of single examples inside tf.data: encoded images in, uint8 out.
 
 The random crop follows torchvision's RandomResizedCrop and the resize PIL's bicubic filter, because every published recipe was
-tuned with these two. EXIF orientation is ignored, as torchvision does.
+tuned with these two.
 """
 
 import dataclasses
-import io
 import math
 
-import numpy as np
 import tensorflow as tf
 from absl import logging
-from PIL import Image
 
 from mim_jax.config import ConfigError
-from mim_jax.data import placed
+from mim_jax.data import decoding, placed
+from mim_jax.data.decoding import PLAIN
 
 try:
     tf.config.set_visible_devices([], "GPU")  # the accelerator belongs to JAX
@@ -23,7 +21,7 @@ except RuntimeError:  # somebody ran a TensorFlow op before the data was importe
 
 TRIES = 10
 UNIFORMS = 2 * TRIES + 3  # area and ratio of each try, the corner, the flip
-DCT = "INTEGER_ACCURATE"  # PIL's transform of JPEG, to the bit
+THIN = 8  # times longer than the centre that evaluation keeps: from there on only that is resized
 
 
 class DataError(ConfigError):
@@ -72,18 +70,6 @@ def crop_box(crop, height, width, uniforms):
     return tuple(tf.unstack(tf.cast(tf.concat([corner, box], 0), tf.int32)))
 
 
-def _pil_decode(data):
-    data = np.asarray(data, object).item()  # eagerly it comes as an array of one object, in graphs as bytes
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
-def _decode_other(data):
-    """PNG by TensorFlow, the rest by PIL: TensorFlow 2.21 garbles palette BMP and refuses animated WebP."""
-    png = lambda: tf.io.decode_png(data, channels=3)
-    pil = lambda: tf.numpy_function(_pil_decode, [data], tf.uint8, stateful=False)
-    return tf.ensure_shape(tf.cond(tf.strings.substr(data, 0, 4) == b"\x89PNG", png, pil), [None, None, 3])
-
-
 def to_channels(pixels, channels):
     """uint8 [h w 3] -> uint8 [h w c], c = 3, or 1: ITU-R 601 luma, rounded as PIL does."""
     if channels == 3:
@@ -92,50 +78,34 @@ def to_channels(pixels, channels):
     return tf.cast((luma + 32768) // 65536, tf.uint8)
 
 
-def _by_format(data, jpeg, other):
-    """`jpeg()` or `other()`, as the encoded bytes are."""
-    return tf.cond(tf.strings.substr(data, 0, 3) == b"\xff\xd8\xff", jpeg, other)
+def decode(data, channels, how=PLAIN):
+    """Encoded bytes of any kind in docs/data.md -> uint8 [h w c]."""
+    return to_channels(decoding.whole(data, how), channels)
 
 
-def decode(data, channels):
-    """Encoded bytes (jpeg incl. CMYK and gray, png incl. 16 bit, webp, bmp, gif) -> uint8 [h w c]."""
-    jpeg = lambda: tf.io.decode_jpeg(data, channels=3, dct_method=DCT)
-    pixels = _by_format(data, jpeg, lambda: _decode_other(data))
-    return to_channels(tf.ensure_shape(pixels, [None, None, 3]), channels)
-
-
-def cut_image(image, channels, choose):
+def cut_image(image, channels, choose, how=PLAIN):
     """Bytes or uint8 [h w c], `choose` (h, w) -> (y, x, h, w) -> the pixels in that box, the (h, w) of the whole, the box."""
-
-    def cut(pixels):
-        sides = tf.shape(pixels)[:2]
-        box = choose(*tf.unstack(sides))
-        return placed.PLACED["image"].cut(pixels, box), sides, box
-
-    def cut_jpeg():
-        sides = tf.io.extract_jpeg_shape(image)[:2]
-        height, width = tf.unstack(sides)
-        y, x, h, w = box = choose(height, width)
-        # Decodes only the box, and 2 px around it: libjpeg has no chroma to interpolate with at the rim of a crop.
-        top, left = tf.maximum(y - 2, 0), tf.maximum(x - 2, 0)
-        bottom, right = tf.minimum(y + h + 2, height), tf.minimum(x + w + 2, width)
-        window = tf.stack([top, left, bottom - top, right - left])
-        pixels = tf.io.decode_and_crop_jpeg(image, window, channels=3, dct_method=DCT)
-        return pixels[y - top : y - top + h, x - left : x - left + w], sides, box
-
-    if image.dtype != tf.string:
-        return cut(tf.ensure_shape(image, [None, None, channels]))
-    pixels, sides, box = _by_format(image, cut_jpeg, lambda: cut(_decode_other(image)))
-    return to_channels(tf.ensure_shape(pixels, [None, None, 3]), channels), sides, box
+    if image.dtype == tf.string:
+        pixels, sides, box = decoding.cut(image, choose, how)
+        return to_channels(pixels, channels), sides, box
+    pixels = tf.ensure_shape(image, [None, None, channels])
+    sides = tf.shape(pixels)[:2]
+    box = choose(*tf.unstack(sides))
+    return placed.PLACED["image"].cut(pixels, box), sides, box
 
 
-def train_example(example, seed, crop, size, channels):
-    """Example, seed [2] -> example of the given size, the image uint8: a random crop, resized, perhaps mirrored."""
-    uniforms = tf.random.stateless_uniform([UNIFORMS], seed)
+def cut_example(example, uniforms, crop, channels, how=PLAIN):
+    """Example, [UNIFORMS] -> the example with only its image cut to the crop, the (h, w) it had, the box."""
+    choose = lambda h, w: crop_box(crop, h, w, uniforms)
+    image, sides, box = cut_image(example["image"], channels, choose, how)
+    return {**example, "image": image}, sides, box
+
+
+def resized_example(example, sides, box, uniforms, crop, size):
+    """What `cut_example` gives -> example of the given size, perhaps mirrored: all that has a place follows the image."""
     rest = {key: values for key, values in example.items() if key != "image"}
-    image, sides, box = cut_image(example["image"], channels, lambda h, w: crop_box(crop, h, w, uniforms))
     placed.check(rest, sides)
-    inside = {"image": image, **placed.moved(rest, lambda kind, values: kind.cut(values, box))}
+    inside = {"image": example["image"], **placed.moved(rest, lambda kind, values: kind.cut(values, box))}
     seen = placed.moved(inside, lambda kind, values: kind.resize(values, box[2:], size))
     if crop.flip:
         mirrored = lambda: placed.moved(seen, lambda kind, values: kind.mirror(values, size))
@@ -143,21 +113,38 @@ def train_example(example, seed, crop, size, channels):
     return seen
 
 
-def decoded(example, channels):
-    """Example -> the example with its image uint8 [h w c], and (h, w). Raises what TensorFlow does where it cannot be read."""
+def train_example(example, seed, crop, size, channels, how=PLAIN):
+    """Example, seed [2] -> example of the given size, the image uint8: a random crop, resized, perhaps mirrored."""
+    uniforms = tf.random.stateless_uniform([UNIFORMS], seed)
+    return resized_example(*cut_example(example, uniforms, crop, channels, how), uniforms, crop, size)
+
+
+def with_pixels(example, channels, how=PLAIN):
+    """Example -> the example with its image uint8 [h w c]. Raises what TensorFlow does where it cannot be decoded."""
     image = example["image"]
-    image = decode(image, channels) if image.dtype == tf.string else tf.ensure_shape(image, [None, None, channels])
-    example, sides = {**example, "image": image}, tf.shape(image)[:2]
-    placed.check(example, sides)
-    return example, sides
+    image = decode(image, channels, how) if image.dtype == tf.string else tf.ensure_shape(image, [None, None, channels])
+    return {**example, "image": image}
 
 
-def eval_example(example, size, resize_ratio, channels):
+def decoded(example, channels, how=PLAIN):
+    """As `with_pixels`; and raises for what does not lie on the image."""
+    example = with_pixels(example, channels, how)
+    placed.check(example, tf.shape(example["image"])[:2])
+    return example
+
+
+def eval_example(example, size, resize_ratio, channels, how=PLAIN):
     """Example -> example of the given size, the image uint8: shorter side to size / resize_ratio, then the centre.
 
     One that has the size already is left as it is.
     """
-    example, sides = decoded(example, channels)
+    return centre(with_pixels(example, channels, how), size, resize_ratio)
+
+
+def centre(example, size, resize_ratio):
+    """Example with pixels -> the centre of the given size, once the shorter side is size / resize_ratio."""
+    sides = tf.shape(example["image"])[:2]
+    placed.check(example, sides)
     (h, w), (out_h, out_w) = tf.unstack(sides), size
     cover_h, cover_w = round(out_h / resize_ratio), round(out_w / resize_ratio)
     tall = cover_h * w >= cover_w * h  # the height decides; whole numbers, so nothing is lost to rounding
@@ -165,5 +152,13 @@ def eval_example(example, size, resize_ratio, channels):
     new_h = tf.where(same, h, tf.where(tall, cover_h, cover_w * h // w))
     new_w = tf.where(same, w, tf.where(tall, cover_h * w // h, cover_w))
     y, x = (tf.cast(tf.round(room / 2), tf.int32) for room in (new_h - out_h, new_w - out_w))
-    grown = placed.moved(example, lambda kind, values: kind.resize(values, sides, (new_h, new_w)))
-    return placed.moved(grown, lambda kind, values: kind.cut(values, (y, x, out_h, out_w)))
+    box = (y, x, out_h, out_w)
+
+    def whole():
+        grown = placed.moved(example, lambda kind, values: kind.resize(values, sides, (new_h, new_w)))
+        return placed.moved(grown, lambda kind, values: kind.cut(values, box))
+
+    def part():  # thin as a thread: nearly all of the whole would be thrown away
+        return placed.moved(example, lambda kind, values: placed.window(kind, values, sides, (new_h, new_w), box))
+
+    return tf.cond(tf.maximum(new_h // cover_h, new_w // cover_w) >= THIN, part, whole)

@@ -7,13 +7,15 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from mim_jax.data import augment
+from mim_jax.data import augment, unreadable
 from mim_jax.data.augment import DataError, RandomCrop
 from mim_jax.data.source import Source
 from mim_jax.data.stream import Stream
+from mim_jax.data.unreadable import Reading
 
 FOREVER = np.iinfo(np.int64).max
-ORDER, CROP, AUGMENT = 0, 1, 2  # what a seed is for, so that these are independent
+ORDER, CROP, AUGMENT, REPLACE = 0, 1, 2, 3  # what a seed is for, so that these are independent
+REPLACEMENTS = 64  # tried for an image that cannot be read
 FETCH = 64  # records per bulk lookup
 PADDING = {"label": -1, "label_map": 255, "id": -1}  # of the other keys 0, of label sets too
 _plain = tf.autograph.experimental.do_not_convert  # no function here needs rewriting
@@ -64,19 +66,6 @@ def _finish(ds, make, local, prefetch):
     return Stream(ds.batch(local).prefetch(prefetch))
 
 
-def _explain(error, source, items):
-    """A TensorFlow error met in a batch, and the items of that batch -> DataError that names the bad examples."""
-    try:
-        bad = [source.describe(i.numpy()) for _, i, item in items if source.is_broken(item)]
-    except tf.errors.OpError as reading:  # the records themselves, so there are no names
-        bad, error = [], reading
-    reason = str(error.message).splitlines()[0][:300]
-    if not bad:
-        return DataError(f"Reading {source.name!r}, split {source.split!r}, failed: {reason}")
-    words = "(mim_jax.data.image_folder.check_folder lists every broken file of a folder.)"
-    return DataError(f"Cannot read {', '.join(bad)}: delete or replace it. {words} TensorFlow says: {reason}")
-
-
 @dataclasses.dataclass(eq=False)
 class TrainBatches:
     """Training batches, a pure function of (seed, step, process): nothing to save, nothing to restore.
@@ -85,6 +74,9 @@ class TrainBatches:
     with epoch = i div N; its crop and what `augment` draws depend on (seed, epoch, id) only, so any number of processes sees
     the same global batches. A source without random access gives each process a fixed share instead, reshuffled every epoch;
     to start at a step it replays the shuffle of that epoch.
+
+    An image that cannot be read is replaced by the first of REPLACEMENTS others that can, in an order drawn from (seed, epoch,
+    id); the crop is that of the image replaced. Nothing else enters, so the batch stays the same function.
 
     Raises:
       DataError: the sizes do not fit together, or the source holds fewer examples than processes.
@@ -99,6 +91,7 @@ class TrainBatches:
     process: tuple[int, int] = (0, 1)  # which one this is, and of how many
     prefetch: int = 2  # batches prepared ahead
     augment: Callable | None = None  # (example, seed [2]) -> example, of the cropped and flipped one
+    reading: Reading = dataclasses.field(default_factory=Reading)
 
     def __post_init__(self):
         self._local = _local(self.batch_size, self.size, self.process)
@@ -108,6 +101,7 @@ class TrainBatches:
             raise DataError(f"{held}, too few for {count} processes.")
         self._seed = int(self.seed) % 2**63
         self._stream, self._next_step = None, None
+        self._careful = False  # once an image could not be read: a failing one then costs its replacement, not the stream
 
     def batch(self, step):
         """Step -> {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b], ...}: this process's slice.
@@ -116,17 +110,25 @@ class TrainBatches:
         Consecutive steps stream; any other step starts the stream anew from there.
 
         Raises:
-          DataError: an image of the batch cannot be read; the message names it. Or examples that do not make a batch.
+          DataError: more images than `reading.limit` cannot be read; the message names them. Or none of those tried in place of
+            one can be, or the examples do not make a batch.
         """
         if self._stream is None or step != self._next_step:
             self.close()
             self._stream = _finish(self._items(step), self._make, self._local, self.prefetch)
         self._next_step = step + 1
         try:
-            return self._stream.next()
+            batch = self._stream.next()
         except tf.errors.OpError as error:
             self.close()
-            raise _explain(error, self.source, self._items(step).take(self._local)) from error
+            if self._careful:
+                items = self._items(step).take(self._local)
+                raise unreadable.explain(error, self.source, items, self.reading.decoding) from error
+            self._careful = True
+            return self.batch(step)
+        asked = batch.pop("asked")
+        self.reading.note(self.source, asked[asked != batch["id"]].tolist(), len(asked))
+        return batch
 
     def close(self):
         """Stops reading ahead and frees the prefetched batches."""
@@ -165,26 +167,47 @@ class TrainBatches:
 
         return tf.data.Dataset.range(first, FOREVER).flat_map(_plain(epoch_items))
 
-    def _make(self, epoch, example_id, item):
-        seed = _fold(self._seed, CROP, epoch, example_id)
-        example = augment.train_example(self.source.load(item), seed, self.crop, self.size, self.source.channels)
+    def _make(self, epoch, asked, item):
+        seed = _fold(self._seed, CROP, epoch, asked)
+        uniforms = tf.random.stateless_uniform([augment.UNIFORMS], seed)
+
+        def cut(example_id, item):
+            example, how = self.source.load(item), self.reading.decoding
+            return example_id, augment.cut_example(example, uniforms, self.crop, self.source.channels, how)
+
+        if self._careful:
+            example_id, inside = unreadable.first_read(self._attempts(epoch, asked, item).map(_plain(cut)))
+        else:
+            example_id, inside = cut(asked, item)
+        example = augment.resized_example(*inside, uniforms, self.crop, self.size)
         if self.augment is not None:
-            example = self.augment(example, _fold(self._seed, AUGMENT, epoch, example_id))
-        return {**example, "id": example_id}
+            example = self.augment(example, _fold(self._seed, AUGMENT, epoch, asked))
+        return {**example, "id": example_id, "asked": asked}
+
+    def _attempts(self, epoch, asked, item):
+        """Dataset of (id, item): the example, and then what may stand in its place."""
+        n, seed = self.source.num_examples, _fold(self._seed, REPLACE, epoch, asked)
+
+        def other(k):
+            i = tf.random.experimental.index_shuffle(k, seed, tf.constant(n - 1, tf.int64))
+            return i, unreadable.item_of(self.source, i)
+
+        others = tf.data.Dataset.range(min(n, REPLACEMENTS)).map(_plain(other))
+        return tf.data.Dataset.from_tensors((asked, item)).concatenate(others)
 
 
-def eval_batches(source, *, batch_size, size, resize_ratio, process=(0, 1), limit=0):
+def eval_batches(source, *, batch_size, size, resize_ratio, process=(0, 1), limit=0, reading=None):
     """The whole split, or `limit` examples spread evenly over it, exactly once over all processes.
 
     A source without random access gives its first `limit` examples instead. `process` is (which one, of how many).
 
     Yields {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b], "valid": bool [b], ...}: every key of the examples,
-    the same number of batches on every process; padding is what PADDING says, with valid False. Of label sets "label" is
-    uint8 [b classes], 1 for every class of the example, and padding has none. The shorter side goes to size / resize_ratio,
-    then the centre is cut out; an image of the target size stays as it is.
+    the same number of batches on every process; padding is what PADDING says, with valid False. So is an image that cannot be
+    read, but for its id. Of label sets "label" is uint8 [b classes], 1 for every class of the example, and padding has none.
+    The shorter side goes to size / resize_ratio, then the centre is cut out; an image of the target size stays as it is.
 
     Raises:
-      DataError: at once if the sizes do not fit together; while iterating if an image cannot be read.
+      DataError: at once if the sizes do not fit together; while iterating if more images than `reading.limit` cannot be read.
     """
     local, n = _local(batch_size, size, process), min(source.num_examples, limit or source.num_examples)
     if not 0 < resize_ratio <= 1:
@@ -196,24 +219,60 @@ def eval_batches(source, *, batch_size, size, resize_ratio, process=(0, 1), limi
         ds = _with_items(tf.data.Dataset.from_tensor_slices((np.zeros_like(mine), mine)), source)
     else:
         ds = source.stream(*_share(n, process)).map(_plain(lambda i, item: (tf.constant(0, tf.int64), i, item)))
+    reading = reading or Reading()
+    make = _Centre(source, size, resize_ratio, reading, careful=bool(reading.met))
+    return _each_once(ds, make, local, -(-n // batch_size))
 
-    def make(_, example_id, item):
-        example = augment.eval_example(source.load(item), size, resize_ratio, source.channels)
-        return {**example, "id": example_id, "valid": True}
 
-    def batches():
-        stream = _finish(ds, make, local, 2)
-        try:
-            for k in range(-(-n // batch_size)):
-                try:
-                    batch = stream.next()
-                except tf.errors.OpError as error:
-                    raise _explain(error, source, ds.skip(k * local).take(local)) from error
-                yield _pad(batch or {}, stream.spec, local, source)
-        finally:
-            stream.close()
+@dataclasses.dataclass(eq=False)
+class _Centre:
+    """Makes an example of evaluation; once `careful`, one that cannot be read is there without its image, `valid` False."""
 
-    return batches()
+    source: Source
+    size: tuple[int, int]
+    resize_ratio: float
+    reading: Reading
+    careful: bool
+
+    def __call__(self, _, example_id, item):
+        read = lambda item: augment.with_pixels(self.source.load(item), self.source.channels, self.reading.decoding)
+        if not self.careful:
+            example, valid = read(item), True
+        else:
+            found = tf.data.Dataset.from_tensors(item).map(_plain(lambda item: (read(item), True)))
+            absent = lambda of: tf.zeros([side or 1 for side in of.shape], of.dtype)
+            nothing = tf.data.Dataset.from_tensors(tf.nest.map_structure(absent, found.element_spec))
+            example, valid = unreadable.first_read(found.concatenate(nothing))
+        example = augment.centre(example, self.size, self.resize_ratio)
+        return {**example, "id": example_id, "valid": valid}
+
+
+def _each_once(ds, make, local, count):
+    """Yields `count` padded batches of a dataset of items, and says how many images could not be read."""
+    source, reading, missing = make.source, make.reading, 0
+    stream, k = _finish(ds, make, local, 2), 0
+    try:
+        while k < count:
+            try:
+                batch = _pad(stream.next() or {}, stream.spec, local, source)
+            except tf.errors.OpError as error:
+                here = ds.skip(k * local)
+                if make.careful:
+                    raise unreadable.explain(error, source, here.take(local), reading.decoding) from error
+                stream.close()
+                make.careful = True
+                stream = _finish(here, make, local, 2)
+                continue
+            unread = batch["id"][~batch["valid"] & (batch["id"] >= 0)]
+            reading.note(source, unread.tolist(), local)
+            missing, k = missing + len(unread), k + 1
+            yield batch
+        if missing:
+            logging.warning(
+                "%s, split %s: %d images could not be read and count as not there", source.name, source.split, missing
+            )
+    finally:
+        stream.close()
 
 
 def _pad(batch, spec, local, source):
@@ -222,5 +281,6 @@ def _pad(batch, spec, local, source):
     full = lambda key, shape, dtype: np.full((local, *shape[1:]), values.get(key, 0), dtype.as_numpy_dtype)
     padded = {key: full(key, of.shape, of.dtype) for key, of in spec.items()}
     for key, found in batch.items():
-        padded[key][: len(found)] = found
+        there = np.flatnonzero(batch["valid"] | (key == "id"))
+        padded[key][there] = found[there]
     return padded

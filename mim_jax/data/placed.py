@@ -6,8 +6,19 @@ from collections.abc import Callable
 import tensorflow as tf
 
 
-def bicubic(pixels, size):
-    """uint8 [h w c] -> uint8 [size c]: PIL's bicubic, antialiased; untouched where the size is right already."""
+def bicubic(pixels, size, box=None):
+    """uint8 [h w c] -> uint8 [size c]: PIL's bicubic, antialiased; untouched where the size is right already.
+
+    With a box (y, x, h, w) of the result only that, in the memory of that: its weights, float32, are those of the whole but
+    for their last bit.
+    """
+    if box is not None:
+        y, x, *part = box
+        scale = tf.cast(tf.stack(size), tf.float32) / tf.cast(tf.shape(pixels)[:2], tf.float32)
+        moved = -tf.cast(tf.stack([y, x]), tf.float32)
+        options = dict(kernel_type="keyscubic", antialias=True)
+        values = tf.raw_ops.ScaleAndTranslate(images=pixels[None], size=part, scale=scale, translation=moved, **options)[0]
+        return tf.ensure_shape(tf.saturate_cast(tf.round(values), tf.uint8), [*part, pixels.shape[-1]])
 
     def smooth():
         values = tf.image.resize(pixels, size, method="bicubic", antialias=True)
@@ -17,11 +28,15 @@ def bicubic(pixels, size):
     return tf.reshape(tf.cond(same, lambda: pixels, smooth), [*size, pixels.shape[-1]])
 
 
-def nearest(labels, size):
-    """[h w ...] -> [size ...]: what lies at the centre of each new pixel; on a border of two, the later one."""
+def nearest(labels, size, box=None):
+    """[h w ...] -> [size ...]: what lies at the centre of each new pixel; on a border of two, the later one.
+
+    With a box (y, x, h, w) of the result only that.
+    """
+    start, part = (box[:2], box[2:]) if box is not None else ((0, 0), size)
     for axis, new in enumerate(size):
-        old = tf.shape(labels)[axis]
-        labels = tf.gather(labels, (2 * tf.range(new) + 1) * old // (2 * new), axis=axis)
+        old, wanted = tf.shape(labels, tf.int64)[axis], tf.cast(start[axis] + tf.range(part[axis]), tf.int64)
+        labels = tf.gather(labels, (2 * wanted + 1) * old // (2 * tf.cast(new, tf.int64)), axis=axis)
     return labels
 
 
@@ -29,7 +44,7 @@ def nearest(labels, size):
 class Raster:
     """Something for each pixel, [h w ...]. Another kind offers these four; `sides` are the image's (h, w) before."""
 
-    resample: Callable  # (values [h w ...], size) -> values [size ...]
+    resample: Callable  # (values [h w ...], size[, box]) -> values [size ...], or the box of them
 
     def check(self, key, values, sides):
         found = tf.shape(values)[:2]
@@ -58,3 +73,10 @@ def check(example, sides):
 def moved(example, how):
     """Example, `how` (kind, values) -> values -> the example with everything that has a place in the image moved so."""
     return {key: how(PLACED[key], values) if key in PLACED else values for key, values in example.items()}
+
+
+def window(kind, values, sides, size, box):
+    """What `kind.resize` to a size and `kind.cut` of a box of it give; a raster does not make what lies outside."""
+    if isinstance(kind, Raster):
+        return kind.resample(values, size, box)
+    return kind.cut(kind.resize(values, sides, size), box)

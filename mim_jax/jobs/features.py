@@ -4,6 +4,7 @@ import time
 from typing import Literal
 
 import jax
+import numpy as np
 from etils import epath
 
 from mim_jax import logs, provenance, sections, sharding, tree
@@ -101,8 +102,10 @@ def write(config: Features, made: Extractor, variables, images, mesh, writer: Wr
         return {"features": features, "label": batch["label"], "id": batch["id"]}
 
     batches = config.batches(images, config.batch_size)
-    began, first, said, done = time.perf_counter(), None, time.perf_counter(), 0
-    for rows in split_runner.SplitRunner(fn, mesh, *batches).stream(variables):
+    began, first, said, done, unread = time.perf_counter(), None, time.perf_counter(), 0, 0
+    for rows in split_runner.SplitRunner(fn, mesh, *batches, keep_unread=True).stream(variables):
+        rows["features"][rows["unread"]] = np.nan
+        unread += int(rows["unread"].sum())
         if writer:
             writer.write(rows["id"], rows["label"], rows["features"])
         done += len(rows["id"])
@@ -114,7 +117,9 @@ def write(config: Features, made: Extractor, variables, images, mesh, writer: Wr
     speed = rate(began, first, time.perf_counter(), done)
     if writer:
         writer.close()
-    return {"count": done, "seconds": time.perf_counter() - began, "images_per_second": speed}
+    if unread:
+        logger.say(f"{unread} of {done} images could not be read: their rows are NaN, with the label -1; the log names them")
+    return {"count": done, "unread": unread, "seconds": time.perf_counter() - began, "images_per_second": speed}
 
 
 def rate(began: float, first: tuple[float, int], now: float, done: int) -> float:

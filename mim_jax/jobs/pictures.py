@@ -27,9 +27,9 @@ def visualise(workdir: str, out: str, ratios, images: int, split: str, seed: int
     data, normalise = config.data, config.normaliser()
     variables = run.variables(made, sharding.make_mesh())
     source = config.opened(split or data.picture_split)
-    batches, count = config.batches(source, 64, limit=CANDIDATES * images)
+    batches, _ = config.batches(source, 64, limit=CANDIDATES * images)
     candidates = np.concatenate([batch["image"][batch["valid"]] for batch in batches()])
-    shown = candidates[np.random.default_rng(seed).permutation(count)[:images]]
+    shown = candidates[np.random.default_rng(seed).permutation(len(candidates))[:images]]
     out = expanded(out) if out else run.workdir / "figures"
     out.mkdir(parents=True, exist_ok=True)
     paths, ratios = [], possible(made, ratios)
