@@ -12,6 +12,9 @@ order of the split, labelled or not. Files appear under their names when they ar
     format=npy       features.npy float32 [n d], or [n t d] with pool=none; labels.npy int32 [n], -1 without labels;
                      names.txt, a line per image. numpy.load("features.npy", mmap_mode="r") reads it piece by piece.
     format=parquet   features.parquet: columns name, label (null without labels), feature; the settings are its metadata
+    predictions      of a fine-tuned run: the class that it gives to every image, with its probability. predictions.csv or
+                     .parquet: columns name, label, predicted (number), class (its name), probability; npy: predictions.npy
+                     int32 [n], probabilities.npy float32 [n], classes.txt
     result.json      either way: how many, of which checkpoint, settings, seconds, images/s
 
 Arguments (default first)
@@ -19,6 +22,7 @@ Arguments (default first)
     pool      mean | cls | none     mean of the patch tokens; cls (not of a Swin); none: all tokens, cls first, then row by row
     tap       top | 0, 1, ...       after the final norm (a run fine-tuned with pool=mean has none: its norm belongs to its
                                     head) | the output of this block (of a Swin: of this stage, merging included)
+    predictions  auto | none | csv | npy | parquet     auto: of a fine-tuned run csv beside npy, parquet beside parquet
     toy       small batches
 """
 
@@ -27,13 +31,14 @@ from mim_jax.recipes import RUN_DATA
 
 
 def get_config(arg=""):
-    a = arguments(arg, format="npy", pool="mean", tap="top", toy=False)
+    a = arguments(arg, format="npy", pool="mean", tap="top", predictions="auto", toy=False)
     c = ConfigDict()
     c.job = "features"
     c.init_from = ""
     c.format = choice("format", a.format, ("npy", "parquet"))
     c.pool = choice("pool", a.pool, ("mean", "cls", "none"))
     c.tap = a.tap
+    c.predictions = choice("predictions", a.predictions, ("auto", "none", "csv", "npy", "parquet"))
     c.batch_size = 32 if a.toy else 256
     c.image_size = (0, 0)  # (0, 0): that of the run
     c.compute_dtype = "auto"

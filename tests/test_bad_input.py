@@ -322,8 +322,8 @@ def folder_config(path, **changes):
 
 def test_a_folder_that_is_not_there(tmp_path):
     message = refused(folder_config(tmp_path / "none"), tmp_path / "w", str(tmp_path / "none"), "not a folder")
-    assert "three ways" in message and "data.source=sample" in message
-    refused(folder_config(""), tmp_path / "w", "data.path", "three ways")
+    assert "one of these ways" in message and "data.source=sample" in message
+    refused(folder_config(""), tmp_path / "w", "data.path", "one of these ways")
 
 
 def test_an_empty_folder_says_what_it_holds_instead(tmp_path):

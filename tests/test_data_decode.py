@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageOps
 
-from mim_jax.data import augment, decoding, placed, unreadable
+from mim_jax.data import augment, decoding, placed
 from mim_jax.data.augment import DataError, RandomCrop
 from mim_jax.data.decoding import Decoding
 from mim_jax.data.pipeline import TrainBatches, eval_batches
@@ -227,9 +227,6 @@ def test_of_a_thin_image_only_the_centre_is_resized(shape, size, ratio, monkeypa
 
 
 def test_a_thin_image_takes_the_memory_of_the_output(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("the whole image is resized")
-
     make = tf.function(lambda image: augment.eval_example({"image": image}, (224, 224), 0.875, 3)["image"])
     assert (make(tf.fill([1, 65500, 3], tf.constant(9, tf.uint8))).numpy() == 9).all()  # 12 billion pixels once resized whole
     sizes = []
@@ -460,4 +457,4 @@ def test_mutated_files_end_no_run(tmp_path):
     for key in first:
         np.testing.assert_array_equal(first[key], second[key])
     assert sorted(first["id"][first["id"] >= 0].tolist()) == list(range(count))
-    assert first["valid"].sum() >= count / 4 and unreadable.LISTED
+    assert first["valid"].sum() >= count / 4

@@ -1,5 +1,6 @@
 """Features on disk: every image once, in order, under its name, the same in any batch; nothing half-written."""
 
+import csv
 import json
 import pathlib
 
@@ -18,9 +19,10 @@ from mim_jax.config import ConfigError, load
 from mim_jax.data.augment import DataError
 from mim_jax.data.sources import open_source
 from mim_jax.evaluators.split_runner import SplitRunner
-from mim_jax.jobs import feature_files, features
+from mim_jax.jobs import feature_files, features, import_weights
 from mim_jax.jobs.run import run
-from mim_jax.tree import nest
+from mim_jax.recipes import vit
+from mim_jax.tree import flatten, nest
 
 SPECS = {"vit": "lomar_sample.py:toy", "swin": "localmim_swinb.py:toy"}
 NAMES = [f"{kind}/{k}.png" for kind in ("cat", "dog") for k in range(4)] + ["dog/deep/9.png"]
@@ -113,6 +115,66 @@ def test_images_without_labels(format, lomar, tmp_path):
     else:
         table = pq.read_table(tmp_path / "run" / "features.parquet")
         assert (table["label"].to_pylist(), table["name"].to_pylist()) == ([None, None], ["a.png", "b.png"])
+
+
+@pytest.fixture(scope="module", params=["mean", "cls"])
+def tuned(request, tmp_path_factory):
+    """The folder of a fine-tuned run with random weights on cat, dog and fox, and its classifier."""
+    config = load(f"{REPO}/configs/finetune.py:preset=mae_b")
+    config.update(dict(pool=request.param, image_size=(32, 32), channels=1))
+    config.encoder = vit(patch=4, width=48, depth=1, heads=3, position="learned")
+    config.data.update(dict(source="sample", normalise="dataset", mean=(0.5,), std=(0.25,)))
+    made = built.classifier(config, 3)
+    shapes = flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))["params"])
+    rng = np.random.default_rng(0)
+    params = {path: rng.normal(size=x.shape).astype(np.float32) for path, x in shapes.items()}
+    flat = np.linspace(-2, 2, 8, dtype=np.float32)[:, None, None, None] * np.ones((1, 32, 32, 1), np.float32)
+    logits = jit(lambda p: made.apply({"params": p}, flat, method="logits")[""])(nest(params))
+    params["head/bias"] -= np.asarray(logits).mean(0)  # no class wins everywhere
+    config.update(dict(classes=3, class_names=("cat", "dog", "fox")))
+    folder = str(tmp_path_factory.mktemp("runs") / "tuned")
+    import_weights.write(folder, params, made, config, {})
+    return folder, made, {"params": nest(params)}
+
+
+@pytest.mark.parametrize("kind", ["csv", "npy", "parquet"])
+def test_a_fine_tuned_run_gives_every_image_a_class(kind, tuned, tmp_path):
+    (folder, made, variables), images = tuned, draw(tmp_path / "images", NAMES)
+    for k, name in enumerate(NAMES[::2]):  # noise is all of one class
+        Image.fromarray(np.full((32, 32), 60 * k, np.uint8)).save(images / name)
+    arguments = "toy" if kind == "csv" else f"toy,predictions={kind}"
+    result = run(settings(folder, images, arguments), str(tmp_path / "run"))
+    pixels = np.stack([np.asarray(Image.open(images / name))[..., None] for name in NAMES]) / 255
+    logits = jit(lambda x: made.apply(variables, x, method="logits")[""])((pixels.astype(np.float32) - 0.5) / 0.25)
+    probable, want = jax.nn.softmax(logits), np.asarray(logits).argmax(-1)
+    assert len(set(want.tolist())) > 1
+    file = lambda name: tmp_path / "run" / name
+    if kind == "npy":
+        found, p = np.load(file("predictions.npy")), np.load(file("probabilities.npy"))
+        assert file("classes.txt").read_text().split() == ["cat", "dog", "fox"]
+    else:
+        if kind == "csv":
+            rows = list(csv.DictReader(file("predictions.csv").open()))
+        else:
+            rows = pq.read_table(file("predictions.parquet")).to_pylist()
+        assert [row["name"] for row in rows] == NAMES and [int(row["label"]) for row in rows] == [0] * 4 + [1] * 5
+        assert [row["class"] for row in rows] == [("cat", "dog", "fox")[k] for k in want]
+        found, p = (np.array([float(row[key]) for row in rows]) for key in ("predicted", "probability"))
+    np.testing.assert_array_equal(found, want)
+    np.testing.assert_allclose(p, probable.max(-1), atol=1e-5)
+    assert result["files"][:3] == ["labels.npy", "names.txt", "features.npy"] and f"predictions.{kind}" in result["files"]
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_predictions_are_left_out_or_refused(tuned, lomar, images, tmp_path):
+    run(settings(tuned[0], images, "toy,predictions=none"), str(tmp_path / "none"))
+    assert not list((tmp_path / "none").glob("predictions*"))
+    with pytest.raises(ConfigError, match="predictions=csv: .* is a pretrain run and knows no classes"):
+        run(settings(lomar, images, "toy,predictions=csv"), str(tmp_path / "x"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "predictions.csv").write_text("dear")
+    with pytest.raises(ConfigError, match="predictions.csv of another origin"):
+        run(settings(tuned[0], images), str(tmp_path / "mine"))
 
 
 def extractor(name, pool="mean", tap="top"):

@@ -80,7 +80,8 @@ def test_commands_are_taken(page, words, monkeypatch):
         assert known([module, *arguments]) == [module] and known.config.job
     else:
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call) and node.args]
-        defined = {c.args[0].value for c in calls if ast.unparse(c.func).startswith("flags.DEFINE_")}
+        named = [c for c in calls if ast.unparse(c.func).startswith(("flags.DEFINE_", "parser.add_argument"))]
+        defined = {c.args[0].value.lstrip("-") for c in named}
         assert {word.lstrip("-").partition("=")[0] for word in arguments} <= defined
 
 

@@ -58,7 +58,7 @@ def compare(name: str, record: dict, first: int):
         assert now["lr"] == close(then["lr"], LOSS), step
         assert now["grad_norm"] == close(then["grad_norm"], NORM), step
     judged = {renamed(key): value for key, value in record["evaluations"].items()}
-    assert found["evaluations"] == (judged if same else pytest.approx(judged, abs=JUDGED))
+    assert found["evaluations"] == (pytest.approx(judged, rel=LOSS) if same else pytest.approx(judged, abs=JUDGED))
 
     fingerprints, rms, mean = ({renamed(p): x for p, x in record[key].items()} for key in ("fingerprints", "rms", "mean"))
     assert set(found["fingerprints"]) == set(fingerprints) == set(found["rms"])

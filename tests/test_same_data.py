@@ -57,8 +57,17 @@ def test_what_differs_is_named(tmp_path, new, words):
 
 
 def test_the_same_images_elsewhere_are_the_same(tmp_path):
-    moved = FolderSource("folder", "train", 2, OLD.class_names, 3, paths=tf.constant([b"T/cat/0.png", b"T/dog/0.png"]),
-                         labels=OLD.labels, folder=b"/elsewhere", within=(b"T",))  # fmt: skip
+    moved = FolderSource(
+        "folder",
+        "train",
+        2,
+        OLD.class_names,
+        3,
+        paths=tf.constant([b"T/cat/0.png", b"T/dog/0.png"]),
+        labels=OLD.labels,
+        folder=b"/elsewhere",
+        within=(b"T",),
+    )
     assert same_data.require_same(meta(OLD), moved, tmp_path, labelled=True, go_on=False) == ""
 
 

@@ -32,6 +32,8 @@ class Net(nn.Module):
     heads: int | tuple[int, ...] = 1
     dtype: str = "float32"
 
+    KEYS = {}
+
 
 class Whole(Section):
     seed: int

@@ -3,9 +3,11 @@
     python -m mim_jax.convert --from=lomar --src=mae-lomar.pth --workdir=runs/lomar_released
     python -m mim_jax.convert --to=timm --workdir=runs/lomar_vitb --out=vit.safetensors --encoder_only
 
-In: --from is one of lomar, localmim, mae, simmim, greenmim, beit, timm; --src a .pth, .safetensors or .npz, of which nothing is
-executed. Sizes are read off the tensors; --heads, --size, --mean and --std say what tensors do not tell. The folder is what
-`init_from`, `job=eval`, `visualise` and fine-tuning take. Out: --to is one of timm, hf, safetensors, npz (see export.py).
+In: --from is one of lomar, localmim, mae, simmim, greenmim, beit, timm, hf (Hugging Face's ViT, ViTMAE, BEiT, Swin), google
+(its ViTs' .npz); --src a .pth, .safetensors or .npz, of which nothing is executed, or a folder with config.json. Of several
+models in a file --model names one (teacher), and --weights=average takes a moving average. Sizes are read off the tensors;
+--heads, --size, --mean and --std say what tensors do not tell. The folder is what `init_from`, `job=eval`, `visualise` and
+fine-tuning take. Out: --to is one of timm, hf, safetensors, npz (see export.py).
 """
 
 import argparse
@@ -37,10 +39,11 @@ def parser() -> argparse.ArgumentParser:
     way = p.add_mutually_exclusive_group(required=True)
     way.add_argument("--from", dest="source", choices=LICENCES, help="whose released weights to take in")
     way.add_argument("--to", help="for whom to write the run's weights: timm, hf, safetensors or npz")
-    p.add_argument("--src", default="", help="file of released weights")
+    p.add_argument("--src", default="", help="file of released weights, or a folder of Hugging Face's")
+    p.add_argument("--model", default="", help="which of several models in the file, such as teacher or base_encoder")
     p.add_argument("--heads", type=int, default=0, help="attention heads of a ViT, where no tensor tells")
     p.add_argument("--size", type=image_size, help="image size, where no tensor tells: 224 or HEIGHTxWIDTH")
-    words = "of its images in [0, 1]; default ImageNet's, but for beit and timm"
+    words = "of its images in [0, 1]; default ImageNet's, .5 for google, but for beit, timm and hf"
     p.add_argument("--mean", type=numbers, default=(), help=words)
     p.add_argument("--std", type=numbers, default=())
     p.add_argument("--pool", default="", help="of timm's ViT classifiers without fc_norm: cls, or normed (global_pool='avg')")
@@ -48,12 +51,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokenizer", default="", help="for BEiT's pretraining: the encoder of DALL-E's dVAE")
     p.add_argument("--out", default="", help="with --to: the file to write, or the folder of hf")
     p.add_argument("--encoder_only", action="store_true", help="with --to: leave heads and decoders out")
-    p.add_argument("--weights", default="", help="with --to: trained, or average for the moving average; default trained")
+    words = "trained, or average for their moving average, which a run or a file may hold; default trained"
+    p.add_argument("--weights", default="", help=words)
     return p
 
 
-ONLY_TO = ("out", "encoder_only", "weights")
-ONLY_FROM = ("src", "heads", "size", "mean", "std", "pool", "licence", "tokenizer")
+ONLY_TO = ("out", "encoder_only")
+ONLY_FROM = ("src", "model", "heads", "size", "mean", "std", "pool", "licence", "tokenizer")
 
 
 def main(argv):
@@ -68,7 +72,7 @@ def main(argv):
         else:
             if not a.src:
                 raise ConfigError("--from needs the file of released weights: --src=...")
-            options = Options(a.source, a.heads, a.size, a.mean, a.std, a.licence, a.pool)
+            options = Options(a.source, a.heads, a.size, a.mean, a.std, a.licence, a.pool, a.model, a.weights)
             print(import_weights(at_home(a.src), a.workdir, options, at_home(a.tokenizer)))
     except ConfigError as error:
         fail(str(error))

@@ -69,9 +69,9 @@ class Writer:
             part.replace(whole)
 
 
-def check_room(workdir: epath.Path, format: str, shape: tuple[int, ...]):
-    """Raises ConfigError where files of these names are somebody else's, or the disk is too small for them."""
-    found = [name for name in FILES[format] if (workdir / name).exists()]
+def check_room(workdir: epath.Path, format: str, shape: tuple[int, ...], more: tuple[str, ...] = ()):
+    """Raises ConfigError where files of these names, or of `more`, are somebody else's, or the disk is too small for them."""
+    found = [name for name in (*FILES[format], *more) if (workdir / name).exists()]
     if found and not (workdir / CONFIG).exists():
         raise ConfigError(f"'{workdir}' has a {found[0]} of another origin; choose another --workdir")
     if "://" in str(workdir) or found:

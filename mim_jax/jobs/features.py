@@ -1,9 +1,10 @@
-"""`job=features`: features of every image of a split, written batch by batch."""
+"""`job=features`: features of every image of a split, written batch by batch, and the classes that a fine-tuned run gives."""
 
 import time
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -11,10 +12,13 @@ from mim_jax import logs, provenance, sections, sharding, tree
 from mim_jax.assemble import datasets, encoders, inheritance, weights
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.evaluators import split_runner
+from mim_jax.jobs import finetune, prediction_files
 from mim_jax.jobs.feature_files import FILES, Writer, check_room
+from mim_jax.jobs.prediction_files import Predictions
 from mim_jax.models.encoder import Encoder
+from mim_jax.objectives.classify import Classify
 from mim_jax.objectives.objective import Extractor
-from mim_jax.runs import same_data
+from mim_jax.runs import same_data, saved
 from mim_jax.runs.workdir import RESULT, claimed, finished
 
 SAY_EVERY = 30.0  # seconds
@@ -24,6 +28,7 @@ class Features(encoders.WithEncoder):
     format: Literal["npy", "parquet"]
     pool: Literal["mean", "cls", "none"]
     tap: str
+    predictions: Literal["auto", "none", "csv", "npy", "parquet"] = "auto"
     batch_size: sections.Count
     data: datasets.FeatureData = sections.nested(datasets.FeatureData)
 
@@ -31,6 +36,17 @@ class Features(encoders.WithEncoder):
         super().check()
         if self.format == "parquet" and self.pool == "none":
             raise ConfigError("format=parquet holds one feature per image; write all tokens (pool=none) with format=npy")
+
+    def predicts(self, source: saved.Saved) -> str:
+        """In which format classes are predicted, "" for none. Raises ConfigError where a run that has no classes is asked."""
+        if source.config.job != "finetune":
+            if self.predictions in ("auto", "none"):
+                return ""
+            raise ConfigError(
+                f"predictions={self.predictions}: {source.folder} is a {source.config.job} run and knows no classes; "
+                "fine-tune it first, or use predictions=none"
+            )
+        return {"none": "", "auto": "csv" if self.format == "npy" else self.format}.get(self.predictions, self.predictions)
 
 
 def extractor(made: Encoder, pool: str, tap: str) -> Extractor:
@@ -55,7 +71,10 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     d, made = config.data, extractor(config.made(), config.pool, config.tap)
     images = config.opened(d.split)
     check_writing(config, images, workdir)
-    fits, words = weights.taken_over(source, made, config.encoder, mesh, weights.ENCODER)
+    predicts, there = config.predicts(source), source.config
+    judge = finetune.classifier(config.made(), there.classes, there.pool) if predicts else None
+    taken = weights.ALL if judge else weights.ENCODER
+    fits, words = weights.taken_over(source, judge or made, config.encoder, mesh, taken)
     variables = {"params": tree.nest(fits)}
     row = jax.eval_shape(made.apply, variables, made.example()).shape[1:]
     shape = (images.num_examples, *row)
@@ -64,7 +83,8 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
         image_size=list(config.image_size), source=d.source, path=d.path, data_dir=d.data_dir, split=d.split,
         images=same_data.record(images),
     )  # fmt: skip
-    check_room(workdir, config.format, shape)
+    more = prediction_files.FILES[predicts] if judge else ()
+    check_room(workdir, config.format, shape, more)
     with claimed(workdir, typed, sections.defaults(Features, completed)), logs.Logger(workdir) as logger:
         already = finished(workdir, origin)
         logger.say(f"workdir      {workdir}\nweights      {words}")
@@ -72,11 +92,14 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
         if already:
             logger.say(f"these features are finished: {workdir / RESULT}")
             return already
-        writer = None
+        writers = []
         if jax.process_index() == 0:
-            writer = Writer(workdir, images, shape, config.format, {**origin, "git": provenance.git_hash()})
-        results = write(config, made, variables, images, mesh, writer, logger)
-        results = {**origin, **results, "shape": list(shape), "dtype": "float32", "files": list(FILES[config.format])}
+            writers = [Writer(workdir, images, shape, config.format, {**origin, "git": provenance.git_hash()})]
+            if judge:
+                writers.append(Predictions(workdir, images, predicts, tuple(there.get("class_names", ()))))
+        results = write(config, made, judge, variables, images, mesh, writers, logger)
+        files = [*FILES[config.format], *more]
+        results = {**origin, **results, "shape": list(shape), "dtype": "float32", "files": files}
         logger.say(f"{results['count']} features {list(row)} at {results['images_per_second']:.1f} images/s: "
                    f"{workdir / FILES[config.format][-1]}")  # fmt: skip
         return provenance.write_result(workdir / RESULT, results, provenance.this_run(typed, results["seconds"]))
@@ -93,21 +116,30 @@ def check_writing(config: Features, images, workdir: epath.Path):
         )
 
 
-def write(config: Features, made: Extractor, variables, images, mesh, writer: Writer | None, logger: logs.Logger) -> dict:
-    """Asks the encoder for every image -> how many, seconds and images per second."""
+def write(config: Features, made: Extractor, judge: Classify | None, variables, images, mesh, writers, logger) -> dict:
+    """Asks the encoder for every image, and the classifier -> how many, seconds and images per second.
+
+    `writers`: of features, and of classes where there is a `judge`; none on other processes than the first.
+    """
     normalise = config.normaliser()
 
     def fn(variables, batch):
-        features = made.apply(variables, {"images": normalise(batch["image"])})
-        return {"features": features, "label": batch["label"], "id": batch["id"]}
+        pixels = normalise(batch["image"])
+        found = {"features": made.apply(variables, {"images": pixels}), "label": batch["label"], "id": batch["id"]}
+        if judge:  # of the same tokens: the compiler makes them once
+            probable = jax.nn.softmax(judge.apply(variables, pixels, method="logits")[""].astype(jnp.float32))
+            found |= {"class": probable.argmax(-1), "probability": probable.max(-1)}
+        return found
 
     batches = config.batches(images, config.batch_size)
     began, first, said, done, unread = time.perf_counter(), None, time.perf_counter(), 0, 0
     for rows in split_runner.SplitRunner(fn, mesh, *batches, keep_unread=True).stream(variables):
         rows["features"][rows["unread"]] = np.nan
+        if judge:
+            rows["class"][rows["unread"]], rows["probability"][rows["unread"]] = -1, np.nan
         unread += int(rows["unread"].sum())
-        if writer:
-            writer.write(rows["id"], rows["label"], rows["features"])
+        for writer, columns in zip(writers, (("features",), ("class", "probability"))):
+            writer.write(rows["id"], rows["label"], *(rows[column] for column in columns))
         done += len(rows["id"])
         now = time.perf_counter()
         first = first or (now, done)  # the first batch compiles
@@ -115,7 +147,7 @@ def write(config: Features, made: Extractor, variables, images, mesh, writer: Wr
             said = now
             logger.say(f"{done} of {images.num_examples} images, {rate(began, first, now, done):.1f} images/s")
     speed = rate(began, first, time.perf_counter(), done)
-    if writer:
+    for writer in reversed(writers):  # the features come last
         writer.close()
     if unread:
         logger.say(f"{unread} of {done} images could not be read: their rows are NaN, with the label -1; the log names them")

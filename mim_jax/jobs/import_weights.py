@@ -1,6 +1,7 @@
 """The job behind `python -m mim_jax.convert --from`: a file of released weights becomes the folder of a run, which
 `init_from`, `job=eval`, visualise and fine-tuning take."""
 
+import dataclasses
 import hashlib
 import math
 import pathlib
@@ -12,12 +13,14 @@ import numpy as np
 from mim_jax import clock, paths, provenance, sections, tree
 from mim_jax.assemble import methods, weights
 from mim_jax.config import ConfigDict, ConfigError
-from mim_jax.convert.reading import weights_file
-from mim_jax.convert.reading.recognition import Options, completed
+from mim_jax.convert.reading import model_folder, weights_file
+from mim_jax.convert.reading.chosen_model import Chosen, choose
+from mim_jax.convert.reading.recognition import Options, completed, filled
 from mim_jax.convert.reading.released_formats import LICENCES
 from mim_jax.convert.reading.released_model import Release, fit_windows, release, require_fit
 from mim_jax.convert.reading.sizes_from_shapes import describe
 from mim_jax.jobs import finetune, pretrain
+from mim_jax.models.layers import LAYER_NORM_EPS
 from mim_jax.objectives.objective import Objective
 from mim_jax.runs import checkpoint, saved
 from mim_jax.runs.workdir import CONFIG, claimed
@@ -35,9 +38,10 @@ def import_weights(src: str, workdir: str, options: Options, tokenizer: str = ""
     place = paths.expanded(workdir)
     if (place / CONFIG).exists() or saved.has_checkpoint(place):
         raise ConfigError(f"'{workdir}' holds a run already; choose another --workdir")
+    state, found = {}, None
     try:
-        options = completed(options, weights_file.metadata(src))
-        found = release(weights_file.read(src), options)
+        state, chosen, options = opened(src, options)
+        found = release(state, options, chosen)
         made, params = fitted(found, options, tokenizer)
         came_from = origin(src, found, options)
         params |= found.params()
@@ -45,9 +49,51 @@ def import_weights(src: str, workdir: str, options: Options, tokenizer: str = ""
             name = found.arrays[broken[0]][0] if broken[0] in found.arrays else broken[0]
             raise ConfigError(f"'{src}': '{name}' has values that are no finite numbers")
     except ConfigError as error:
-        raise ConfigError(str(error) if src in str(error) else f"'{src}': {error}") from error
+        words = f"{error}{looks_like(state, options, chosen)}" if state and not found else str(error)
+        raise ConfigError(words if src in words else f"'{src}': {words}") from error
     write(workdir, params, made, found.config, came_from)
     return f"{report(src, found, options, came_from)}\nwritten to {workdir}"
+
+
+def opened(src: str, options: Options) -> tuple[dict, Chosen | None, Options]:
+    """A file, or a folder of Hugging Face's -> {name: array} of one model, which one, and the options with what is said there.
+
+    Nothing but the chosen model is read from a training checkpoint.
+    """
+    files, picked = model_folder.files(src), []
+    options = completed(options, weights_file.metadata(files[0]))
+
+    def wanted(names):
+        picked.append(choose(names, options.model, options.weights))
+        return picked[-1] and picked[-1].names
+
+    state = {}
+    for file in files:
+        state |= weights_file.read(file, wanted if len(files) == 1 else None)
+    return state, picked[0] if picked else None, filled(options, model_folder.settings(model_folder.facts(src)))
+
+
+def looks_like(state: dict, options: Options, chosen: Chosen | None) -> str:
+    """As what else the whole file could be taken, in words: tried, up to the model; empty for nothing."""
+    found = (taken(state, source, options, chosen) for source in LICENCES if source != options.source)
+    fitting = dict.fromkeys(words for words in found if words)
+    return f"; the tensors look like {' or '.join(fitting)}" if fitting else ""
+
+
+def taken(state: dict, source: str, options: Options, chosen: Chosen | None) -> str:
+    """The flag and the words of a source that takes the file, where need be with more flags; empty for one that does not."""
+    half = (0.5,) * 3  # any numbers would do
+    for heads in dict.fromkeys((options.heads, 1)):
+        tried = dataclasses.replace(
+            options, source=source, heads=heads, pool="", mean=options.mean or half, std=options.std or half
+        )
+        try:
+            found = release(state, tried, chosen)
+            fitted(found, tried, "")
+            return f"--from={source} ({found.kind.words})"
+        except ConfigError:
+            continue
+    return ""
 
 
 def fitted(found: Release, options: Options, tokenizer: str) -> tuple[Objective, dict]:
@@ -77,9 +123,12 @@ def origin(src: str, found: Release, options: Options) -> dict:
         raise ConfigError(
             f"the licence of weights of --from={options.source} differs from model to model; say it: --licence='apache-2.0'"
         )
-    with open(src, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    origin = {"file": pathlib.Path(src).name, "sha256": digest, "from": options.source, "what": found.kind.words}
+    digest = hashlib.sha256()
+    for part in model_folder.files(src):
+        with open(part, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    origin = {"file": pathlib.Path(src).name, "sha256": digest.hexdigest(), "from": options.source, "what": found.kind.words}
     missing = {row.ours.split("/")[0] for row in found.rows if row.done == "missing"}
     return origin | {"licence": licence, "lacks": sorted(missing)}
 
@@ -118,7 +167,7 @@ def save(place, state: TrainState, meta: dict):
 def report(src: str, found: Release, options: Options, came_from: dict) -> str:
     """The table of tensors, the model, and what the file lacks or does not tell."""
     d, kind, model = found.config.data, found.kind, describe(found.config)
-    lines = [table(found)]
+    lines = [table(found), *found.said]
     lines.append(f"{src}: {kind.words}, {model}; pixels less {tuple(d.mean)} over {tuple(d.std)}; {came_from['licence']}")
     if came_from["lacks"]:
         lines.append(
@@ -128,10 +177,13 @@ def report(src: str, found: Release, options: Options, came_from: dict) -> str:
     told = kind.section(found.config, {row.released: row.shapes[0] for row in found.rows})
     settings = {} if kind.pool else found.config[found.config.method]
     if assumed := [f"{key}={x}" for key, x in settings.items() if key not in told]:
-        where = "what the file says of itself" if options.said else "the published recipe"
+        where = "what the file says of itself" if options.said.get("config") else "the published recipe"
         lines.append(f"the tensors do not tell, so taken from {where}: {', '.join(assumed)}")
     if kind.pool == "cls" and not options.pool and options.source == "timm":
         lines.append("nor do they tell global_pool: taken as token; of avg say --pool=normed")
+    eps = options.said.get("norm_eps")
+    if eps and kind.body == "vit" and eps != LAYER_NORM_EPS:
+        lines.append(f"its norms have layer_norm_eps={eps:g} there and {LAYER_NORM_EPS:g} here")
     return "\n".join(lines)
 
 
@@ -139,11 +191,12 @@ def table(found: Release) -> str:
     """Every tensor in a line: what became of it, its names and shapes; and how many of each."""
     kinds = ("mapped", "permuted", "ignored", "missing")
     rows = sorted(found.rows, key=lambda row: kinds.index(row.done))
-    a, b = (max(len(getattr(row, key)) for row in rows) for key in ("released", "ours"))
+    called = {id(row): found.called(row.released) for row in rows}
+    a, b = (max(map(len, words)) for words in (called.values(), [row.ours for row in rows]))
     lines = []
     for row in rows:
         there, here = ("x".join(map(str, shape)) for shape in row.shapes)
-        line = f"  {row.done:<9}{row.released:<{a}}  {there:<14} {row.ours:<{b}}  {here:<14}{row.words}"
+        line = f"  {row.done:<9}{called[id(row)]:<{a}}  {there:<14} {row.ours:<{b}}  {here:<14}{row.words}"
         lines.append(line.rstrip())
     counts = [f"{sum(row.done == kind for row in rows)} {kind}" for kind in kinds]
     scalars = sum(math.prod(row.shapes[1]) for row in rows if row.done in kinds[:2])

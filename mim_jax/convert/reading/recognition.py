@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import pathlib
+import re
+
+import numpy as np
 
 from mim_jax import tree
 from mim_jax.config import ConfigDict, ConfigError, load
 from mim_jax.convert.reading import sizes_from_shapes as sizes
-from mim_jax.convert.reading.released_formats import KINDS, Kind
+from mim_jax.convert.reading.released_formats import KINDS, UNSUPPORTED, Kind
 from mim_jax.recipes import IMAGENET_MEAN, IMAGENET_STD, SWIN_SIZES, VIT_SIZES, swin_encoder, vit_encoder
 from mim_jax.runs.saved import modernised
 
@@ -27,7 +30,9 @@ class Options:
     std: tuple[float, ...] = ()
     licence: str = ""
     pool: str = ""  # cls, or normed: the mean after the final norm
-    said: dict = dataclasses.field(default_factory=dict)  # by a file of this project's: config, licence, normalise
+    model: str = ""  # which of several in a file
+    weights: str = ""  # trained, or average: their moving average
+    said: dict = dataclasses.field(default_factory=dict)  # by the file or its folder: config, licence, normalise, norm_eps, ...
 
 
 def completed(options: Options, said: dict[str, str]) -> Options:
@@ -42,31 +47,49 @@ def completed(options: Options, said: dict[str, str]) -> Options:
         heads = 0 if config["encoder"]["kind"] == "swin" else config["encoder"]["heads"]
         size, mean, std = (tuple(json.loads(said[key])) for key in ("image_size", "mean", "std"))
         kept = dict(config=config, licence=said["licence"], normalise=said["normalise"])
+        kept |= {key: x for key, x in config["encoder"].items() if key in ("norm_eps", "norm2_eps")}
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"its metadata say that mim_jax wrote it, but not what it writes ({error!r})") from error
-    filled = dict(heads=options.heads or heads, size=options.size or size, mean=options.mean or mean, std=options.std or std)
-    return dataclasses.replace(options, **filled, said=kept)
+    return filled(options, dict(heads=heads, size=size, mean=mean, std=std, said=kept))
 
 
-def kind_of(shapes: dict, source: str) -> Kind:
-    """The first format of `source` whose signs are all there. Raises ConfigError naming what is missing."""
-    of_source = [kind for kind in KINDS if kind.source == source]
-    if fitting := [kind for kind in of_source if kind.fits(shapes)]:
+def filled(options: Options, found: dict) -> Options:
+    """The options, with what a file says where the user says nothing."""
+    return dataclasses.replace(options, **{key: getattr(options, key) or value for key, value in found.items()})
+
+
+class Foreign(ConfigError):
+    """Tensors of no format of a source; `signs`: how many names of the nearest one are there."""
+
+    signs = 0
+
+
+def kind_of(shapes: dict, sources: tuple, source: str) -> Kind:
+    """The first format of `sources` whose signs are all there. Raises Foreign naming what is missing for --from=`source`."""
+    of_sources = [kind for kind in KINDS if kind.source in sources]
+    if fitting := [kind for kind in of_sources if kind.fits(shapes)]:
         return fitting[0]
-    nearest = max(of_source, key=lambda kind: sum(name in shapes for name in kind.signs))
+    there = lambda kind: sum(name in shapes for name in kind.signs)
+    nearest = max(of_sources, key=lambda kind: (there(kind), there(kind) - len(kind.signs)))
     lacking = [name for name in nearest.signs if name not in shapes]
     foreign = [name for name in shapes if tree.matches(nearest.foreign, name)]
-    what = f"has no '{lacking[0]}'" if lacking else f"has '{foreign[0]}' {shapes[foreign[0]]}"
-    first = next(iter(shapes))
-    like = looks_like(shapes, source) or f"; its first tensor is '{first}' {shapes[first]}"
-    raise ConfigError(f"the file is not of --from={source}: for {nearest.words} it {what}{like}")
+    what = f"has no '{lacking[0]}'" if lacking else f"has '{foreign[0]}' {shapes[foreign[0]]}{unsupported(foreign[0])}"
+    error = Foreign(f"the file is not of --from={source}: for {nearest.words} it {what}")
+    error.signs = there(nearest)
+    raise error
 
 
-def looks_like(shapes: dict, source: str) -> str:
-    """What else the tensors could be, in words; empty for nothing."""
-    others = [kind for kind in KINDS if kind.source != source and kind.fits(shapes)]
-    fitting = dict.fromkeys(f"--from={kind.source} ({kind.words})" for kind in others)
-    return f"; the tensors look like {' or '.join(fitting)}" if fitting else ""
+def unsupported(name: str) -> str:
+    """What a tensor belongs to that no model here has, in words; empty for nothing known."""
+    return next((f": {words}, which no model here has" for pattern, words in UNSUPPORTED if re.search(pattern, name)), "")
+
+
+def require_channels(channels: int):
+    """Raises ConfigError for a model of images that no job reads."""
+    if channels not in (1, 3):
+        raise ConfigError(
+            f"the model takes {channels} channels, and images are read with 3 (colour) or 1 (gray) here: no job could open it"
+        )
 
 
 def config_of(kind: Kind, shapes: dict, options: Options) -> ConfigDict:
@@ -77,9 +100,11 @@ def config_of(kind: Kind, shapes: dict, options: Options) -> ConfigDict:
         variants, (encoder, found) = SWIN_SIZES, sizes.swin(shapes, kind.prefix, options.size)
     letter = next((letter for letter, row in variants.items() if row[0] == encoder["width"]), "B")
     channels, size, mean, std = found["channels"], found["size"], options.mean, options.std
-    if not (mean or std) and channels == 3 and options.source in IMAGENET_PIXELS:
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
-    if len(mean) != channels or len(std) != channels or min(std) <= 0:
+    require_channels(channels)
+    if not (mean or std) and channels == 3 and (kind.source in IMAGENET_PIXELS or options.source == "google"):
+        half = (0.5,) * 3
+        mean, std = (half, half) if options.source == "google" else (IMAGENET_MEAN, IMAGENET_STD)
+    if len(mean) != channels or len(std) != channels or not (np.isfinite((*mean, *std)).all() and min(std) > 0):
         example = ",".join([".5"] * channels)
         raise ConfigError(
             f"the model takes {channels} channels, and how its images were normalised no tensor tells: give --mean and --std "
@@ -102,7 +127,9 @@ def config_of(kind: Kind, shapes: dict, options: Options) -> ConfigDict:
     config.data.update(dict(mean=mean, std=std, normalise=options.said.get("normalise", config.data.normalise)))
     config.encoder.update(dict(kind.encoder) | encoder)
     if kind.body == "swin":
-        config.encoder.norm2_eps = dict(kind.encoder).get("norm2_eps", config.encoder.norm_eps)
+        eps = options.said.get("norm_eps") or config.encoder.norm_eps
+        config.encoder.norm_eps = eps
+        config.encoder.norm2_eps = options.said.get("norm2_eps") or dict(kind.encoder).get("norm2_eps", eps)
     if not kind.pool:
         earlier = options.said.get("config", {})
         if earlier.get("method") == config.method:

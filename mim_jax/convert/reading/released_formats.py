@@ -14,10 +14,23 @@ from mim_jax.convert.reading import sizes_from_shapes as sizes
 from mim_jax.convert.reading.sizes_from_shapes import OWN_BIAS, RPE, SHARED_BIAS, Misfit
 
 LICENCES = {"lomar": "CC BY-NC 4.0", "localmim": "CC BY-NC 4.0", "mae": "CC BY-NC 4.0", "greenmim": "CC BY-NC 4.0",
-            "simmim": "MIT", "beit": "MIT", "timm": ""}  # "": differs from model to model  # fmt: skip
+            "simmim": "MIT", "beit": "MIT", "timm": "", "hf": "", "google": ""}  # "": differs from model to model  # fmt: skip
+UNSUPPORTED = (  # patterns of names, and what has such tensors
+    (r"(^|\.)(reg_token|register_tokens?)", "register tokens"),
+    (r"(^|\.)(dist_token|distillation_token|head_dist)", "a distillation token"),
+    (r"(^|\.)attn_pool\.|MAPHead", "pooling by attention"),
+    (r"(^|\.)norm_pre\.", "a norm before the blocks"),
+    (r"\.(q_norm|k_norm|attn\.norm)\.", "norms of queries and keys"),
+    (r"\.mlp\.(w12|w3|fc1_g|fc1_x|norm|weights_in)\.", "a gated MLP"),
+    (r"absolute_pos_embed$|^layers.*pos_embed", "positions added to a Swin's tokens"),
+    (r"cpb_mlp|logit_scale", "the attention of Swin V2"),
+    (r"patch_embed\.(backbone|conv)|conv_root|^blocks\..*\.block\.", "convolutions before the blocks"),
+    (r"\.rope\.|freqs|rel_pos_[hw]$", "rotary or decomposed positions"),
+)
 NO_DECODER = (("^(decoder|head|mask_token|norm_|hog_bias)", "the file has the encoder alone"),)
 NO_TOKENIZER = (("^tokenizer/", "BEiT's tokenizer is a file of its own: --tokenizer=encoder.pkl"),)
 NORM_UNUSED = ((r"^norm\.(weight|bias)$", "unused with mean pooling"),)
+MASK_UNUSED = ((r"^(mask_token|masked_embed)$", "of its pretraining, which is not here"),)  # DINOv2, iBOT
 POSITIONS_UNUSED = ((r"^pos_embed$", "carried, but never added by LoMaR"),)
 
 
@@ -128,6 +141,9 @@ KINDS = (
     Kind("greenmim", "GreenMIM's pretraining", "swin", ("decoder_embed.weight", f"encoder.{SWIN}"), prefix="encoder.",
          section=mae_decoder),
     Kind("beit", "BEiT's pretraining", "vit", ("lm_head.weight", SHARED_BIAS), lacking=NO_TOKENIZER),
+    *(Kind("beit", "BEiT's encoder", "vit", ("norm.weight", table), foreign=("^lm_head", "^head", "^fc_norm"),
+           encoder=(("position", position), ("layer_scale", 0.1)), lacking=NO_DECODER + NO_TOKENIZER)
+      for table, position in ((OWN_BIAS, "layer_bias"), (SHARED_BIAS, "shared_bias"))),
     *(Kind("beit", "a fine-tuned BEiT", "vit", ("head.weight", "fc_norm.weight", table), "mae_{}", "mean",
            encoder=(("position", position), ("layer_scale", 0.1)))
       for table, position in ((OWN_BIAS, "layer_bias"), (SHARED_BIAS, "shared_bias"))),
@@ -135,7 +151,7 @@ KINDS = (
     Kind("timm", "a ViT classifier on the cls token", "vit", ("head.weight", *ENCODER_OF_VIT), "mae_{}", "cls",
          foreign=(*RELATIVE, "^fc_norm"), **TIMM_VIT),
     Kind("timm", "a ViT without a head", "vit", ENCODER_OF_VIT, "mae", foreign=(*NO_RELATIVE_OR_HEAD, "^fc_norm"),
-         lacking=NO_DECODER, **TIMM_VIT),
+         lacking=NO_DECODER, unused=MASK_UNUSED, **TIMM_VIT),
     Kind("timm", "a Swin classifier", "swin", ("head.fc.weight", *NEW_SWIN), "localmim_swin_{}", "normed",
          rules=names.TIMM_SWIN_RULES + names.TIMM_SWIN_HEAD, encoder=EPS5),
     Kind("timm", "a Swin classifier in the layout before timm 0.9", "swin", ("head.weight", *OLD_SWIN), "localmim_swin_{}",

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import re
 
 import numpy as np
 
@@ -11,12 +12,14 @@ from mim_jax import tree
 from mim_jax.config import ConfigDict, ConfigError, choice
 from mim_jax.convert import names, tables
 from mim_jax.convert.layouts import LAYOUTS, our_shape, to_ours
-from mim_jax.convert.reading.recognition import Options, config_of, kind_of, looks_like
+from mim_jax.convert.reading.chosen_model import Chosen, choose
+from mim_jax.convert.reading.dialects import translate
+from mim_jax.convert.reading.recognition import Foreign, Options, config_of, kind_of, unsupported
 from mim_jax.convert.reading.released_formats import Kind
 from mim_jax.convert.reading.sizes_from_shapes import Misfit, check_ranks, describe, span
 from mim_jax.models.relative_bias import offsets, resize_offsets
 
-WRAPPERS = ("module.", "model.", "_orig_mod.")  # what training codes put before every name
+PROJECTION = r"head\.(\d+|mlp|last_layer)\."  # of DINO, MoCo and their kin: no classifier's
 
 
 @dataclasses.dataclass
@@ -39,6 +42,12 @@ class Release:
     rules: tuple
     arrays: dict  # our path -> (released name, array, layout)
     rows: list[Row]
+    said: list[str] = dataclasses.field(default_factory=list)  # lines on what was chosen and taken off
+    theirs: dict = dataclasses.field(default_factory=dict)  # {released name: how the file calls it}, where that is another
+
+    def called(self, released: str) -> str:
+        """The name in the file."""
+        return self.theirs.get(released, released)
 
     def params(self) -> dict[str, np.ndarray]:
         """{our path: float32 array}."""
@@ -46,26 +55,75 @@ class Release:
         return {path: convert(array, layout) for path, (_, array, layout) in self.arrays.items()}
 
 
-def release(state: dict, options: Options) -> Release:
-    """{released name: array} -> Release. Raises ConfigError that names the first tensor that does not fit."""
-    while prefix := next((p for p in WRAPPERS if state and all(name.startswith(p) for name in state)), ""):
-        state = {name.removeprefix(prefix): array for name, array in state.items()}
-    shapes = {name: tuple(array.shape) for name, array in state.items()}
+def release(state: dict, options: Options, chosen: Chosen | None = None) -> Release:
+    """{released name: array} -> Release. Raises ConfigError that names the first tensor that does not fit.
+
+    `chosen`: which of several models in the state; None: as the options say. Prefixes of all names are taken off, as many as
+    leave a format that is known.
+    """
     if "metadata" in state and state["metadata"].dtype.kind == "U":
         raise ConfigError(
             "a file of --to=npz has this project's own names, which no --from reads; start from the run's folder, or export "
             "it with --to=safetensors or timm"
         )
+    state = {name.replace("/", "."): array for name, array in state.items()}  # Google's have slashes
+    chosen = chosen or choose(state, options.model, options.weights)
+    if chosen is None:
+        some = ", ".join(f"'{name}' {array.shape}" for name, array in list(state.items())[:3])
+        raise ConfigError(
+            f"no encoder is in it: no name ends in patch_embed.proj.weight, as a ViT or a Swin has it; it has {some}"
+        )
+    errors = []
+    for prefix in chosen.prefixes:
+        inside = {name.removeprefix(prefix): state[name] for name in chosen.names if name.startswith(prefix)}
+        try:
+            found = of_one_model(inside, options)
+        except Foreign as error:
+            errors.append(error)
+            continue
+        outside = [name for name in chosen.names if not name.startswith(prefix)]
+        found.rows += [Row(name, "", (state[name].shape, ()), "ignored", f"outside '{prefix}'") for name in outside]
+        found.said += [chosen.words] if chosen.words else []
+        found.said += [f"'{prefix}' stands before all of these names and is taken off"] if prefix else []
+        if outside:
+            some = ", ".join(outside[:3]) + (", ..." if outside[3:] else "")
+            found.said.append(f"outside it, and left: {len(outside)} tensors ({some})")
+        return found
+    raise max(errors, key=lambda error: error.signs)
+
+
+def of_one_model(state: dict, options: Options) -> Release:
+    """As `release`, of one model whose names have no prefix. Raises Foreign where its names are of no format of the source."""
+    kept, heads = {name: x for name, x in state.items() if not re.match(PROJECTION, name)}, options.heads
+    mae = options.said.get("config", {}).get("method") == "mae"
+    read = translate(kept, mae)
+    dialect = read.dialect in ("hf", "google") and read.dialect
+    if options.source in ("hf", "google") and options.source != dialect:
+        raise Foreign(f"the names are not those of --from={options.source}; the first is '{next(iter(state))}'")
+    if read.heads and heads not in (0, read.heads):
+        raise ConfigError(f"--heads={heads}, but the queries say {read.heads}")
+    options = dataclasses.replace(options, heads=heads or read.heads)
+    shapes = {name: tuple(array.shape) for name, array in read.state.items()}
     check_ranks(shapes)
-    kind = kind_of(shapes, options.source)
+    wanted = {name: shape for name, shape in shapes.items() if not any(re.match(pattern, name) for pattern, _ in read.left)}
+    kind = kind_of(wanted, read.sources if options.source in ("hf", "google") else (options.source,), options.source)
     if options.pool:
         if kind.pool != "cls" or options.source != "timm":
             raise ConfigError(f"--pool is for timm's ViT classifiers without fc_norm, and this is {kind.words}")
         kind = dataclasses.replace(kind, pool=choice("--pool", options.pool, ("cls", "normed")))
+    if kind.pool == "cls" and not options.pool and options.said.get("global_pool") == "avg":
+        kind = dataclasses.replace(kind, pool="normed")
+    kind = dataclasses.replace(kind, unused=(*read.left, *kind.unused))
     try:
-        return assign(state, kind, config_of(kind, shapes, options))
+        found = assign(read.state, kind, config_of(kind, wanted, options))
     except Misfit as error:
-        raise ConfigError(f"this is not {kind.words}: {error}{looks_like(shapes, kind.source)}") from error
+        words = str(error)
+        for ours, theirs in read.theirs.items():
+            words = words.replace(f"'{ours}'", f"'{theirs}'")
+        raise ConfigError(f"this is not {kind.words}: {words}") from error
+    found.theirs = read.theirs
+    found.rows += [Row(n, "", (x.shape, ()), "ignored", "of a projection head") for n, x in state.items() if n not in kept]
+    return found
 
 
 def assign(state: dict, kind: Kind, config: ConfigDict) -> Release:
@@ -77,7 +135,7 @@ def assign(state: dict, kind: Kind, config: ConfigDict) -> Release:
         if not why and named is None:
             explained = tables.explain(name, array, config.image_size)
             if explained is None:
-                raise Misfit(f"nothing here corresponds to its '{name}' {array.shape}")
+                raise Misfit(f"nothing here corresponds to its '{name}' {array.shape}{unsupported(name)}")
             words, equal = explained
             if not equal and name != "pos_embed":
                 raise Misfit(f"its '{name}' {array.shape} should be {words}, and is not")
@@ -146,10 +204,11 @@ def require_fit(found: Release, wanted: dict):
     for row in found.rows:
         path, (there, here) = row.ours, row.shapes
         if path and path not in wanted:
-            raise ConfigError(f"'{row.released}' {there} has no place in the model: there is no {path}{told}")
+            what = f"there is no {path}{unsupported(row.released)}{told}"
+            raise ConfigError(f"'{found.called(row.released)}' {there} has no place in the model: {what}")
         if path and here != tuple(wanted[path].shape):
             model = f"where {path} is {tuple(wanted[path].shape)}"
-            raise ConfigError(f"'{row.released}' has shape {there}, here {here}, {model}{told}")
+            raise ConfigError(f"'{found.called(row.released)}' has shape {there}, here {here}, {model}{told}")
     for path, leaf in wanted.items():
         if path in found.arrays:
             continue
@@ -157,6 +216,7 @@ def require_fit(found: Release, wanted: dict):
         if not why:
             released = names.released_name(path, found.rules)
             name = f"'{released[0]}'" if released else "a tensor"
+            name += f" (in the names of {kind.source})" if found.theirs else ""
             where = f"{path} {tuple(leaf.shape)}"
             raise ConfigError(f"the file lacks {name} for {where}: it is incomplete, or of another model{told}")
         found.rows.append(Row("", path, ((), tuple(leaf.shape)), "missing", why))

@@ -77,7 +77,8 @@ def vit(shapes: dict, prefix: str, heads: int, size) -> tuple[dict, dict]:
         raise ConfigError(f"--heads={heads}, but '{where}' says {told}")
     bias = "qv" if f"{prefix}blocks.0.attn.q_bias" in shapes else "all"
     if bias == "all":
-        at("blocks.0.attn.qkv.bias")  # a ViT without biases has no counterpart here
+        if f"{prefix}blocks.0.attn.qkv.bias" not in shapes:
+            raise Misfit(f"it has no '{prefix}blocks.0.attn.qkv.bias', and attention without biases is not supported")
     depth, hidden = count(shapes, rf"{re.escape(prefix)}blocks\.(\d+)\."), at("blocks.0.mlp.fc1.weight")[0]
     encoder = dict(patch=patch, width=width, depth=depth, heads=known, mlp_ratio=hidden / width, qkv_bias=bias)
     if not any(f"{prefix}blocks.0.{name}" in shapes for name in ("gamma_1", "ls1.gamma")):

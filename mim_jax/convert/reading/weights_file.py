@@ -27,18 +27,19 @@ TORCH_DTYPES = (*TORCH_STORAGES.values(), "uint16", "uint32", "uint64", "float8_
 RESAVE = "torch.save(torch.load(path, map_location='cpu'), new_path)"
 
 
-def read(path) -> dict[str, np.ndarray]:
+def read(path, wanted=None) -> dict[str, np.ndarray]:
     """The tensors of a file by name: .npz, .safetensors, or what torch.save writes since 1.6 (.pt .pth .pkl).
 
-    Told apart by content, not by name. Of a training checkpoint the first of STATE_KEYS is read and nothing else; a
-    pickled module has the names of its state dict. Arrays keep their dtype, may share memory and must not be written to.
-    Raises ConfigError for what is missing, damaged, of another format or without tensors.
+    Told apart by content, not by name. Of a training checkpoint the first of STATE_KEYS is read and nothing else, or, with
+    `wanted`, a function [names] -> names or None for no choice, those of all tensors under their names from the top. A pickled
+    module has the names of its state dict. Arrays keep their dtype, may share memory and must not be written to. Raises
+    ConfigError for what is missing, damaged, of another format or without tensors.
     """
     try:
         with open(path, "rb") as file:
             head = file.read(16)
             if head.startswith(b"PK"):
-                arrays = _read_zip(path)
+                arrays = _read_zip(path, wanted)
             elif head[8:9] == b"{":
                 arrays = load_file(path)
             elif head.startswith(b"\x80") and head[1:2] <= b"\x05":
@@ -67,11 +68,11 @@ def metadata(path) -> dict[str, str]:
         return {}
 
 
-def _read_zip(path) -> dict[str, np.ndarray]:
+def _read_zip(path, wanted) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if pickles := sorted((name for name in names if name.split("/")[-1] == "data.pkl"), key=len):
-            return TorchArchive(archive, pickles[0].removesuffix("data.pkl"), path).tensors()
+            return TorchArchive(archive, pickles[0].removesuffix("data.pkl"), path).tensors(wanted)
     if not any(name.endswith(".npy") for name in names):
         raise ConfigError(f"'{path}' is a zip archive, but neither of torch.save nor of numpy.savez: {names[:3]}")
     with np.load(path, allow_pickle=False) as arrays:
@@ -139,8 +140,8 @@ class TorchArchive:
         self.archive, self.prefix, self.path = archive, prefix, path
         self.loaded = {}  # raw storages by name: tensors may share one
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """{name in the state dict: array}. Raises ConfigError, see `read`."""
+    def tensors(self, wanted=None) -> dict[str, np.ndarray]:
+        """{name in the state dict: array}; `wanted`, and ConfigError: see `read`."""
         names = self.archive.namelist()
         if self.prefix + "constants.pkl" in names:
             save = "torch.save(torch.jit.load(path).state_dict(), new_path)"
@@ -150,7 +151,11 @@ class TorchArchive:
             raise ConfigError(f"'{self.path}' was written big-endian; on a little-endian machine: {RESAVE}")
         with self.archive.open(self.prefix + "data.pkl") as file:
             top = Inspector(file).load()
-        found = ((name, self.tensor(node, name)) for name, node in self.leaves(weights(top)))
+        nodes = self.leaves(weights(top))
+        if wanted:
+            below = {name: node for name, node in self.leaves(top) if is_tensor(node)}
+            nodes = [(name, below[name]) for name in names] if (names := wanted(list(below))) else nodes
+        found = ((name, self.tensor(node, name)) for name, node in nodes)
         arrays = {name: array for name, array in found if array is not None}
         if not arrays:
             what = f"keys {list(map(str, top))[:8]}" if isinstance(top, dict) else getattr(top, "name", type(top).__name__)
@@ -172,9 +177,9 @@ class TorchArchive:
 
     def tensor(self, node, name: str) -> np.ndarray | None:
         """The array that torch would have rebuilt; None for what is no tensor."""
-        module, _, kind = node.name.rpartition(".") if isinstance(node, Inert) else ("", "", "")
-        if module not in ("torch._utils", "torch._tensor") or not kind.startswith("_rebuild"):
+        if not is_tensor(node):
             return None
+        kind = node.name.rpartition(".")[2]
         match kind, node.args:
             case (("_rebuild_parameter" | "_rebuild_parameter_with_state"), (data, *_)):
                 return self.tensor(data, name)
@@ -216,6 +221,11 @@ class TorchArchive:
                 raise ConfigError(f"'{self.path}': the record {record} of tensor '{name}' {has}")
             self.loaded[record] = self.archive.read(info)
         return self.loaded[record]
+
+
+def is_tensor(node) -> bool:
+    """Whether torch would have rebuilt a tensor here."""
+    return isinstance(node, Inert) and node.name.startswith(("torch._utils._rebuild", "torch._tensor._rebuild"))
 
 
 def weights(top, depth: int = 0):
