@@ -245,12 +245,14 @@ def methods_compared(methods: dict, same_images: dict, name: str) -> str | None:
     """Methods at one number of images, whose files are named, and in one wall time. None: nothing recorded."""
     runs = {("images", m): load(same_images[m]) for m in methods}
     runs |= {("time", m): load(f"{name}_time_{m}_seed*.json") for m in methods}
-    if not any(runs["time", m] for m in methods):
+    if not load(f"{name}_images_*.json"):
         return None
     every = [run for found in runs.values() for run in found]
     column = lambda found, key: [run[key] for run in found if key in run]
     accuracy = lambda found, key: percent(column(found, key)) if found else "–"
-    median = lambda found, key, form, scale=1: format(statistics.median(column(found, key)) / scale, form) if found else "–"
+    median = lambda found, key, form, scale=1: (
+        format(statistics.median(column(found, key)) / scale, form) if column(found, key) else "–"
+    )
     rows = []
     for method, title in methods.items():
         images, time = runs["images", method], runs["time", method]
