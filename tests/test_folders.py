@@ -375,3 +375,10 @@ def test_a_folder_is_walked_once(make, monkeypatch):
     assert len(walked) == 7  # the root, 2 splits, 4 classes
     make({"train/cat": 9})
     assert seen(path) == (15, CLASSES)
+
+
+@pytest.mark.parametrize("name, form", [("train-0.parquet", "parquet"), ("0.tar", "webdataset"), ("train.csv", "list")])
+def test_a_folder_of_another_form_names_its_source(name, form, tmp_path):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=f"No images in .*Is it data.source={form}"):
+        open_source("folder", "train", path=str(tmp_path))

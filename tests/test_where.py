@@ -4,12 +4,17 @@ import dataclasses
 import pathlib
 import re
 
+import built
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from einops import reduce
 
 from mim_jax.assemble.judges import EVALUATORS, Evaluation
 from mim_jax.config import load
+from mim_jax.evaluators import panels
+from mim_jax.figures import reconstructions
 from mim_jax.jobs.run import run
 from mim_jax.objectives.masked import TARGETS
 from mim_jax.runs import saved
@@ -76,6 +81,25 @@ def test_an_evaluator_is_one_file_and_one_row(monkeypatch, tmp_path):
     asked = dict(type="size", on=True, batch_size=1, path="encoder/cls_token")
     config.evals.size = asked | {key: config.evals.knn[key] for key in config.evals.knn if key.startswith("every_")}
     assert run(config, str(tmp_path / "run"))["size/encoder/cls_token"] > 0
+
+
+@pytest.mark.parametrize("name, arguments", [("localmim_vitb", "target=pixels"), ("lomar_vitb", "taps=0")])
+def test_figures_of_several_taps_show_the_truth_and_then_the_prediction(name, arguments, monkeypatch):
+    """Where the model says 9 everywhere, only hidden places of the second picture are not the image."""
+    config = toy(name, arguments)
+    made = built.objective(config).clone(norm_pix=False)
+    monkeypatch.setattr(type(made), "predict", lambda m, x, train=False: [0 * t + 9 for t in m.targets(x)])
+    drawn = []
+    monkeypatch.setattr(reconstructions, "panel_grid", lambda rows, *_: drawn.extend(rows) or np.zeros((1, 1, 3), np.uint8))
+    images = np.random.default_rng(0).integers(90, 110, (2, 32, 32, 1), np.uint8)
+    variables = jax.jit(lambda: made.init(jax.random.key(0), made.example()))()
+    panels.drawing(made, built.normaliser(config))(variables, images, jax.random.key(1))
+    taps = 2 * len(made.outputs)
+    for row in drawn:
+        whole = row[-taps - 2]
+        for truth, predicted in zip(row[-taps::2], row[1 - taps :: 2]):
+            np.testing.assert_array_equal(truth, whole)
+            assert (predicted != whole).any() and predicted.max() == 255
 
 
 def test_the_files_that_are_named_are_there():

@@ -14,6 +14,8 @@ from mim_jax.data.augment import DataError
 from mim_jax.data.listing import EXTENSIONS, Listing, by_parts, few, listed, shown
 from mim_jax.data.source import WAYS, Source, evenly
 
+FORMS = {".parquet": "parquet", ".tar": "webdataset", ".csv": "list", ".tsv": "list", ".jsonl": "list"}  # of other sources
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource(Source):
@@ -80,7 +82,9 @@ def _opened(listing: Listing, split, channels, folders, holdout) -> FolderSource
         if not inside:
             held = listing.what(root) or "nothing at all"
             endings = " ".join(sorted(shown(e) for e in EXTENSIONS))
-            raise DataError(f"No images in {os.path.join(path, shown(root))!r}: it holds {held}; read are {endings}.")
+            forms = [form for ending, form in FORMS.items() if f" {ending}" in f" {held}"]
+            hint = f" Is it data.source={forms[0]}?" if forms else ""
+            raise DataError(f"No images in {os.path.join(path, shown(root))!r}: it holds {held}; read are {endings}.{hint}")
         chosen = slices.cut([p[start:] for p in inside], low, high, bounds)
         pieces.append(inside if len(chosen) == len(inside) else [inside[0][:start] + rest for rest in chosen])
         used.append(root)

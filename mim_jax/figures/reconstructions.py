@@ -10,6 +10,7 @@ TITLES = {
     "codes": "codes",
     "predicted_codes": "predicted codes",
 }
+PAIR, CODES = ("truth", "reconstruction"), ("codes", "predicted_codes")  # what is right, and with what was predicted
 HOG_NOTE = "histograms of gradients as strokes along edges, brighter = stronger; visible places are shown as they are"
 MAX_ROWS, PANEL = 8, 128  # pixels of a side of a picture of strokes
 OWN = "own statistics: the same prediction with the average statistics of the visible patches, nothing borrowed"
@@ -55,7 +56,7 @@ def draw_outputs(method: str, whole, places, shares, outputs):
         for _, (views, masked, painted) in shares:
             row = [*whole_and_view(whole[i], None if places is None else places[i], views[i]), to_rgb(masked[i])]
             for output, pictures in zip(outputs, painted, strict=True):
-                truth, predicted = list(pictures.values())[:2]
+                truth, predicted = (pictures[name] for name in (PAIR if PAIR[0] in pictures else CODES))
                 bins, brightest, side = output.target.bins, float(truth[i].max()), max(SMALLEST, PANEL // len(truth[i]))
                 draw = lambda x, n=bins, top=brightest, side=side: strokes(x, n, top, side) if n else to_rgb(x)
                 row += [draw(truth[i]), draw(predicted[i])]

@@ -215,7 +215,10 @@ class MaskedPrediction(Objective):
     @property
     def codes(self) -> Codes:
         if self.tokenizer is None:
-            raise ConfigError("codes as a target need a section 'tokenizer': the tokenizer that they are of")
+            raise ConfigError(
+                "codes as a target need a section 'tokenizer', of which they are; as an argument target=codes brings it along: "
+                "--config=configs/NAME.py:target=codes"
+            )
         return Codes(self.tokenizer)
 
     def training_flops(self) -> int:

@@ -151,4 +151,4 @@ class Hog(Target):
 
     def paint(self, prediction, answer, hidden, images, cell: int) -> dict:
         mixed = jnp.where(hidden[..., None], prediction, answer)
-        return {"histograms": in_rows(answer, images, cell), "predicted_histograms": in_rows(mixed, images, cell)}
+        return {"truth": in_rows(answer, images, cell), "reconstruction": in_rows(mixed, images, cell)}

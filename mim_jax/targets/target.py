@@ -57,8 +57,9 @@ class Target:
         return prediction, answer, guess
 
     def paint(self, prediction, answer, hidden, images, cell: int) -> dict:
-        """[r n t], [r n t], [r n], [r h w c] -> {name: picture}: first the truth, then the same with what is predicted in
-        hidden places; normalised pixels [r h w c], or with `bins` histograms [r rows columns t]."""
+        """[r n t], [r n t], [r n], [r h w c] -> {name: picture}: "truth", and "reconstruction", the same with what is predicted
+        in hidden places; others by names of figures/reconstructions.py. Normalised pixels [r h w c], or with `bins` histograms
+        [r rows columns t]."""
         raise NotImplementedError
 
 
