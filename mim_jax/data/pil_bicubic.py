@@ -14,6 +14,8 @@ REACH = 2.0  # of the bicubic filter, in pixels of the smaller image
 BLOCK = 16  # pixels transposed at once, to stay in the cache
 
 BYTES, NUMBERS, WEIGHTS = types.uint8[::1], types.int64[::1], types.int32[:, ::1]
+IMAGE = types.uint8[:, :, ::1]
+PIXELS = types.Array(types.uint8, 3, "C", readonly=True)  # one that is given; it may be writable too
 
 
 def compiled(*signature):
@@ -95,7 +97,7 @@ def _transpose(source, rows, columns, channels, out):
                     there += c
 
 
-@compiled(types.uint8[:, :, ::1](types.uint8[:, :, ::1], types.float64[::1], types.int64[::1], types.int64[::1], types.boolean))
+@compiled(IMAGE(PIXELS, types.float64[::1], types.int64[::1], types.int64[::1], types.boolean))
 def _bicubic(pixels, of, size, part, mirror):
     height, width, channels = pixels.shape
     (top, left, tall, wide), (y, x, h, w) = of, part
@@ -110,14 +112,14 @@ def _bicubic(pixels, of, size, part, mirror):
         columns = first[-1] + count[-1] - begin
         if mirror:
             first, count, weights = first[::-1].copy(), count[::-1].copy(), weights[::-1].copy()
-        source = np.ascontiguousarray(pixels[low:high, begin : begin + columns]).reshape(-1)
+        source = pixels[low:high, begin : begin + columns].copy().reshape(-1)
         turned, narrow = np.empty(columns * rows * channels, np.uint8), np.empty(w * rows * channels, np.uint8)
         _transpose(source, rows, columns, channels, turned)
         _weigh(turned, rows * channels, first - begin, count, weights, narrow)
         source = np.empty(rows * w * channels, np.uint8)
         _transpose(narrow, w, rows, channels, source)
     else:
-        source = np.ascontiguousarray(pixels[low:high, x : x + w][:, :: -1 if mirror else 1]).reshape(-1)
+        source = pixels[low:high, x : x + w][:, :: -1 if mirror else 1].copy().reshape(-1)
     if not down:
         return source.reshape(h, w, channels)
     out = np.empty(h * w * channels, np.uint8)
