@@ -288,9 +288,7 @@ def test_a_broken_record_is_replaced_and_named(data, tmp_path, caplog, name, pla
 
 
 @pytest.mark.parametrize("name,place", [("prepared", "path"), ("images", "data_dir")])
-@pytest.mark.parametrize(
-    "damage,words", [("cut", "hash mismatch|postscript|Postscript"), ("gone", "No such file"), ("other", "4 records")]
-)
+@pytest.mark.parametrize("damage,words", [("cut", "it is cut off"), ("gone", "No such file"), ("other", "4 records")])
 def test_a_shard_that_is_not_whole_is_found_at_opening(data, tmp_path, name, place, damage, words):
     out = tmp_path / "out"
     made(data, out, shards=2)

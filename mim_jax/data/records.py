@@ -39,7 +39,7 @@ def _wrong(piece) -> str:
         held = reader.num_records()
         reader.close()
     except RuntimeError as error:  # there is no other kind
-        return str(error)
+        return str(error) or "it is cut off"
     wanted = piece.examples_in_shard
     return "" if held == wanted else f"it holds {held} records instead of {wanted}"
 
