@@ -175,7 +175,7 @@ def test_hosts_share_the_shards(data, tmp_path):
     said = made(data, tmp_path / "one")
     assert made(data, tmp_path / "two", host=(1, 2)) is None
     assert len(list((tmp_path / "two").glob("images-*"))) == 1
-    with pytest.raises(DataError, match="'train' in .*two' is not whole: start the same mim_jax.prepare again"):
+    with pytest.raises(DataError, match="'train' in .*two' is not whole; start the same mim_jax.prepare again"):
         open_source("prepared", "train", path=str(tmp_path / "two"))
     assert made(data, tmp_path / "two", host=(0, 2)) == said
 
@@ -275,7 +275,8 @@ def test_a_broken_record_is_replaced_and_named(data, tmp_path, caplog, name, pla
     options = dict(batch_size=4, size=(16, 16), crop=RandomCrop(), seed=5)
     with caplog.at_level("WARNING", logger="absl"):
         source = open_source(name, "train", **{place: str(out)})
-        seen = [pipeline.TrainBatches(source, **options).batch(k) for k in range(3)]
+        run = pipeline.TrainBatches(source, **options)
+        seen = [run.batch(k) for k in range(3)]
         judged = everything(source)
     assert 6 not in np.concatenate([batch["id"] for batch in seen])
     assert judged["valid"].sum() == N - 1 and not judged["valid"][6]
@@ -302,6 +303,21 @@ def test_a_shard_that_is_not_whole_is_found_at_opening(data, tmp_path, name, pla
         open_source(name, "train", **{place: str(out)})
 
 
+def test_a_disk_that_is_gone(data, tmp_path):
+    made(data, tmp_path / "out")
+    source = open_source("prepared", "train", path=str(tmp_path / "out"))
+
+    class Gone:
+        def __getitems__(self, ids):
+            raise RuntimeError("read() failed: Stale file handle")
+
+        __getitem__ = __getitems__
+
+    source.records._source = Gone()
+    with pytest.raises(DataError, match="Reading 'prepared', split 'train', failed: .*Stale file handle"):
+        pipeline.TrainBatches(source, batch_size=4, size=(16, 16), crop=RandomCrop(), seed=5).batch(0)
+
+
 def test_nothing_prepared(tmp_path):
     for path in ("", str(tmp_path / "none")):
         with pytest.raises(DataError, match="needs data.path, the --out of python -m mim_jax.prepare"):
@@ -311,3 +327,13 @@ def test_nothing_prepared(tmp_path):
     write(f"{tmp_path}/manifest-train.json", b"{")
     with pytest.raises(DataError, match="a manifest in .* cannot be read"):
         open_source("prepared", "train", path=str(tmp_path))
+
+
+def test_names_that_are_cut_off(data, tmp_path):
+    made(data, tmp_path / "out")
+    names = tmp_path / "out/names-train.gz"
+    names.write_bytes(names.read_bytes()[:-20])
+    with pytest.raises(DataError, match="the names of 'train' in .* cannot be read .*start the same mim_jax.prepare again"):
+        open_source("prepared", "train[:50%]", path=str(tmp_path / "out"))
+    made(data, tmp_path / "out")
+    assert len(open_source("prepared", "train", path=str(tmp_path / "out")).listing()) == N

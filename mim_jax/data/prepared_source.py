@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from typing import Any
 
 import tensorflow as tf
@@ -16,6 +17,8 @@ from mim_jax.data.source import WAYS
 from mim_jax.data.tfds_source import LABEL_SETS, as_set
 from mim_jax.paths import expanded
 
+AGAIN = "start the same mim_jax.prepare again: it makes what is missing."
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedSource(RecordSource):
@@ -25,7 +28,13 @@ class PreparedSource(RecordSource):
 
     @functools.cached_property
     def _names(self):
-        return manifest.read_names(self.folder, self.split)
+        try:
+            names = manifest.read_names(self.folder, self.split)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"the names of {self.split!r} in {str(self.folder)!r} cannot be read ({error}); {AGAIN}") from error
+        if len(names) != self.num_examples:
+            raise DataError(f"{str(self.folder)!r} has {len(names)} names of {self.num_examples} images; {AGAIN}")
+        return names
 
     def listing(self):
         return self._names
@@ -55,9 +64,9 @@ def open_prepared(path, split, channels, label_sets=False):
     try:
         there = manifest.read_all(folder)
     except (OSError, ValueError) as error:
-        raise DataError(f"a manifest in {path!r} cannot be read ({error}): start its mim_jax.prepare again.") from error
+        raise DataError(f"a manifest in {path!r} cannot be read ({error}); {AGAIN}") from error
     if split not in there and (folder / manifest.PARTS.format(split)).exists():
-        raise DataError(f"{split!r} in {path!r} is not whole: start the same mim_jax.prepare again, it makes what is missing.")
+        raise DataError(f"{split!r} in {path!r} is not whole; {AGAIN}")
     if not there:
         raise DataError(f"data.path={path!r} is no folder that mim_jax.prepare made; {WAYS}")
     said = of_split(there, split, path)

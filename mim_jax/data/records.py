@@ -12,6 +12,8 @@ from mim_jax.data import shards
 from mim_jax.data.augment import DataError
 from mim_jax.data.source import Source
 
+CORRUPT = "Corrupted"  # so begin errors about the content, not about reaching it
+
 
 def array_record():
     """The module of its reader and writer. Raises DataError where there is none: it is made for some systems only."""
@@ -59,11 +61,17 @@ class Records:
         self._source = array_record_data_source.ArrayRecordDataSource([p for p in pieces if p.take])
 
     def fetch(self, ids) -> list[bytes]:
-        """int64 numpy [b] -> records; b"" for one that cannot be read, which is said once."""
+        """int64 numpy [b] -> records; b"" for one that cannot be read, which is said once.
+
+        Raises OSError where no file of several records can be read, as when a disk is gone.
+        """
         try:
             return list(self._source.__getitems__(ids.tolist()))
-        except RuntimeError:
-            return [self._one(i) for i in ids.tolist()]
+        except RuntimeError as error:
+            found, first = [self._one(i) for i in ids.tolist()], str(error)
+            if len(found) > 1 and not any(found) and CORRUPT not in first:
+                raise OSError(first) from error
+            return found
 
     def _one(self, i):
         try:
