@@ -14,7 +14,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 from saved import REPO
-from test_data_sources import encode, everything, picture, write
+from test_data_sources import Numbered, encode, everything, picture, write
 
 from mim_jax.config import ConfigError
 from mim_jax.data import manifest, pipeline, shard_writer
@@ -100,6 +100,16 @@ def test_images_in_memory_are_kept_without_loss(tmp_path):
     for key in ("image", "label"):
         np.testing.assert_array_equal(a[key], b[key])
     assert said["examples"] == wanted.num_examples and found.class_names == wanted.class_names
+
+
+def test_a_source_without_random_access(tmp_path):
+    Numbered(data_dir=str(tmp_path), file_format="tfrecord").download_and_prepare()
+    given = dict(name="numbered", split="train", data_dir=str(tmp_path))
+    prepare(Asked(given, str(tmp_path / "out"), shards=2))
+    found = open_source("prepared", "train", path=str(tmp_path / "out"))
+    assert found.random_access and found.class_names == ("0", "1", "2", "3", "4")
+    for key, values in everything(open_source(**given)).items():
+        np.testing.assert_array_equal(everything(found)[key], values)
 
 
 def test_sets_of_labels(tmp_path):

@@ -8,6 +8,8 @@ import signal
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from absl import logging
+
 from mim_jax.data.augment import DataError
 from mim_jax.data.shard_writer import Stored, names_of, write_shard
 from mim_jax.data.sources import open_source
@@ -33,6 +35,7 @@ class Task:
 def _begin(opening, count, stored, messages, stop):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it is told, and says so
     quiet()
+    logging.set_verbosity(logging.ERROR)  # what the source says, it has said to the first process
     messages.cancel_join_thread()
     source = open_source(**opening)
     _own.update(source=source, name_of=names_of(source), count=count, stored=stored, messages=messages, stop=stop)

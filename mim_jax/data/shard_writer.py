@@ -50,12 +50,12 @@ class Stored:
 
 
 def _examined(source, low, high, shorter):
-    """-> dataset of the examples low .. high - 1, in order; `readable` False for one that cannot be decoded.
+    """-> dataset of the examples low .. high - 1, in order; raises where one cannot be decoded, and goes on behind it.
 
     `pixels` are of those to be encoded only, else of no size. Raises DataError for examples with more than image and label.
     """
 
-    def read(item):
+    def read(i, item):
         example = source.load(item)
         if others := sorted(example.keys() - {"image", "label"}):
             raise DataError(f"{source.name} has {', '.join(others)} beside image and label, which shards do not carry.")
@@ -66,23 +66,18 @@ def _examined(source, low, high, shorter):
         if encoded:
             pixels = tf.cond(larger, lambda: pixels, lambda: pixels[:0, :0])
         turned = tf.cond(larger, lambda: orientation(image, Decoding("apply")), lambda: 1) if encoded else tf.constant(1)
-        found = {"readable": True, "image": image if encoded else tf.constant(b""), "label": example["label"]}
-        found |= {"pixels": tf.ensure_shape(pixels, [None, None, pixels.shape[-1]]), "orientation": turned}
+        found = {"id": i, "image": image if encoded else tf.constant(b""), "label": example["label"]}
+        found |= {"pixels": pixels, "orientation": turned}
         return {**found, "sides": sides}  # which only decoding tells, so that it is not left out
 
-    def careful(i, item):
-        found = tf.data.Dataset.from_tensors(item).map(tf.autograph.experimental.do_not_convert(read))
-        absent = lambda of: tf.zeros([side or 1 for side in of.shape], of.dtype)
-        nothing = tf.data.Dataset.from_tensors(tf.nest.map_structure(absent, found.element_spec))
-        return {"id": i, **unreadable.first_read(found.concatenate(nothing))}
-
+    plain = tf.autograph.experimental.do_not_convert
     if not source.random_access:
         ds = source.stream(low, high)
     elif source.bulk:
-        ds = tf.data.Dataset.range(low, high).batch(CHUNK).map(lambda ids: (ids, source.lookup(ids))).unbatch()
+        ds = tf.data.Dataset.range(low, high).batch(CHUNK).map(plain(lambda ids: (ids, source.lookup(ids)))).unbatch()
     else:
-        ds = tf.data.Dataset.range(low, high).map(lambda i: (i, source.lookup(i)))
-    return ds.map(tf.autograph.experimental.do_not_convert(careful))
+        ds = tf.data.Dataset.range(low, high).map(plain(lambda i: (i, source.lookup(i))))
+    return ds.map(plain(read))  # one after the other: there is a process for each core
 
 
 def encoded(pixels, stored: Stored, turned: int = 1) -> bytes:
@@ -144,9 +139,9 @@ def write_shard(source, name_of, low, high, file, stored, tell) -> dict:
     part, names, labels, skipped, resized = file.with_name(f".{file.name}.{os.getpid()}"), [], collections.Counter(), [], 0
     try:
         writer = array_record().ArrayRecordWriter(os.fspath(part), OPTIONS)
-        for chunk in _chunks(source, low, high, stored.shorter):
-            bad = _skipped(source, [int(e["id"]) for e in chunk if not e["readable"]], len(chunk), name_of)
-            for example in filter(lambda e: e["readable"], chunk):
+        for chunk, unread in _chunks(source, low, high, stored.shorter):
+            bad = _skipped(source, unread, len(chunk) + len(unread), name_of)
+            for example in chunk:
                 image, label = example["image"], example["label"]
                 if example["pixels"].size:
                     resized += 0 < stored.shorter < min(example["pixels"].shape[:2])
@@ -156,7 +151,7 @@ def write_shard(source, name_of, low, high, file, stored, tell) -> dict:
                 labels.update(label if source.label_sets else [label])
                 writer.write(_record(image, names[-1], label))
             skipped += bad
-            tell(len(chunk), bad)
+            tell(len(chunk) + len(bad), bad)
         writer.close()
         digest = _settled(part)
         size = os.path.getsize(part)
@@ -170,16 +165,20 @@ def write_shard(source, name_of, low, high, file, stored, tell) -> dict:
 
 
 def _chunks(source, low, high, shorter):
-    """Lists of examples, as _examined gives them."""
-    try:
-        rows, last = [], high - 1
-        for example in _examined(source, low, high, shorter).as_numpy_iterator():
-            rows.append(example)
-            if len(rows) == CHUNK or example["id"] == last:
-                yield rows
-                rows = []
-    except tf.errors.OpError as error:
-        raise DataError(f"{source.name}, split {source.split}, cannot be read: {unreadable.reason(error)}") from error
+    """Lists of examples, as `_examined` gives them, and of the ids beside them that cannot be read."""
+    rows, unread, error = [], [], "it ended"
+    examples = _examined(source, low, high, shorter).as_numpy_iterator()
+    for i in range(low, high):
+        try:
+            rows.append(next(examples, {"id": high}))
+            if rows[-1]["id"] != i:  # not one image, but the records themselves could not be read
+                raise DataError(f"{source.name}, split {source.split}, cannot be read at example {i}: {error}")
+        except tf.errors.OpError as found:
+            unread.append(i)
+            error = unreadable.reason(found)
+        if len(rows) + len(unread) == CHUNK or i == high - 1:
+            yield rows, unread
+            rows, unread = [], []
 
 
 def _settled(path) -> str:

@@ -54,9 +54,8 @@ class Progress:
     def __init__(self, source, bad_limit: float, total: int, earlier):
         from mim_jax.data.unreadable import Reading
 
-        self.source, self.total, self.done = source, total, 0
-        self.reading, self.began = Reading(limit=bad_limit), time.monotonic()
-        self.said, self.reading.met = self.began, {i: tuple(row) for i, *row in earlier}
+        self.source, self.total, self.done, self.first = source, total, 0, None
+        self.reading = Reading(limit=bad_limit, met={i: tuple(row) for i, *row in earlier})
         self.reading.require_few(source)
 
     def tell(self, _, done: int, bad):
@@ -65,8 +64,11 @@ class Progress:
             self.reading.met[i] = tuple(row)
             print(f"left out, number {len(self.reading.met)}: {row[0]}: {row[1]}", flush=True)
         self.reading.require_few(self.source)
-        if (now := time.monotonic()) - self.said > EVERY:
-            self.said, rate = now, self.done / (now - self.began)
+        now = time.monotonic()
+        if self.first is None:  # until then the processes were starting
+            self.first, self.said = (now, self.done), now
+        if now - self.said > EVERY:
+            self.said, rate = now, (self.done - self.first[1]) / (now - self.first[0])
             left = clock_text((self.total - self.done) / rate)
             share = f"{self.done}/{self.total}  {100 * self.done / self.total:5.1f} %"
             print(f"{self.source.split} {share}  {rate:8.1f} images/s  {left} left", flush=True)
