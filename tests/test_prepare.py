@@ -142,6 +142,7 @@ def test_several_splits_in_one_folder(data, tmp_path):
     write(f"{tmp_path}/other/c/0.jpg", encode(picture(0), "JPEG"))
     with pytest.raises(ConfigError, match="different classes, 1 in 'other', 2 in .*choose another --out"):
         made(tmp_path / "other", out, name="other")
+    made(data, out, "train[:50%]", shards=2)  # which the refused one does not hinder
 
 
 # ---- going on
@@ -159,6 +160,8 @@ def test_only_what_is_missing_is_made(data, tmp_path):
     assert made(data, out) == said and [path.read_bytes() for path in shards] == before
     assert [path.stat().st_mtime_ns == time for path, time in zip(shards[1:], times)] == [False, True]
     assert not list(out.glob(".*"))
+    (out / "parts-train/begun.json").unlink()  # whose shards are these?
+    assert made(data, out, stored=dict(shorter=50))["resized"] == N // 3
 
 
 def test_another_start_is_refused(data, tmp_path):

@@ -18,6 +18,7 @@ from mim_jax.data.records import array_record
 from mim_jax.data.tfds_source import LABEL_SETS
 
 CHUNK = 64  # images, after which progress is told
+LONGEST = 65500  # px that PIL's JPEG can have
 FORMATS = {"jpeg": "JPEG", "png": "PNG"}
 OPTIONS = "group_size:1,uncompressed"  # each record on its own; images are compressed already
 
@@ -94,9 +95,8 @@ def encoded(pixels, stored: Stored, turned: int = 1) -> bytes:
     if turned != 1:
         options["exif"] = Image.Exif()
         options["exif"][ORIENTATION] = turned
-    if stored.format == "jpeg":
-        options["quality"] = stored.quality
-    image.save(stream, FORMATS[stored.format], **options)
+    kind = stored.format if max(image.size) <= LONGEST else "png"
+    image.save(stream, FORMATS[kind], **options, **({"quality": stored.quality} if kind == "jpeg" else {}))
     return stream.getvalue()
 
 

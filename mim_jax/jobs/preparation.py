@@ -113,12 +113,19 @@ def _begun(asked, stored, source, parts) -> dict:
 
     here = {"settings": asked.settings(stored, source), "data": same_data.record(source)}
     here |= {"classes": list(source.class_names), "label_sets": source.label_sets, "missing": source.missing}
-    path = parts / BEGUN
-    if not path.exists():
-        (parts.parent / manifest.MANIFEST.format(asked.name)).unlink(missing_ok=True)  # of an earlier set
+    kind = lambda said: (said["classes"], said["label_sets"])
+    for other in set(parts.parent.glob(manifest.PARTS.format("*"))) - {parts}:
+        said = _read(other / BEGUN) or here
+        if said["classes"] and here["classes"] and kind(said) != kind(here):
+            both = f"{len(here['classes'])} in {asked.name!r}, {len(said['classes'])} in what {other.name} tells of"
+            raise ConfigError(f"--out={asked.out}: its splits would have different classes, {both}: choose another --out.")
+    there = _read(parts / BEGUN)
+    if there is None:
+        for old in (parts.parent / manifest.MANIFEST.format(asked.name), *parts.glob("[0-9]*.json")):  # of an earlier set
+            old.unlink(missing_ok=True)
         same_data.keep_list(source, parts)
-        manifest.write_text(path, here)
-    there = json.loads(path.read_text())
+        manifest.write_text(parts / BEGUN, here)
+        return here
     changed = differences(there["settings"], here["settings"])
     changed += same_data.changes(there["data"], tuple(there["classes"]), source, parts)
     if changed:
@@ -126,12 +133,6 @@ def _begun(asked, stored, source, parts) -> dict:
             f"--out={asked.out} was begun with other settings or data, and nothing was changed there: {'; '.join(changed)}. "
             f"Choose another --out, or remove {parts} first."
         )
-    kind = lambda said: (said["classes"], said["label_sets"])
-    for other in parts.parent.glob(manifest.PARTS.format("*") + "/" + BEGUN):
-        said = json.loads(other.read_text())
-        if said["classes"] and here["classes"] and kind(said) != kind(here):
-            both = f"{len(here['classes'])} in {asked.name!r}, {len(said['classes'])} in what {other.parent.name} tells of"
-            raise ConfigError(f"--out={asked.out}: its splits would have different classes, {both}: choose another --out.")
     return there
 
 
@@ -158,10 +159,17 @@ def _all_shards(asked, stored, source, out, parts) -> list[dict] | None:
     return [facts[k] for k in range(count)] if len(facts) == count else None
 
 
-def _known(out, parts, k) -> dict | None:
-    """What was written down of a shard, if it is there as it was then."""
+def _read(path) -> dict | None:
+    """A file of JSON; None where there is none, or a damaged one."""
     try:
-        found = json.loads((parts / f"{k:05d}.json").read_text())
-        return found if (out / found["file"]).stat().length == found["bytes"] else None
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+
+
+def _known(out, parts, k) -> dict | None:
+    """What was written down of a shard, if it is there as it was then."""
+    found = _read(parts / f"{k:05d}.json")
+    if found is not None and (file := out / found["file"]).exists() and file.stat().length == found["bytes"]:
+        return found
+    return None
