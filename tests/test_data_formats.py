@@ -1,4 +1,4 @@
-"""Parquet, tar shards, lists of files and array_record: the same images give the same batches, and what is wrong with them is named."""
+"""Parquet, tar shards, lists and array_record: the same images give the same batches, and what is wrong with them is named."""
 
 import csv
 import io

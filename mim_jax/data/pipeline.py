@@ -1,6 +1,7 @@
 """Batches of examples: training batches as a function of the step, evaluation over a split exactly once."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -37,10 +38,7 @@ def _local(batch_size, size, process):
 
 def _fold(seed, purpose, *numbers):
     """Numbers -> seed int64 [2] for TensorFlow's stateless functions."""
-    result = tf.constant([seed, purpose], tf.int64)
-    for number in numbers:
-        result = tf.random.experimental.stateless_fold_in(result, number)
-    return result
+    return functools.reduce(tf.random.experimental.stateless_fold_in, numbers, tf.constant([seed, purpose], tf.int64))
 
 
 def _share(n, process):

@@ -12,7 +12,6 @@ from mim_jax import prng
 from mim_jax.assemble import datasets, encoders, inheritance, weights
 from mim_jax.assemble.inputs import mixed_inputs
 from mim_jax.config import ConfigDict, ConfigError
-from mim_jax.data.device_bicubic import resized
 from mim_jax.figures.augmented import draw_augmented
 from mim_jax.figures.sheet import write_png
 from mim_jax.jobs import training
@@ -139,6 +138,8 @@ def start(config: Finetune, source: saved.Saved, made: Classify, mesh) -> Start:
 
 def save_augmented(workdir, config: Finetune, inputs, batch, names):
     """Draws what the first step sees, once: nothing shows a wrong augmentation sooner."""
+    from mim_jax.data.device_bicubic import resized
+
     shown = {key: batch[key] for key in ("image", "label", "crop", "mirror") if key in batch}
     shown = resized(shown, config.image_size)
     seen = jax.jit(inputs)(shown, prng.stream(config.seed, "masks", 0))
