@@ -36,7 +36,7 @@ def rows(text: str, chip: Tpu | Gpu, devices: int) -> list[Row]:
 def row(program: Program, where: str, one: Instruction, times: float, chip: Tpu | Gpu, devices: int) -> Row:
     here, moved = program.computations[where], 0.0
     if parts.is_collective(one):
-        seconds, flops = sent(one, sum(size(here[x].shape) for x in one.operands), devices) / chip.link, {}
+        seconds, flops = sent(one, sum(size(here[x].shape, on_chip=True) for x in one.operands), devices) / chip.link, {}
     elif one.opcode.endswith(("-start", "-done", "-update")):
         seconds, flops = 0.0, {}  # runs beside the rest
     else:

@@ -52,10 +52,10 @@ def arrays(shape: str) -> list[tuple[str, tuple[int, ...], str]]:
     return [(kind, tuple(map(int, filter(None, sizes.split(",")))), layout) for kind, sizes, layout in ARRAY.findall(shape)]
 
 
-def size(shape: str) -> float:
-    """Bytes in the device's main memory; what lies in a TPU's own memories on the chip, `S(n)`, is none of it."""
+def size(shape: str, on_chip: bool = False) -> float:
+    """Bytes in the device's main memory, and with `on_chip` those in a TPU's own memories, which are marked `S(n)`."""
     each = lambda kind: BYTES[kind] if kind in BYTES else int(re.sub(r"\D.*", "", kind.lstrip("fsuce")) or 32) / 8
-    return sum(each(kind) * math.prod(sizes) for kind, sizes, layout in arrays(shape) if "S(" not in layout)
+    return sum(each(kind) * math.prod(sizes) for kind, sizes, layout in arrays(shape) if on_chip or "S(" not in layout)
 
 
 class Program:
@@ -73,19 +73,31 @@ class Program:
     def run(self, computation: str = "", times: float = 1.0):
         """Yields (computation, instruction, how often) through calls and loops; a fusion is one instruction.
 
-        A loop whose length is not stated counts once, and of a conditional each branch in equal shares.
+        A loop whose length is not to be seen counts once, and of a conditional each branch in equal shares.
         """
         computation = computation or self.entry
         for one in self.computations[computation].values():
             if one.opcode == "while":
-                trips = TRIPS.search(one.attributes)
-                (body,) = (name for name in one.called)
-                yield from self.run(body, times * int(trips[1] if trips else 1))
+                yield from self.run(*one.called, times * self.trips(one))
             elif one.opcode in ("call", "conditional", "async-start"):
                 for name in one.called:
                     yield from self.run(name, times / len(one.called))
             elif one.opcode not in FREE:
                 yield computation, one, times
+
+    def trips(self, loop: Instruction) -> int:
+        """As the compiler states it, or as the loop's condition does, which counts from 0 up to a constant."""
+        if stated := TRIPS.search(loop.attributes):
+            return int(stated[1])
+        condition = self.computations[re.search(r"condition=%([\w.\-]+)", loop.attributes)[1]]
+        ends = [
+            condition[x]
+            for one in condition.values()
+            if "direction=LT" in one.attributes
+            for x in one.operands
+            if x in condition
+        ]
+        return next((int(x.arguments) for x in ends if x.opcode == "constant" and x.arguments.isdigit()), 1)
 
     def inner(self, one: Instruction) -> dict[str, Instruction]:
         """The instructions of a fusion; of an instruction that calls nothing: none."""

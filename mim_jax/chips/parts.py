@@ -6,7 +6,7 @@ from mim_jax.chips.hlo import Instruction, Program
 
 # First match on the path that flax and train/step.py give an operation.
 PLACES = (
-    ("optimiser", r"/optimiser/"),
+    ("optimiser", r"/optimiser/|/while/body/closed_call/add/$"),  # the sum of the gradients of micro-batches
     ("target", r"\.targets/|\.teach/|/teacher/"),
     ("inputs", r"/prepare/|\.inputs/|\.masks/"),
     ("loss", r"\.(loss|weights|by_cells)/"),

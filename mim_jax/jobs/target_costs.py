@@ -98,6 +98,7 @@ def compiled(asked: Asked, spec: str, per_device: int) -> dict:
     from mim_jax.jobs.step_program import Program, Setting
 
     quiet_plugins()
+    jax.config.update("jax_enable_compilation_cache", False)  # what it holds is of other compilers
     target = Target.of(asked.target)
     devices = target.devices()
     dtype = "bfloat16" if asked.compute_dtype == "auto" else asked.compute_dtype
@@ -149,7 +150,8 @@ def usable(target: Target) -> float:
     otherwise."""
     if isinstance(target.chip, Tpu):
         return target.chip.memory
-    return target.chip.memory * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", ".75"))
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    return target.chip.memory * float(next((os.environ[name] for name in names if os.environ.get(name)), ".75"))
 
 
 def fits(found: dict, memory: float) -> bool:
