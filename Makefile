@@ -11,7 +11,7 @@ STAMP = $(VENV)/.requirements-installed
 TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_CPP_MIN_LOG_LEVEL
 
-.PHONY: env test test-torch torch-tests quickstart compare costs clean
+.PHONY: env test test-torch torch-tests test-targets targets-tests quickstart compare costs clean
 
 env: $(STAMP)
 
@@ -41,6 +41,16 @@ torch-tests: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 torch-tests: env
 	$(PY) -m pip install --disable-pip-version-check -r requirements-torch.txt
 	$(PY) -m pytest tests/with_torch -m torch
+
+# LoMaR :toy through the compilers of a TPU and of a GPU, which need no device, in an environment of its own.
+test-targets:
+	$(MAKE) targets-tests VENV=.venv-targets
+
+targets-tests: export JAX_PLATFORMS = cpu
+targets-tests:
+	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check -r requirements-targets.txt
+	$(PY) -m pytest tests/with_targets -m targets
 
 # Pretrain on the embedded sample, look at it, probe it, print the table.
 quickstart: env
@@ -82,5 +92,5 @@ costs-%: env
 
 # The default environment and caches only: never runs/, never an environment named by VENV=.
 clean:
-	rm -rf .venv .venv-ci .venv-torch .cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-ci .venv-torch .venv-targets .cache .pytest_cache .ruff_cache
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ import re
 import statistics
 import sys
 
+from experiments import estimated
 from mim_jax import provenance
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -360,12 +361,23 @@ def ratios() -> str | None:
     )
 
 
+def estimates() -> str | None:
+    """What steps would cost on devices that were not there. None: nothing recorded."""
+    runs = load("target_*.json")
+    if not runs:
+        return None
+    compilers = sorted({f"{name} {version}" for run in runs for name, version in run["compiler"].items()})
+    note = f"{estimated.NOTE} Compilers: {', '.join(compilers)}. Commits: {commits(runs)}."
+    return table(estimated.HEAD, estimated.rows(runs)) + "\n\n" + note
+
+
 TABLES = {
     "quickstart": quickstart,
     "compare": compare,
     "speed": speed,
     "costs": costs,
     "ratios": ratios,
+    "estimates": estimates,
     "baselines": baselines,
     "joined": joined,
     "finetune": finetune,

@@ -9,6 +9,7 @@ import pytest
 from mim_jax import provenance
 from mim_jax.config import ConfigError
 from mim_jax.jobs import step_costs as costs
+from mim_jax.jobs import step_program
 from mim_jax.train.state import plan
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ def no_state(*args, **kwargs):
 
 
 def test_compile_only_creates_nothing_and_tells_what_the_running_benchmark_tells(run_python, tmp_path, monkeypatch):
-    monkeypatch.setattr(costs, "plan", no_state)
+    monkeypatch.setattr(step_program, "plan", no_state)
     before = sum(x.size for x in jax.live_arrays())
     setting = costs.Setting(8)
     program = costs.Program(TOY, setting)

@@ -209,11 +209,22 @@ def test_tensorflow_is_chosen_once_on_every_platform():
 def test_pyproject_extras():
     declared = project()
     assert declared["name"] == "mim_jax" and declared["license"] == "Apache-2.0"
-    assert {"cuda", "cuda12", "tpu", "convert", "dev"} == set(declared["optional-dependencies"])
+    assert {"cuda", "cuda12", "tpu", "targets", "convert", "dev"} == set(declared["optional-dependencies"])
     known = set(metadata("jax").get_all("Provides-Extra"))
     for extra in ("cuda", "cuda12", "tpu"):
         (requirement,) = map(Requirement, declared["optional-dependencies"][extra])
         assert requirement.extras and requirement.extras <= known
+
+
+def test_the_compilers_of_targets_are_those_of_the_extra():
+    """requirements-targets.txt takes the versions of requirements.txt, and of the extra what it does not know."""
+    lines = [line for line in (ROOT / "requirements-targets.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert lines[0] == "-c requirements.txt"
+    asked = {r.name: r for r in map(Requirement, lines[1:])}
+    extra = {r.name: r for r in map(Requirement, project()["optional-dependencies"]["targets"])}
+    assert asked["jax"].extras == extra["jax"].extras
+    (compiler,) = asked.keys() - {pin.name for pin in pins()}
+    assert all(extra[compiler].specifier.contains(spec.version) for spec in asked[compiler].specifier)
 
 
 def test_no_machine_paths():

@@ -14,7 +14,7 @@ FLOORS = (
     ("main prepare visualise attention benchmark convert.__main__", "what a user types: flags, and errors in one line"),
     ("jobs", "one file for each thing a run can be, and what the other commands do"),
     ("assemble", "a section of the config -> a part of a run"),
-    ("evaluators convert", "what judges; weights in (reading/) and out (writing/)"),
+    ("evaluators convert chips", "what judges; weights in (reading/) and out (writing/); what chips' compilers say"),
     ("figures", "arrays in, a picture out: nobody else draws"),
     ("train", "experiment, state, step, loop, optimiser, schedule"),
     ("runs", "what lies on disk: the workdir, its checkpoints, a saved run"),

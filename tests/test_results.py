@@ -203,6 +203,31 @@ def test_the_table_of_fine_tuning(record):
     assert make_tables.finetune().endswith("Commits: aaaaaaaaa, bbbbbbbbb.")
 
 
+def test_the_table_of_estimates_says_that_it_is_one(record):
+    assert make_tables.estimates() is None
+    shares = dict.fromkeys(("attention", "mlp", "decoder", "target", "optimiser", "collectives", "copies"), 0.125)
+    numbers = dict(per_device=32, step_s=0.1677, images_per_second=1527.4, model_flops_share=0.3259, bytes_moved=26.4e9)
+    more = dict(memory_bytes=4.4 * 2**30, fits=True, hours_of_run=93.2, shares=shares)
+    for target in ("tpu-v3-8", "h100"):
+        result = lambda name, method: {"config": f"configs/{name}.py", "method": method, **numbers, **more}
+        results = [
+            result("lomar_vitb", "lomar"),
+            {**result("finetune", "finetune"), "fits": False, "largest": {"per_device": 24}},
+        ]
+        header = made_by("a" * 40, init_from="configs/mae_vitb.py") | {"target": target, "compiler": {"libtpu": "0.0.52"}}
+        record(f"target_{target}.json", {**header, "results": results})
+    _, rows = cells(make_tables.estimates())
+    assert [row[:2] for row in rows] == [
+        ["`lomar_vitb.py`", "h100"],
+        ["`lomar_vitb.py`", "tpu-v3-8"],
+        ["`finetune.py` of `mae_vitb.py`", "h100"],
+        ["`finetune.py` of `mae_vitb.py`", "tpu-v3-8"],
+    ]
+    assert rows[0][2:9] == ["32", "167.7", "1527", "33 %", "4.4", "–", "26.4"] and rows[0][-1] == "93"
+    assert rows[2][6:8] == ["4.4 (does not fit)", "24"]
+    assert "ESTIMATES" in make_tables.estimates() and "Compilers: libtpu 0.0.52. Commits: aaaaaaaaa." in make_tables.estimates()
+
+
 def test_the_sentence_on_448_px(record):
     assert make_tables.ratios() is None
     result = lambda name, **values: {"config": f"configs/{name}_vitb.py:size=448", **values}

@@ -121,6 +121,12 @@ class FeatureData(Data):
     split: str
 
 
+def batch_shapes(size: tuple[int, int], channels: int, batch_size: int) -> dict:
+    """Of a batch of the pipeline."""
+    image = jax.ShapeDtypeStruct((batch_size, *size, channels), np.uint8)
+    return {"image": image, "label": jax.ShapeDtypeStruct((batch_size,), np.int32)}
+
+
 def synthetic_batch(size: tuple[int, int], channels: int, batch_size: int, seed: int = 0) -> dict:
     """Random uint8 images and labels in place of a pipeline: for benchmarks and compilation."""
     rng = np.random.default_rng(seed)

@@ -80,8 +80,7 @@ class Finetune(training.Training):
         """Raises ConfigError for settings that cannot be, before any compute."""
         mixing = {f.name: getattr(self.mixing, f.name) for f in dataclasses.fields(Mixing) if f.name != "at"}
         made = mixed_inputs(self.normaliser(), classes, self.smoothing, self.erasing, mixing)
-        batch = {"image": jax.ShapeDtypeStruct((self.batch_size, *self.image_size, self.channels), jnp.uint8),
-                 "label": jax.ShapeDtypeStruct((self.batch_size,), jnp.int32)}  # fmt: skip
+        batch = datasets.batch_shapes(self.image_size, self.channels, self.batch_size)
         jax.eval_shape(made, batch, jax.random.key(0))  # no compute
         return made
 

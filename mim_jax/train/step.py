@@ -19,23 +19,25 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
     """
 
     def step(state: TrainState, batch):
-        inputs = prepare(batch, prng.stream(seed, "masks", state.step))
-        inputs = jax.lax.with_sharding_constraint(inputs, sharding.batch_sharding(mesh))
+        with jax.named_scope("prepare"):  # scopes name the parts of a step to who reads its compiled program
+            inputs = prepare(batch, prng.stream(seed, "masks", state.step))
+            inputs = jax.lax.with_sharding_constraint(inputs, sharding.batch_sharding(mesh))
         kept = state.teacher
         if before := objective.teacher is not None and objective.teacher.before:
             state = state.replace(teacher=moved(objective.teacher, state.teacher, state.params, state.step))
         key = prng.stream(seed, "dropout", state.step)
         loss, metrics, stats, grads = accumulate(objective, state, inputs, key, accumulation)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        taught = state.teacher if before else moved(objective.teacher, state.teacher, params, state.step)
-        new = (params, opt_state, stats, taught)
-        # By the norm, which one non-finite gradient makes non-finite. Asking every gradient reads more plainly, but XLA
-        # copies that chain of answers into the update of every parameter: minutes of compilation for a Swin.
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss + grad_norm)
-        old = (state.params, state.opt_state, state.stats, kept)
-        params, opt_state, stats, teacher = jax.tree.map(partial(jnp.where, finite), new, old)
+        with jax.named_scope("optimiser"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            taught = state.teacher if before else moved(objective.teacher, state.teacher, params, state.step)
+            new = (params, opt_state, stats, taught)
+            # By the norm, which one non-finite gradient makes non-finite. Asking every gradient reads more plainly, but XLA
+            # copies that chain of answers into the update of every parameter: minutes of compilation for a Swin.
+            grad_norm = optax.tree.norm(grads)
+            finite = jnp.isfinite(loss + grad_norm)
+            old = (state.params, state.opt_state, state.stats, kept)
+            params, opt_state, stats, teacher = jax.tree.map(partial(jnp.where, finite), new, old)
         bad = jnp.where(finite, 0, 1)
         in_row = (state.skipped_in_row + 1) * bad
         metrics = {**metrics, "loss": loss, "grad_norm": grad_norm, "skipped_in_row": in_row, "skipped": state.skipped + bad}

@@ -1,0 +1,163 @@
+"""The training step of a config as one compiled program, without its run: no data set, no weights, no workdir."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+
+from mim_jax import sharding, tree
+from mim_jax.assemble import datasets, encoders, inheritance, inputs, methods
+from mim_jax.config import ConfigDict, ConfigError, choice, load
+from mim_jax.jobs.finetune import Finetune, adapt
+from mim_jax.jobs.pretrain import Pretrain
+from mim_jax.jobs.streamed_probe import StreamedProbe
+from mim_jax.jobs.training import Training
+from mim_jax.objectives.objective import Objective
+from mim_jax.runs import saved
+from mim_jax.sections import read
+from mim_jax.train.schedule import warmup_cosine
+from mim_jax.train.state import plan
+from mim_jax.train.step import make_step
+
+CLASSES = 1000  # of a head: no data set is opened that could tell
+
+
+@dataclasses.dataclass
+class Setting:
+    """Under what every config of one report is compiled. init_from: what a job that starts from a run takes its encoder from,
+    a run or the config of one.
+
+    Raises ConfigError for a batch that devices and micro-batches do not divide.
+    """
+
+    batch_size: int
+    compute_dtype: str = "auto"
+    remat: bool = False
+    mesh: jax.sharding.Mesh = dataclasses.field(default_factory=sharding.make_mesh)
+    fsdp: bool = False
+    accumulation: int = 1
+    init_from: str = ""
+
+    def __post_init__(self):
+        sharding.check_batch(self.batch_size, self.accumulation, self.mesh)
+
+    def asked(self, specs, dtype, steps: int) -> dict:
+        """The settings of a report, for its provenance."""
+        own = {"batch_size": self.batch_size, "compute_dtype": str(dtype), "remat": self.remat}
+        more = {name: getattr(self, name) for name in ("fsdp", "accumulation", "init_from")}
+        return {"configs": list(specs), **own, **more, "steps": steps}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Of what a step is made; see train.experiment.Experiment."""
+
+    config: Training
+    objective: Objective
+    inputs: Callable
+    lr_scales: Callable | None = None
+
+
+def pretraining(settings: ConfigDict) -> Parts:
+    config = read(Pretrain, settings)
+    made = methods.objective(config)
+    return Parts(config, made, inputs.pretraining_inputs(made, config.normaliser(), config.channels, config.data.jitter))
+
+
+def finetuning(settings: ConfigDict) -> Parts:
+    config = read(Finetune, adapt(inheritance.inherit(settings, source(settings))))
+    made = config.classifier(CLASSES)
+    return Parts(config, made, config.inputs(CLASSES), config.layer_scales(made.encoder))
+
+
+def probing(settings: ConfigDict) -> Parts:
+    if settings.features != "streamed":
+        raise ConfigError(f"features={settings.features} trains on features, which is no step on images; use features=streamed")
+    config = read(StreamedProbe, inheritance.inherit(settings, source(settings)))
+    made = config.objective(CLASSES)
+    return Parts(config, made, inputs.labelled_inputs(made, config.normaliser()), made.lr_scales)
+
+
+def source(settings: ConfigDict) -> ConfigDict:
+    """The config of the run that is started from. Raises ConfigError (CheckpointError) where none is said, or none is there."""
+    place = settings.init_from
+    if not place:
+        raise ConfigError(
+            f"job={settings.job} takes its encoder from a run: give --init_from, its folder or the config that makes it, such "
+            "as configs/lomar_vitb.py"
+        )
+    return load(place) if place.partition(":")[0].endswith(".py") else saved.open(place).config
+
+
+JOBS = {"pretrain": pretraining, "finetune": finetuning, "linprobe": probing}
+
+
+class Program:
+    """The training step of a config on random images, known by shapes alone until somebody creates its state.
+
+    Raises ConfigError naming the config when it cannot be built.
+    """
+
+    def __init__(self, spec: str, setting: Setting):
+        self.spec, self.setting = spec, setting
+        try:
+            config = load(spec)
+            build = JOBS[choice("job", config.job, JOBS)]
+            for name in ("compute_dtype", "remat", "batch_size", "fsdp", "accumulation"):
+                config[name] = getattr(setting, name)
+            config.init_from = setting.init_from or config.init_from
+            parts = build(config)
+        except ConfigError as error:
+            raise ConfigError(f"{spec}: {error}") from error
+        self.config, self.made, self.prepare = parts.config, parts.objective, parts.inputs
+        self.dtype, mesh = encoders.dtype(setting.compute_dtype), setting.mesh
+        lr = warmup_cosine(1e-4, 1000, 10)
+        tx = self.config.optim.transform(lr, parts.lr_scales)
+        made, fsdp = self.made, setting.fsdp
+        self.fresh, self.shapes, self.shardings = plan(made, tx, made.example(), seed=0, mesh=mesh, fsdp=fsdp)
+        options = dict(prepare=self.prepare, seed=0, accumulation=setting.accumulation, lr=lr)
+        self._step = make_step(made, tx, mesh, self.shardings, **options)
+
+    def batch(self) -> dict:
+        """Random images and labels in place of a pipeline's, on the host."""
+        return datasets.synthetic_batch(self.config.image_size, self.config.channels, self.setting.batch_size)
+
+    def compile(self):
+        """Makes `step` and `compile_seconds` from shapes and shardings."""
+        struct = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+        state, split = jax.tree.map(struct, self.shapes, self.shardings), sharding.batch_sharding(self.setting.mesh)
+        shapes = datasets.batch_shapes(self.config.image_size, self.config.channels, self.setting.batch_size)
+        batch = {key: struct(x, split) for key, x in shapes.items()}
+        start = time.perf_counter()
+        self.step = self._step.lower(state, batch).compile()
+        self.compile_seconds = time.perf_counter() - start
+
+    def costs(self) -> dict:
+        """The numbers that need no run; bytes are those of one device.
+
+        temp_bytes: what the step holds besides its arguments and results, as XLA assigns the buffers for this device and
+        compute dtype (on a CPU: float32, without what a GPU's fused kernels save). Mostly activations; gradients too.
+        """
+        devices, batch_size = self.setting.mesh.size, self.setting.batch_size
+        compiled, memory = self.step.cost_analysis() or {}, self.step.memory_analysis()
+        temp, argument = (memory.temp_size_in_bytes, memory.argument_size_in_bytes) if memory else (None, None)
+        return {
+            **self.facts(),
+            "flops_per_image_compiled": compiled.get("flops", 0.0) * devices / batch_size,
+            "temp_bytes": temp,
+            "argument_bytes": argument,
+            "activation_bytes_per_image": temp * devices / batch_size if memory else None,
+            "step_memory_bytes": temp + argument if memory else None,
+            "compile_s": self.compile_seconds,
+        }
+
+    def facts(self) -> dict:
+        """What is known before anything is compiled."""
+        return {
+            "config": self.spec,
+            "method": getattr(self.config, "method", self.config.job),
+            "image_size": list(self.config.image_size),
+            "parameters": tree.count(self.shapes.params),
+            "flops_per_image": self.made.training_flops(),
+        }

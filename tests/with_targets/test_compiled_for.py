@@ -1,0 +1,49 @@
+"""Real compilers, no device (requirements-targets.txt): make test-targets."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mim_jax.chips.parts import PARTS
+
+pytestmark = pytest.mark.targets
+
+RUNS = {
+    "tpu-v3-8": ["--config=configs/lomar_vitb.py:toy", "--per_device=4"],
+    "tpu-v5e-4": ["--config=configs/lomar_vitb.py:toy", "--per_device=8", "--accumulation=2", "--remat", "--fsdp"],
+    "h100": ["--config=configs/lomar_vitb.py:toy", "--config=configs/finetune.py:toy", "--init_from=configs/lomar_vitb.py:toy"],
+}
+
+
+@pytest.mark.parametrize("target", RUNS)
+def test_a_toy_step_is_compiled_for_a_device_that_is_not_here(target, tmp_path):
+    out = tmp_path / "report.json"
+    command = [sys.executable, "-m", "mim_jax.benchmark", "--compile_only", f"--target={target}", "--nolargest", f"--out={out}"]
+    done = subprocess.run([*command, *RUNS[target]], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "fits" in done.stdout and "estimates, no measurement" in done.stdout
+    report = json.loads(out.read_text())
+    assert report["target"] == target and report["provenance"]["settings"]["target"] == target
+    assert len(report["results"]) == sum(word.startswith("--config=") for word in RUNS[target])
+    for result in report["results"]:
+        assert result["fits"] and 0 < result["memory_bytes"] < result["memory_usable_bytes"]
+        assert set(result["shares"]) == set(PARTS) and sum(result["shares"].values()) == pytest.approx(1)
+        named = result["shares"]
+        assert min(named[part] for part in ("attention", "mlp", "optimiser", "norms")) > 0 and named["other"] < 0.1
+        assert (named["collectives"] > 0) == (result["devices"] > 1)
+        assert 0 < result["model_flops_share"] < 1
+        if target.startswith("tpu"):
+            assert result["stated_share"] > 0.9  # the compiler's own cycles
+        else:
+            assert result["bytes_moved"] > result["argument_bytes"]
+
+
+def test_a_batch_that_is_too_large_is_told(tmp_path):
+    out, much = tmp_path / "report.json", "--per_device=200000"
+    command = [sys.executable, "-m", "mim_jax.benchmark", "--compile_only", "--target=h100", "--nolargest", f"--out={out}"]
+    done = subprocess.run([*command, much, "--config=configs/mae_vitb.py:toy"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "does NOT fit" in done.stdout, done.stderr[-3000:]
+    (result,) = json.loads(out.read_text())["results"]
+    assert not result["fits"] and result["room_bytes"] < 0
