@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_data_sources import encode, everything, picture, write
 
-from mim_jax.data import augment, parquet_source, pipeline, shards, tar_index
+from mim_jax.data import augment, kept, parquet_source, pipeline, shards, tar_index
 from mim_jax.data.augment import DataError
 from mim_jax.data.sources import open_source
 
@@ -144,7 +144,7 @@ def test_slices_and_held_out_examples(forms, form, tmp_path):
     whole = open_source(form, "train", path=forms[form])
     first, rest = (open_source(form, split, path=forms[form]) for split in ("train[:60%]", "train[60%:]"))
     assert first.num_examples and rest.num_examples and first.class_names == whole.class_names
-    assert sorted(first.listing() + rest.listing()) == sorted(whole.listing())
+    assert sorted([*first.listing(), *rest.listing()]) == sorted(whole.listing())
     place = whole.file_name(int(first.ids[-1]))
     assert first.file_name(first.num_examples - 1) == place and first.describe(0) == whole.describe(int(first.ids[0]))
     own, all_of_it = everything(first), everything(whole)
@@ -449,14 +449,14 @@ def test_the_index_is_made_once_and_anew_for_other_shards(tmp_path, monkeypatch)
 
 def test_an_index_that_cannot_lie_beside_its_shards(tmp_path, monkeypatch, caplog):
     path = shard(tmp_path / "set", sample_of(0, encode(picture(0), "PNG"), ".png", 0))
-    save = tar_index._save
+    save = kept._write
 
     def read_only(file, *given):
         if str(file).startswith(path):
             raise PermissionError("read-only")
         save(file, *given)
 
-    monkeypatch.setattr(tar_index, "_save", read_only)
+    monkeypatch.setattr(kept, "_write", read_only)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for _ in range(2):
         open_source("webdataset", "train", path=path)

@@ -17,6 +17,7 @@ from absl import logging
 
 from mim_jax.data import labels, shards
 from mim_jax.data.augment import DataError
+from mim_jax.data.packed_names import Numbered
 from mim_jax.paths import expanded
 
 CACHE = 256 * 2**20  # bytes of row groups kept; beside them at most those being read, one by each of four threads
@@ -103,9 +104,8 @@ class ParquetSource(shards.ShardSource):
         rows = np.diff(self.starts, append=self.num_examples)
         names = [os.fsencode(os.path.relpath(file, self.folder)) for file in self.files]
         first = [k for k, (_, number) in enumerate(self.groups) if number == 0]
-        counts = np.add.reduceat(rows, first) if first else ()
-        filled = [names[self.groups[k][0]] for k in first]
-        return [b"%b/%d" % (name, row) for name, count in zip(filled, counts) for row in range(count)]
+        counts = np.add.reduceat(rows, first).tolist() if first else ()
+        return Numbered([(names[self.groups[k][0]], range(count)) for k, count in zip(first, counts)])
 
 
 def _opened(file, footer=None):

@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from mim_jax.data.augment import DataError, decoded
+from mim_jax.data.packed_names import Names
 
 WAYS = """provide data in one of these ways:
   TFDS:          data.source=imagenet2012 data.data_dir=DIR, a folder prepared once with
@@ -51,7 +52,7 @@ class Source:
             why = f" ({self.missing})" if self.missing else ""
             raise DataError(f"{who} needs labels, which {self.name} '{self.split}' has not{why}")
 
-    def listing(self) -> list[bytes] | None:
+    def listing(self) -> Names | None:
         """What the examples are called, in their order and wherever the data lies; None where that is not known."""
         return None
 
