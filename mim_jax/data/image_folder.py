@@ -14,7 +14,7 @@ from absl import logging
 from mim_jax.data import layout, slices
 from mim_jax.data.augment import DataError
 from mim_jax.data.listing import EXTENSIONS, Listing, by_parts, few, shown
-from mim_jax.data.packed_names import Below, Packed
+from mim_jax.data.packed_names import Below, Packed, narrow
 from mim_jax.data.source import WAYS, Source, evenly
 from mim_jax.data.walk import listed
 
@@ -26,13 +26,13 @@ class FolderSource(Source):
     """Image files, read when they are needed. Names that are not UTF-8 are told with \\xNN, and read as they are."""
 
     paths: Packed = None  # below `folder`
-    labels: tf.Tensor = None  # int32 [n]
+    labels: tf.Tensor = None  # whole numbers [n]
     folder: bytes = b""  # data.path
     within: tuple[bytes, ...] = (b"",)  # the folders of the splits, below `folder`
 
     def load(self, item):
         place = tf.strings.join([self.folder, self.paths.lookup(item)], "/")
-        return {"image": tf.io.read_file(place), "label": self.labels[item]}
+        return {"image": tf.io.read_file(place), "label": tf.cast(self.labels[item], tf.int32)}
 
     def describe(self, example_id):
         return shown(os.path.join(self.folder, self.paths[int(example_id)]))
@@ -87,9 +87,9 @@ def _opened(listing: Listing, split, channels, folders, holdout) -> FolderSource
             raise _no_images(listing, root)
         names = Below(inside.files, root + b"/") if root else inside.files
         chosen = slices.cut(names, low, high, bounds)
-        pieces[root] = inside, np.union1d(pieces[root][1], chosen) if root in pieces else chosen
+        pieces[root] = inside, _both(pieces[root][1], chosen, len(inside)) if root in pieces else chosen
         used.append(root)
-    if not any(len(ids) for _, ids in pieces.values()):
+    if not any(isinstance(ids, slice) or len(ids) for _, ids in pieces.values()):
         raise DataError(f"{split!r} of {path!r} holds none of the images: a hash of its name says where one stands; cut wider.")
     names, paths, labels, missing = _labelled(listing, roots, tuple(used), pieces, folders)
     logging.info("folder %s: %d images of %s, %d classes", path, len(paths), split, len(names))
@@ -97,6 +97,11 @@ def _opened(listing: Listing, split, channels, folders, holdout) -> FolderSource
         "folder", split, len(paths), names, channels, missing=missing, paths=paths, labels=tf.constant(labels),
         folder=listing.root, within=tuple(used),
     )  # fmt: skip
+
+
+def _both(ids, others, n):
+    """Places, or slices of all n of them -> the places that are in one or both."""
+    return np.union1d(np.arange(n)[ids], np.arange(n)[others])
 
 
 def _no_images(listing, root):
@@ -130,8 +135,8 @@ def _classes(listing: Listing, numbered: tuple[bytes, ...], folders: str):
     place = few(os.path.join(shown(listing.root), shown(root)) for root in numbered)
     found = collections.Counter()
     for root in numbered:
-        first, which = listing.below(root).first_folders(root)
-        found.update(dict(zip(first, np.bincount(which).tolist())))
+        first, which, counts = listing.below(root).first_folders(root)
+        found.update(dict(zip(first, np.bincount(which, counts).astype(int).tolist())))
     names, loose = sorted({*found} - {b""}), found[b""]
     if folders == "unlabelled":
         return (), "data.folders=unlabelled: folders are no classes"
@@ -143,8 +148,9 @@ def _classes(listing: Listing, numbered: tuple[bytes, ...], folders: str):
         words = f"{loose} images of {place} lie beside {len(names)} class folders ({few(map(shown, names))})"
         logging.warning("%s: all are read without labels; data.folders=classes leaves the %d out", words, loose)
         return (), words
+    known = {*names}
     inside = [root + b"/" + name if root else name for root in numbered for name in listing.inside(root)]
-    empty = [f for f in inside if os.path.basename(f) not in names and f not in listing.again]
+    empty = [f for f in inside if os.path.basename(f) not in known and f not in listing.again]
     if empty:
         held = [f"{shown(f)}/ ({listing.what(f) or 'nothing'})" for f in empty]
         raise DataError(
@@ -155,7 +161,7 @@ def _classes(listing: Listing, numbered: tuple[bytes, ...], folders: str):
 
 
 def _labelled(listing: Listing, roots, used, pieces, folders: str):
-    """The images of a split -> names of the classes, paths, labels int32 [n], and why some of them are missing.
+    """The images of a split -> names of the classes, paths, labels [n], and why some of them are missing.
 
     Labels mean the same in every split: the training folder numbers the classes, and without it all splits together.
     """
@@ -163,16 +169,17 @@ def _labelled(listing: Listing, roots, used, pieces, folders: str):
     number, found = {name: k for k, name in enumerate(names)}, collections.Counter()
     paths, labels = [], []
     for root, (images, ids) in sorted(pieces.items(), key=lambda piece: by_parts(piece[0])):
-        first, which = images.first_folders(root)
-        which = which[ids]
-        found.update(dict(zip(first, np.bincount(which, minlength=len(first)).tolist())))
+        first, which, counts = images.first_folders(root)
+        if not isinstance(ids, slice):  # how many of each run are wanted
+            counts = np.diff(np.searchsorted(ids, np.cumsum([0, *counts])))
+        found.update(dict(zip(first, np.bincount(which, counts).astype(int).tolist())))
         if names and folders == "classes" and b"" in first:
-            kept = which != first.index(b"")
-            ids, which = ids[kept], which[kept]
-        paths.append(images.files.take(ids))
-        labels.append(np.array([number.get(name, -1) for name in first], np.int32)[which])
+            kept = np.repeat(which != first.index(b""), counts)
+            ids, counts = np.arange(len(images))[ids][kept], counts * (which != first.index(b""))
+        paths.append(images.files[ids] if isinstance(ids, slice) else images.files.take(ids))
+        labels.append(np.repeat(narrow(np.array([number.get(name, -1) for name in first]))[which], counts))
     paths = paths[0] if len(paths) == 1 else Packed.of(itertools.chain(*paths))
-    labels = np.concatenate(labels)
+    labels = labels[0] if len(labels) == 1 else np.concatenate(labels)
     if not names:
         return (), paths, labels, missing
     found = +found  # of what a slice has

@@ -128,8 +128,7 @@ def rows_of(file, columns) -> Rows:
     own = kept.digest(os.path.basename(file), str(sorted(columns.items())))
     places = expanded(file).parent / name(own), kept.cached(name(kept.digest(own, os.fspath(expanded(file)))))
     if (held := kept.load(places, stamp, what)) is not None:
-        paths = Packed.loaded(held["blocks"], held["ends"], held["span"])
-        return Rows(paths, held["label"], held["split"], *json.loads(held["rest"].tobytes()))
+        return Rows(Packed.loaded(held), held["label"], held["split"], *json.loads(held["rest"].tobytes()))
     rows = _read(file, columns)
     if len(rows.paths) >= LEAST:
         rest = np.frombuffer(json.dumps([rows.labels, rows.splits]).encode(), np.uint8)

@@ -15,7 +15,7 @@ from mim_jax.data import labels, shards
 from mim_jax.data.augment import DataError
 from mim_jax.data.list_index import Rows, rows_of
 from mim_jax.data.listing import shown
-from mim_jax.data.packed_names import Packed
+from mim_jax.data.packed_names import Packed, narrow
 from mim_jax.data.source import Source, evenly
 
 ENDINGS = (".csv", ".tsv", ".jsonl")
@@ -26,11 +26,11 @@ class ListSource(Source):
     """Image files, read when they are needed."""
 
     paths: Packed = None  # in full
-    labels: tf.Tensor = None  # int32 [n]
+    labels: tf.Tensor = None  # whole numbers [n]
     folder: str = ""  # that the list lies in
 
     def load(self, item):
-        return {"image": tf.io.read_file(self.paths.lookup(item)), "label": self.labels[item]}
+        return {"image": tf.io.read_file(self.paths.lookup(item)), "label": tf.cast(self.labels[item], tf.int32)}
 
     def describe(self, example_id):
         return shown(self.paths[int(example_id)])
@@ -136,5 +136,5 @@ def open_list(path, split, channels, columns):
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     logging.info("%s: %d images, %d classes", where, len(paths), len(names))
-    held = dict(missing=missing, paths=paths, labels=tf.constant(numbers[which]), folder=root)
+    held = dict(missing=missing, paths=paths, labels=tf.constant(narrow(numbers)[which]), folder=root)
     return ListSource("list", split, len(paths), names, channels, **held)

@@ -93,11 +93,12 @@ class Images:
         return Images(self.files[low:high], [(inner, place - low) for inner, place in self.runs[first:last]])
 
     def first_folders(self, root: bytes):
-        """-> the names of the first-level folders in `root` that have images, b"" for itself; int32 [n], which of them."""
-        names, counts = {}, self.counted()
+        """-> the names of the first-level folders in `root` that have images, b"" for itself; of every run, int64, which of
+        them, and how many images it has."""
+        names, counted = {}, self.counted()
         start = len(root) + 1 if root else 0
-        number = [names.setdefault(folder[start:].partition(b"/")[0], len(names)) for folder, _ in counts]
-        return list(names), np.repeat(np.array(number, np.int32), [count for _, count in counts])
+        which = [names.setdefault(folder[start:].partition(b"/")[0], len(names)) for folder, _ in counted]
+        return list(names), np.array(which, np.int64), np.array([count for _, count in counted], np.int64)
 
 
 @dataclasses.dataclass(eq=False)

@@ -13,6 +13,13 @@ import tensorflow as tf
 BLOCK = 64  # names compressed together: to look at one costs what all of them do, about 10 microseconds
 
 
+def narrow(numbers: np.ndarray) -> np.ndarray:
+    """Whole numbers in as few bytes as they fit in."""
+    low, high = int(numbers.min(initial=0)), int(numbers.max(initial=0))
+    kinds = map(np.iinfo, ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64"))
+    return numbers.astype(next(kind.dtype for kind in kinds if kind.min <= low and high <= kind.max))
+
+
 class Names(Sequence):
     """Byte strings without zero bytes, in an order."""
 
@@ -42,7 +49,8 @@ class Names(Sequence):
 class Packed(Names):
     """In compressed blocks; a slice shares them."""
 
-    blocks: list[bytes]
+    data: np.ndarray  # uint8, the blocks
+    ends: np.ndarray  # int64 [blocks + 1], where each begins, and the last one ends
     low: int
     high: int
 
@@ -52,7 +60,8 @@ class Packed(Names):
         while chunk := list(itertools.islice(names, BLOCK)):
             blocks.append(zlib.compress(b"\0".join(chunk) + b"\0", 1))
             count += len(chunk)
-        return cls(blocks, 0, count)
+        ends = np.cumsum([0, *map(len, blocks)], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(blocks), np.uint8), ends, 0, count)
 
     def __len__(self):
         return self.high - self.low
@@ -62,46 +71,49 @@ class Packed(Names):
             first, last, step = place.indices(len(self))
             if step != 1:
                 raise ValueError(f"names are cut without a step, not with {step}")
-            return Packed(self.blocks, self.low + first, self.low + max(first, last))
+            return dataclasses.replace(self, low=self.low + first, high=self.low + max(first, last))
         at = self.low + range(len(self))[place]
-        return self._block(at // BLOCK)[at % BLOCK]
+        return self._block(at // BLOCK)[:-1].split(b"\0")[at % BLOCK]
 
     def _block(self, k):
-        return zlib.decompress(self.blocks[k])[:-1].split(b"\0")
+        return zlib.decompress(self.data[self.ends[k] : self.ends[k + 1]])
 
     def pieces(self):
         for k in range(self.low // BLOCK, -(-self.high // BLOCK) if len(self) else 0):
-            if self.low <= k * BLOCK and (k + 1) * BLOCK <= self.high:
-                yield zlib.decompress(self.blocks[k])
-            else:
-                inside = self._block(k)[max(self.low - k * BLOCK, 0) : self.high - k * BLOCK]
-                yield b"\0".join(inside) + b"\0"
+            block, first = self._block(k), k * BLOCK
+            if first < self.low or self.high < first + BLOCK:
+                inside = block[:-1].split(b"\0")[max(self.low - first, 0) : self.high - first]
+                block = b"\0".join(inside) + b"\0"
+            yield block
+
+    def take(self, ids):
+        return self if len(ids) == len(self) else Packed.of(self._some(np.asarray(ids, np.int64) + self.low))
+
+    def _some(self, at):
+        blocks, firsts = np.unique(at // BLOCK, return_index=True)
+        for k, low, high in zip(blocks.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(at)]):
+            names = self._block(k)[:-1].split(b"\0")
+            yield from (names[i] for i in (at[low:high] % BLOCK).tolist())
 
     @functools.cached_property
-    def _tensor(self):
+    def _tensors(self):
         with tf.init_scope():
-            return tf.constant(self.blocks, tf.string, [len(self.blocks)])
+            return tf.constant(self.data.tobytes()), tf.constant(self.ends)
 
     def lookup(self, place):
         """int64 [] -> the name there, string [], inside tf.data or outside."""
-        at = place + self.low
-        text = tf.io.decode_compressed(self._tensor[at // BLOCK], "ZLIB")
+        (data, ends), at = self._tensors, place + self.low
+        first, end = ends[at // BLOCK], ends[at // BLOCK + 1]
+        text = tf.io.decode_compressed(tf.strings.substr(data, first, end - first), "ZLIB")
         return tf.raw_ops.StringSplitV2(input=text[None], sep="\0", maxsplit=-1).values[at % BLOCK]  # half of tf.strings.split
 
     def arrays(self):
         """-> what `loaded` makes the same names of, to be kept in a file."""
-        first, last = self.low // BLOCK, -(-self.high // BLOCK)
-        blocks = self.blocks[first:last]
-        ends = np.cumsum([0, *map(len, blocks)], dtype=np.int64)
-        return dict(
-            blocks=np.frombuffer(b"".join(blocks), np.uint8), ends=ends, span=np.array([self.low, self.high]) - first * BLOCK
-        )
+        return dict(data=self.data, ends=self.ends, span=np.array([self.low, self.high]))
 
     @classmethod
-    def loaded(cls, blocks, ends, span) -> "Packed":
-        cut, ends = memoryview(blocks), ends.tolist()
-        low, high = span.tolist()
-        return cls([bytes(cut[a:b]) for a, b in itertools.pairwise(ends)], low, high)
+    def loaded(cls, held) -> "Packed":
+        return cls(held["data"], held["ends"], *held["span"].tolist())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,7 +131,7 @@ class Below(Names):
 
     def pieces(self):
         for piece in self.names.pieces():
-            yield (b"\0" + piece).replace(b"\0" + self.start, b"\0")[1:]
+            yield (b"\0" + piece).replace(b"\0" + self.start, b"\0")[1:]  # every name follows a zero byte
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

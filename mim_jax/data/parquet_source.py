@@ -17,7 +17,7 @@ from absl import logging
 
 from mim_jax.data import labels, shards
 from mim_jax.data.augment import DataError
-from mim_jax.data.packed_names import Numbered
+from mim_jax.data.packed_names import Numbered, narrow
 from mim_jax.paths import expanded
 
 CACHE = 256 * 2**20  # bytes of row groups kept; beside them at most those being read, one by each of four threads
@@ -201,7 +201,7 @@ def open_parquet(path, split, channels, columns):
     counts = [footers[k].row_group(group).num_rows for k, group in groups]
     if not sum(counts):
         raise DataError(f"The split {split!r} of {path!r} is empty.")
-    numbers, names, missing = tf.fill([sum(counts)], -1), (), "no column of labels"
+    numbers, names, missing = np.full(sum(counts), -1, np.int8), (), "no column of labels"
     if label:
         train = splits.get("train", files)
         given = _class_names(schema, label, train[0])
@@ -216,7 +216,9 @@ def open_parquet(path, split, channels, columns):
             return pc.struct_field(column, "bytes") if "." in leaf else column
 
     logging.info("%s, split %s: %d images in %d files, %d classes", path, split, sum(counts), len(files), len(names))
-    held = dict(labels=tf.constant(numbers, tf.int32), files=tuple(files), folder=root, groups=groups, recent=Recent(read))
+    held = dict(
+        labels=tf.constant(narrow(np.asarray(numbers))), files=tuple(files), folder=root, groups=groups, recent=Recent(read)
+    )
     held |= dict(starts=np.cumsum([0, *counts[:-1]], dtype=np.int64), missing=missing)
     return ParquetSource("parquet", split, sum(counts), names, channels, **held)
 

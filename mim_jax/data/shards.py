@@ -37,7 +37,7 @@ THREADS = 16  # that look at files at the start
 class ShardSource(Source):
     """Encoded images in large files, read by Python, many at once. A class of it offers `fetch` and `describe`."""
 
-    labels: tf.Tensor = None  # int32 [n]
+    labels: tf.Tensor = None  # whole numbers [n]
     bulk = True
 
     def fetch(self, ids):
@@ -47,7 +47,7 @@ class ShardSource(Source):
     def lookup(self, ids):
         fetch = lambda wanted: np.array(self.fetch(wanted), object)
         images = tf.numpy_function(fetch, [ids], tf.string, stateful=False)
-        return {"image": tf.ensure_shape(images, ids.shape), "label": tf.gather(self.labels, ids)}
+        return {"image": tf.ensure_shape(images, ids.shape), "label": tf.cast(tf.gather(self.labels, ids), tf.int32)}
 
     def load(self, item):
         return item

@@ -30,15 +30,15 @@ def share(path: bytes) -> float:
     return int.from_bytes(hashlib.blake2b(path, digest_size=8).digest(), "big") / 2**64
 
 
-def cut(names: Names, low: str, high: str, bounds=(0.0, 1.0)) -> np.ndarray:
-    """-> the places of those from `low` to `high` ("": the end) of the names whose share lies within `bounds`, int64 [m]."""
-    places = np.arange(len(names))
+def cut(names: Names, low: str, high: str, bounds=(0.0, 1.0)) -> np.ndarray | slice:
+    """-> the places of those from `low` to `high` ("": the end) of the names whose share lies within `bounds`, int64 [m]; all
+    of them as a slice."""
     if not low and not high and bounds == (0.0, 1.0):
-        return places
+        return slice(None)
     hashes = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names)
     shares = np.frombuffer(hashes, ">u8").astype(np.float64) / 2**64
     inside = (bounds[0] <= shares) & (shares < bounds[1])
-    places, shares = places[inside], shares[inside]
+    places, shares = np.flatnonzero(inside), shares[inside]
     order = np.sort(shares)
     first, last = _place(low or "0", order), _place(high or "100%", order)
     if first >= last:

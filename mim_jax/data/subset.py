@@ -60,7 +60,7 @@ def sliced(whole, split, holdout):
     if len(pieces) == 1 and pieces[0][1:] == ("", "") and bounds == (0.0, 1.0):
         return source
     names = source.listing()
-    ids = np.unique(np.concatenate([slices.cut(names, low, high, bounds) for _, low, high in pieces]))
+    ids = np.unique(np.concatenate([np.arange(len(names))[slices.cut(names, *ends, bounds)] for _, *ends in pieces]))
     if not len(ids):
         raise DataError(f"{split!r} holds none of {len(names)} examples: a hash of its name says where one stands; cut wider.")
     fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(Source)}

@@ -12,6 +12,7 @@ from absl import logging
 from mim_jax.data import kept, shards
 from mim_jax.data.augment import DataError
 from mim_jax.data.listing import EXTENSIONS
+from mim_jax.data.packed_names import narrow
 from mim_jax.paths import expanded
 
 IMAGES = {extension[1:].decode() for extension in EXTENSIONS}
@@ -22,13 +23,14 @@ BLOCK = tarfile.BLOCKSIZE  # bytes; headers and files begin at multiples of it
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Index:
-    """Arrays [n], 14 bytes an image. `label`: a place in `words`, the labels as texts; -1 without."""
+    """Whole numbers [n], as narrow as may be: some 11 bytes an image. `label`: a place in `words`, the labels as texts; -1
+    without."""
 
     firsts: np.ndarray  # int64 [shards], the first image of each
-    header: np.ndarray  # uint32, where the header of the image's member begins, in blocks
-    start: np.ndarray  # uint16, from there to its bytes, in blocks
-    size: np.ndarray  # int32
-    label: np.ndarray  # int32
+    header: np.ndarray  # where the header of the image's member begins, in blocks
+    start: np.ndarray  # from there to its bytes, in blocks
+    size: np.ndarray
+    label: np.ndarray
     words: np.ndarray  # texts
     said: np.ndarray  # texts: what was left out
 
@@ -107,9 +109,9 @@ def _make(paths, columns):
     left = [f"{count} {what}" for what, count in others.most_common() if count]
     return Index(
         firsts=np.cumsum([0, *(len(rows) for rows, _, _ in found[:-1])], dtype=np.int64),
-        header=(rows[:, 0] // BLOCK).astype(np.uint32), start=(rows[:, 1] // BLOCK).astype(np.uint16),
-        size=rows[:, 2].astype(np.int32),
-        label=np.array([number.get(text, -1) for text in texts], np.int32), words=np.array(words, str),
+        header=narrow(rows[:, 0] // BLOCK), start=narrow(rows[:, 1] // BLOCK),
+        size=narrow(rows[:, 2]),
+        label=narrow(np.array([number.get(text, -1) for text in texts], int)), words=np.array(words, str),
         said=np.array(left, str),
     )  # fmt: skip
 

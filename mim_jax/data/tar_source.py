@@ -10,7 +10,7 @@ from absl import logging
 
 from mim_jax.data import labels, shards
 from mim_jax.data.augment import DataError
-from mim_jax.data.packed_names import Numbered
+from mim_jax.data.packed_names import Numbered, narrow
 from mim_jax.data.source import evenly
 from mim_jax.data.tar_index import BLOCK, Index, index_of, stream
 from mim_jax.paths import expanded
@@ -81,7 +81,8 @@ def _class_names(folders):
 
 def _labels(index):
     """-> the different labels as labels.found, none being the last, and how many examples have each."""
-    counts = np.bincount(np.where(index.label < 0, len(index.words), index.label), minlength=len(index.words) + 1)
+    some = (index.label[k : k + 2**20] for k in range(0, len(index.label), 2**20))
+    counts = np.roll(sum(np.bincount(part.astype(int) + 1, minlength=len(index.words) + 1) for part in some), -1)
     own = labels.found(index.words.tolist())
     return np.append(own, np.array(["" if own.dtype == object else -1], own.dtype)), counts
 
@@ -100,5 +101,6 @@ def open_tar(path, split, channels, columns):
     (own, counts), given = _labels(index), _class_names(dict.fromkeys([root, *map(os.path.dirname, files)]))
     numbers, names, missing = labels.numbered(own, train, given, f"{path}, {split}", counts)
     logging.info("%s, split %s: %d images in %d shards, %d classes", path, split, count, len(files), len(names))
-    held = dict(missing=missing, labels=tf.constant(numbers[index.label]), files=tuple(files), index=index, folder=root)
+    numbers, index = narrow(numbers)[index.label], dataclasses.replace(index, label=index.label[:0].copy())
+    held = dict(missing=missing, labels=tf.constant(numbers), files=tuple(files), index=index, folder=root)
     return TarSource("webdataset", split, count, names, channels, **held)

@@ -7,7 +7,9 @@ the images the sizes and times they had. It lies in `.mim_jax` in the folder, wh
 import bisect
 import collections
 import heapq
+import itertools
 import json
+import operator
 import os
 import time
 
@@ -53,7 +55,10 @@ def _state(path):
 
 def _unchanged(listing) -> bool:
     """Whether no folder has gained or lost a name since."""
-    return each(_state, [os.path.join(listing.root, f) for f in listing.folders]) == [*listing.folders.values()]
+    folders = [os.path.join(listing.root, folder) for folder in listing.folders]
+    some = [folders[k : k + 256] for k in range(0, len(folders), 256)]
+    states = itertools.chain(*each(lambda paths: [*map(_state, paths)], some))
+    return all(map(operator.eq, states, listing.folders.values()))
 
 
 # ---- what is kept
@@ -86,9 +91,7 @@ def _kept(root) -> Listing | None:
     rest = json.loads(held["rest"].tobytes().decode("latin-1"))
     back = lambda text: text.encode("latin-1")
     names = held["folders"].tobytes().split(b"\0")[:-1]
-    images = Images(
-        Packed.loaded(held["blocks"], held["ends"], held["span"]), [(names[k], place) for k, place in held["runs"].tolist()]
-    )
+    images = Images(Packed.loaded(held), [(names[k], place) for k, place in held["runs"].tolist()])
     listing = Listing(
         root, images, dict(zip(names, map(tuple, held["states"].tolist()))),
         others=collections.Counter({(back(folder), kind): n for folder, kind, n in rest["others"]}),
