@@ -158,7 +158,8 @@ class NoSplit(DataError):
 def of_split(splits, split, path):
     """Raises NoSplit, naming the splits that are there, for another one."""
     if split not in splits:
-        raise NoSplit(f"data.path={path!r} has no split {split!r}; it has {', '.join(splits)}.")
+        words = "; data.holdout=10 takes a tenth of the training images for it" if split == "validation" else ""
+        raise NoSplit(f"data.path={path!r} has no split {split!r}; it has {', '.join(splits)}{words}.")
     return splits[split]
 
 

@@ -23,6 +23,10 @@ class NotPrepared(DataError):
     """The data set is known and not there; the first line of the message says how to get it."""
 
 
+class NoLabels(DataError):
+    """The images are there, and have no labels, or not all of them."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
     """A split of labelled or unlabelled images; examples are numbered 0 .. num_examples - 1.
@@ -47,10 +51,10 @@ class Source:
         return len(self.class_names)
 
     def require_labels(self, who: str):
-        """Raises DataError, saying why, unless every example has its label. `who` needs them."""
+        """Raises NoLabels, saying why, unless every example has its label. `who` needs them."""
         if self.missing or not self.num_classes:
             why = f" ({self.missing})" if self.missing else ""
-            raise DataError(f"{who} needs labels, which {self.name} '{self.split}' has not{why}")
+            raise NoLabels(f"{who} needs labels, which {self.name} '{self.split}' has not{why}")
 
     def listing(self) -> Names | None:
         """What the examples are called, in their order and wherever the data lies; None where that is not known."""
