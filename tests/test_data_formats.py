@@ -587,6 +587,8 @@ def test_a_bucket_is_read_as_a_disk(tmp_path, monkeypatch, form):
         tf.io.gfile.makedirs(os.path.dirname(place))
         with tf.io.gfile.GFile(place, "wb") as out:
             out.write(file.read_bytes())
+    gfile = tf.io.gfile.GFile
+    monkeypatch.setattr(tf.io.gfile, "GFile", lambda path, mode: gfile(InMemory.inside(os.fspath(path)), mode))
     monkeypatch.setattr(backend._TfBackend, "gfile", InMemory())
     monkeypatch.setattr(tf.io, "read_file", lambda path: read_file(tf.strings.regex_replace(path, "^gs://", "ram://")))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -1,17 +1,19 @@
 """What is found out about files once and kept for the next start: beside them, or in the user's cache. Never needed."""
 
 import hashlib
+import io
 import os
 import uuid
 import zipfile
 import zlib
 
 import numpy as np
+import tensorflow as tf
 from absl import logging
 
 from mim_jax.paths import expanded
 
-BROKEN = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+BROKEN = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error, tf.errors.OpError)
 
 
 def digest(*names: str) -> str:
@@ -31,7 +33,8 @@ def load(places, stamp: str, what: str):
     """
     for place in places:
         try:
-            with place.open("rb") as opened, np.load(opened) as held:
+            remote = "://" in os.fspath(place)
+            with io.BytesIO(place.read_bytes()) if remote else place.open("rb") as opened, np.load(opened) as held:
                 if str(held["stamp"]) == stamp:
                     return {name: held[name] for name in held.files if name != "stamp"}
             logging.info("%s: %s is of another time or version, and made anew", what, place)
@@ -47,7 +50,7 @@ def save(places, stamp: str, what: str, arrays):
     for place in places:
         try:
             _write(place, stamp, arrays)
-        except OSError as error:
+        except (OSError, tf.errors.OpError) as error:
             logging.warning("%s: cannot be kept as %s: %s", what, place, error)
         else:
             logging.info("%s: kept as %s", what, place)
@@ -58,6 +61,8 @@ def _write(place, stamp, arrays):
     """At once or not at all, also where several processes do."""
     part = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
     place.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("wb") as opened:
+    with io.BytesIO() if "://" in os.fspath(place) else part.open("wb") as opened:
         np.savez(opened, stamp=np.array(stamp), **arrays)
+        if isinstance(opened, io.BytesIO):  # what a bucket is written with cannot tell where it is
+            part.write_bytes(opened.getvalue())
     part.replace(place)

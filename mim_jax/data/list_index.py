@@ -3,6 +3,7 @@
 import array
 import csv
 import dataclasses
+import io
 import json
 import os
 from typing import Any
@@ -13,7 +14,7 @@ from absl import logging
 from mim_jax.data import kept
 from mim_jax.data.augment import DataError
 from mim_jax.data.packed_names import Packed
-from mim_jax.data.shards import SPLITS
+from mim_jax.data.shards import SPLITS, stream
 from mim_jax.paths import expanded
 
 PATHS = ("path", "image", "file_name", "filename", "file")
@@ -36,7 +37,7 @@ class Rows:
 
 def _objects(file):
     """The lines of a list as dicts; a list without a header has "path" and perhaps "label"."""
-    with expanded(file).open("r", **TEXT) if "://" in file else open(file, **TEXT) as lines:
+    with stream(file) as opened, io.TextIOWrapper(opened, **TEXT) as lines:
         if file.lower().endswith(".jsonl"):
             for number, line in enumerate(lines, 1):
                 if line.strip():

@@ -55,8 +55,10 @@ def _relative(place, folder):
 def _below(path, folder):
     """A path, relative to a folder; os.path.relpath, once for every folder."""
     place, _, name = path.rpartition(b"/")
-    if b"://" in path or not place or name in (b"", b".", b".."):
-        return path if b"://" in path else os.path.relpath(path, folder)
+    if b"://" in path:
+        return path.removeprefix(folder + b"/")
+    if not place or name in (b"", b".", b".."):
+        return os.path.relpath(path, folder)
     inside = _relative(place, folder)
     return name if inside == b"." else inside + b"/" + name
 

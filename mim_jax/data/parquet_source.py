@@ -18,7 +18,6 @@ from absl import logging
 from mim_jax.data import labels, shards
 from mim_jax.data.augment import DataError
 from mim_jax.data.packed_names import Numbered, narrow
-from mim_jax.paths import expanded
 
 CACHE = 256 * 2**20  # bytes of row groups kept; beside them at most those being read, one by each of four threads
 LABELS = ("label", "labels", "class", "class_name", "target")
@@ -109,7 +108,7 @@ class ParquetSource(shards.ShardSource):
 
 
 def _opened(file, footer=None):
-    return pq.ParquetFile(expanded(file).open("rb") if "://" in file else file, metadata=footer)
+    return pq.ParquetFile(shards.stream(file) if "://" in file else file, metadata=footer)
 
 
 def _footer(file):

@@ -35,10 +35,6 @@ class Index:
     said: np.ndarray  # texts: what was left out
 
 
-def stream(path):
-    return expanded(path).open("rb") if "://" in path else open(path, "rb")
-
-
 def _samples(tar, columns):
     """-> {key: [header, start, size, label]} of the samples in a tar, and a count of the other members.
 
@@ -86,7 +82,7 @@ def _json_label(data, field):
 def _scan(path, columns):
     """A shard -> [n 4] of its images in their order, the labels, what was left out. Raises DataError that names the shard."""
     try:
-        with stream(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with shards.stream(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             samples, others = _samples(tar, columns)
             file.seek(tar.offset)
             while rest := file.read(2**20):

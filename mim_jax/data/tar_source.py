@@ -12,7 +12,7 @@ from mim_jax.data import labels, shards
 from mim_jax.data.augment import DataError
 from mim_jax.data.packed_names import Numbered, narrow
 from mim_jax.data.source import evenly
-from mim_jax.data.tar_index import BLOCK, Index, index_of, stream
+from mim_jax.data.tar_index import BLOCK, Index, index_of
 from mim_jax.paths import expanded
 
 CLASS_FILES = ("classes.txt", "classnames.txt")  # one name a line, in the order of the numbers
@@ -31,7 +31,7 @@ class TarSource(shards.ShardSource):
         for k in np.argsort(ids, kind="stable").tolist():  # so that the disk is read in one direction
             file, i = self._file(ids[k]), ids[k]
             try:
-                with stream(file) as opened:
+                with shards.stream(file) as opened:
                     opened.seek((int(self.index.header[i]) + int(self.index.start[i])) * BLOCK)
                     images[k] = opened.read(int(self.index.size[i]))
             except OSError as error:
@@ -45,7 +45,7 @@ class TarSource(shards.ShardSource):
         """-> shard, name of the image in it."""
         file = self._file(example_id)
         try:
-            with stream(file) as opened:
+            with shards.stream(file) as opened:
                 opened.seek(int(self.index.header[int(example_id)]) * BLOCK)
                 return file, tarfile.open(fileobj=opened, mode="r:").next().name
         except (OSError, tarfile.TarError, AttributeError):
