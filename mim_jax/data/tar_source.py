@@ -10,7 +10,7 @@ from absl import logging
 
 from mim_jax.data import labels, shards
 from mim_jax.data.augment import DataError
-from mim_jax.data.packed_names import Numbered, narrow
+from mim_jax.data.packed_names import Numbered, gathered, narrow
 from mim_jax.data.source import evenly
 from mim_jax.data.tar_index import BLOCK, Index, index_of
 from mim_jax.paths import expanded
@@ -101,6 +101,6 @@ def open_tar(path, split, channels, columns):
     (own, counts), given = _labels(index), _class_names(dict.fromkeys([root, *map(os.path.dirname, files)]))
     numbers, names, missing = labels.numbered(own, train, given, f"{path}, {split}", counts)
     logging.info("%s, split %s: %d images in %d shards, %d classes", path, split, count, len(files), len(names))
-    numbers, index = narrow(numbers)[index.label], dataclasses.replace(index, label=index.label[:0].copy())
+    numbers, index = gathered(narrow(numbers), index.label), dataclasses.replace(index, label=index.label[:0].copy())
     held = dict(missing=missing, labels=tf.constant(numbers), files=tuple(files), index=index, folder=root)
     return TarSource("webdataset", split, count, names, channels, **held)
