@@ -15,7 +15,7 @@ from mim_jax.data import labels, shards
 from mim_jax.data.augment import DataError
 from mim_jax.data.list_index import Rows, rows_of
 from mim_jax.data.listing import shown
-from mim_jax.data.packed_names import Packed, narrow
+from mim_jax.data.packed_names import Changed, Packed, narrow
 from mim_jax.data.source import Source, evenly
 
 ENDINGS = (".csv", ".tsv", ".jsonl")
@@ -40,7 +40,7 @@ class ListSource(Source):
 
     def listing(self):
         folder = os.fsencode(self.folder)
-        return Packed.of(_below(path, folder) for path in self.paths)
+        return Changed(self.paths, lambda path: _below(path, folder))
 
     def sizes(self, count):
         paths = self.paths.take(evenly(self.num_examples, count))
@@ -72,8 +72,9 @@ class Part(NamedTuple):
 
     def paths(self):
         """In full."""
+        start = os.path.join(self.folder, b"")
         for path in self.rows.paths.take(self.places):
-            yield path if b"://" in path else os.path.join(self.folder, path)
+            yield path if path.startswith(b"/") or b"://" in path else start + path
 
 
 def _by_split(path, columns):
@@ -99,8 +100,8 @@ def _require_files(paths, where):
     folders = collections.defaultdict(list)
     for path in paths:
         if b"://" not in path:
-            folder, name = os.path.split(path)
-            folders[folder].append(name)
+            folder, slash, name = path.rpartition(b"/")
+            folders[folder or slash].append(name)
     missing = []
     for folder, wanted in folders.items():
         there = {*os.listdir(folder or b".")} if os.path.isdir(folder or b".") else set()

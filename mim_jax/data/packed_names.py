@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -144,6 +144,24 @@ class Below(Names):
     def pieces(self):
         for piece in self.names.pieces():
             yield (b"\0" + piece).replace(b"\0" + self.start, b"\0")[1:]  # every name follows a zero byte
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Changed(Names):
+    """What a function makes of names, when they are asked for."""
+
+    names: Names
+    change: Callable[[bytes], bytes]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, place):
+        return self.change(self.names[place])
+
+    def pieces(self):
+        for piece in self.names.pieces():
+            yield b"\0".join(map(self.change, piece[:-1].split(b"\0"))) + b"\0"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
