@@ -97,7 +97,8 @@ def open_tar(path, split, channels, columns):
         raise DataError(f"No images in the {len(files)} tar shards of {split!r} in {path!r}; they hold {left or 'nothing'}.")
     if left:
         logging.warning("%s, split %s: beside %d images there are, not read: %s", path, split, count, left)
-    train = lambda: _labels(index_of(splits["train"], root, columns) if "train" in splits else index)[0]
+    of_train = splits.get("train", files)
+    train = lambda: _labels(index if of_train is files else index_of(of_train, root, columns))[0]
     (own, counts), given = _labels(index), _class_names(dict.fromkeys([root, *map(os.path.dirname, files)]))
     numbers, names, missing = labels.numbered(own, train, given, f"{path}, {split}", counts)
     logging.info("%s, split %s: %d images in %d shards, %d classes", path, split, count, len(files), len(names))
