@@ -22,7 +22,7 @@ FLOORS = (
     ("models", "encoder.py (the contract), ViT, Swin, tokenizers, decoders, heads"),
     ("masking targets data", "what is hidden, what is predicted, images from disk (TensorFlow is here alone)"),
     (
-        "config sections durations recipes paths provenance tree prng sharding clock logs tokens",
+        "config sections durations recipes paths provenance tree prng sharding platforms clock logs tokens",
         "machinery; recipes.py has sizes and published settings",
     ),
 )

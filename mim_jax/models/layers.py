@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mim_jax import platforms
+
 LAYER_NORM_EPS = 1e-6  # METHODS of MAE, LoMaR, LocalMIM; flax's own default happens to agree, torch's does not
 xavier = nn.initializers.xavier_uniform()
 token_init = nn.initializers.normal(0.02)
@@ -36,12 +38,14 @@ class Dense(nn.Module):
     kernel_init: Any = xavier
 
     @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (((x.ndim - 1,), (0,)), ((), ())))
-        if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return y
+    def __call__(self, x, product=None, inputs: int = 0):
+        """product: what else is to be made of (x, kernel, bias or None), of `inputs` numbers, in another layout."""
+        kernel = self.param("kernel", self.kernel_init, (inputs or x.shape[-1], self.features)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype) if self.use_bias else None
+        if product:
+            return product(x.astype(self.dtype), kernel, bias)
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        return y if bias is None else y + bias
 
 
 class Mlp(nn.Module):
@@ -53,7 +57,26 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         h = Dense(self.hidden, self.dtype, name="fc1")(x)
-        return Dense(x.shape[-1], self.dtype, name="fc2")(nn.gelu(h, approximate=False))
+        h = lean_gelu(h) if platforms.current() == "gpu" else nn.gelu(h, approximate=False)
+        return Dense(x.shape[-1], self.dtype, name="fc2")(h)
+
+
+@jax.custom_vjp
+def lean_gelu(x):
+    """Exact GELU that keeps x alone for its gradient: on a GPU the step is bound by the bytes that it moves.
+
+    Computed in float32, so that nothing need be kept to make up for a rounding.
+    """
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+def _lean_gelu_gradient(x, g):
+    y = x.astype(jnp.float32)
+    slope = 0.5 * (1 + jax.lax.erf(y * 0.5**0.5)) + y * jnp.exp(-0.5 * y * y) * (2 * jnp.pi) ** -0.5
+    return ((slope * g.astype(jnp.float32)).astype(x.dtype),)
+
+
+lean_gelu.defvjp(lambda x: (lean_gelu(x), x), _lean_gelu_gradient)
 
 
 class DropPath(nn.Module):

@@ -1,5 +1,6 @@
 """Multi-head self-attention with optional relative positions: iRPE's contextual term, or a learned bias per offset."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from mim_jax import platforms
 from mim_jax.config import ConfigError
 from mim_jax.models import irpe, relative_bias
 from mim_jax.models.layers import Dense
@@ -32,11 +34,8 @@ class Attention(nn.Module):
         if width % self.heads:
             raise ConfigError(f"width {width} is not divisible by {self.heads} heads")
         head_dim = width // self.heads
-        qkv = Dense(3 * width, self.dtype, use_bias=self.qkv_bias == "all", name="qkv")(x)
-        if self.qkv_bias == "qv":
-            q, v = (self.param(name, nn.initializers.zeros, (width,)) for name in ("q_bias", "v_bias"))
-            qkv = qkv + jnp.concatenate([q, jnp.zeros_like(q), v]).astype(self.dtype)
-        q, k, v = rearrange(qkv, "r n (three h e) -> three r h n e", three=3, h=self.heads)
+        by_heads = platforms.current() == "tpu"
+        q, k, v = self.projected(x, by_heads)
         logits = jnp.einsum("rhie,rhje->rhij", q * head_dim**-0.5, k, preferred_element_type=jnp.float32)
         if self.relative:
             logits = logits + RelativeKeys(self.dtype, name="rpe_k")(q, buckets)
@@ -48,7 +47,40 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(logits, axis=-1)  # float32 until here
         self.sow("intermediates", "weights", weights)
         out = jnp.einsum("rhij,rhje->rhie", weights.astype(self.dtype), v)
+        if by_heads:
+            return Dense(width, self.dtype, name="proj")(out, _from_heads, width)
         return Dense(width, self.dtype, name="proj")(rearrange(out, "r h n e -> r n (h e)"))
+
+    def projected(self, x, by_heads: bool):
+        """[r n d] -> queries, keys, values [r h n e].
+
+        By heads: as three products to that layout from the same kernel, without a transpose of the results. On a TPU that
+        saves a third of the copies; elsewhere one product of all three is faster.
+        """
+        width = x.shape[-1]
+        dense = Dense(3 * width, self.dtype, use_bias=self.qkv_bias == "all", name="qkv")
+        qkv = dense(x, functools.partial(_to_heads, self.heads)) if by_heads else dense(x)
+        if self.qkv_bias == "qv":
+            q, v = (self.param(name, nn.initializers.zeros, (width,)) for name in ("q_bias", "v_bias"))
+            bias = jnp.concatenate([q, jnp.zeros_like(q), v]).astype(self.dtype)
+            qkv = [y + b for y, b in zip(qkv, _of_heads(bias, self.heads))] if by_heads else qkv + bias
+        return qkv if by_heads else rearrange(qkv, "r n (three h e) -> three r h n e", three=3, h=self.heads)
+
+
+def _of_heads(bias, heads: int):
+    return rearrange(bias, "(three h e) -> three h 1 e", three=3, h=heads)
+
+
+def _to_heads(heads: int, x, kernel, bias):
+    """[r n d], [d 3d] -> three times [r h n e]."""
+    kernels = rearrange(kernel, "d (three h e) -> three d h e", three=3, h=heads)
+    found = [jnp.einsum("rnd,dhe->rhne", x, each) for each in kernels]
+    return found if bias is None else [y + b for y, b in zip(found, _of_heads(bias, heads))]
+
+
+def _from_heads(x, kernel, bias):
+    """[r h n e], [d d] -> [r n d]."""
+    return jnp.einsum("rhne,hed->rnd", x, rearrange(kernel, "(h e) d -> h e d", h=x.shape[1])) + bias
 
 
 class RelativeKeys(nn.Module):

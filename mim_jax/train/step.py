@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mim_jax import prng, sharding
+from mim_jax import platforms, prng, sharding
 from mim_jax.train.state import TrainState, merge, moved
 
 
@@ -19,6 +19,10 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
     """
 
     def step(state: TrainState, batch):
+        with platforms.compiled_for(mesh):
+            return compute(state, batch)
+
+    def compute(state: TrainState, batch):
         with jax.named_scope("prepare"):  # scopes name the parts of a step to who reads its compiled program
             inputs = prepare(batch, prng.stream(seed, "masks", state.step))
             inputs = jax.lax.with_sharding_constraint(inputs, sharding.batch_sharding(mesh))

@@ -1,0 +1,24 @@
+"""What a program is compiled for: layers of equal value in several layouts choose by it."""
+
+import contextlib
+import contextvars
+
+import jax
+
+_compiled_for = contextvars.ContextVar("compiled_for", default="")
+
+
+def current() -> str:
+    """cpu, gpu or tpu: of the mesh that is being traced for, else of this process."""
+    return _compiled_for.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiled_for(mesh: jax.sharding.Mesh):
+    """What is traced inside is for the devices of the mesh, which need not be here."""
+    platform = mesh.devices.flat[0].platform
+    token = _compiled_for.set({"cuda": "gpu", "rocm": "gpu"}.get(platform, platform))
+    try:
+        yield
+    finally:
+        _compiled_for.reset(token)
