@@ -37,7 +37,7 @@ Measured by this project: on the embedded sample, results/README.md; no full run
 """
 
 from mim_jax.config import ConfigDict, arguments, choice
-from mim_jax.recipes import CROPPING, RUN_DATA, adamw, duration
+from mim_jax.recipes import CROPPING, PROFILE, RUN_DATA, adamw, duration
 
 # epochs, warm-up in epochs, base lr per 256 or absolute lr, lowest lr, layer decay, drop path
 PRESETS = {
@@ -104,6 +104,7 @@ def get_config(arg=""):
     c.optim.update(dict(layer_decay=p["layer_decay"], average=a.average))
     c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", epochs=1)))
     c.log = ConfigDict(dict(every_steps=50, tensorboard=True))
+    c.profile = ConfigDict(PROFILE)
     judged = dict(type="classify", source="", split="validation", examples=0, batch_size=512, optional=False)
     c.evals = ConfigDict()
     c.evals.validation = dict(on=True, weights="trained", **judged, **duration("every", epochs=1))

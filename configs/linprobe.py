@@ -28,7 +28,7 @@ Published: MAE ViT-B, 1600 epochs 67.8 (cls). Measured by this project: results/
 """
 
 from mim_jax.config import ConfigDict, arguments, choice, numbers
-from mim_jax.recipes import CROPPING, RUN_DATA, duration
+from mim_jax.recipes import CROPPING, PROFILE, RUN_DATA, duration
 
 
 def get_config(arg=""):
@@ -88,6 +88,7 @@ def get_config(arg=""):
     )
     c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", epochs=1)))
     c.log = ConfigDict(dict(every_steps=20, tensorboard=True))
+    c.profile = ConfigDict(PROFILE)
     c.evals = ConfigDict()
     c.evals.validation = dict(
         type="classify",

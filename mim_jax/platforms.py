@@ -13,6 +13,17 @@ def current() -> str:
     return _compiled_for.get() or jax.default_backend()
 
 
+LAYOUTS = {
+    "tpu": "queries, keys and values by three products, each to its heads",
+    "gpu": "GELU keeps one array for its gradient",
+}
+
+
+def layouts() -> str:
+    """What layers do otherwise than usual on this platform, for the log; values are the same but for rounding."""
+    return LAYOUTS.get(current(), "")
+
+
 @contextlib.contextmanager
 def compiled_for(mesh: jax.sharding.Mesh):
     """What is traced inside is for the devices of the mesh, which need not be here."""

@@ -14,6 +14,7 @@ DECODING = dict(exif="auto", bad_limit=0.1)  # of `c.data`: EXIF (auto, ignore o
 # Of the `c.data` of training: where crops are resized (host or device), how many are taken of an image at a time, and whether
 # JPEGs much larger than their crop's result are decoded at a fraction of their size.
 CROPPING = dict(resize="host", repeat=1, scaled_decoding=True)
+PROFILE = dict(steps=0, at=100)  # `c.profile`: a trace of so many steps from that one on
 RUN_DATA = dict(source="", path="", data_dir="", columns="", folders="", holdout=0, **DECODING)  # no source: the run's
 VIT_SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
 SWIN_SIZES = {
@@ -113,6 +114,7 @@ def imagenet_pretraining(c, *, method: str, epochs: float, batch_size: int, size
     c.data.update(DECODING | CROPPING)
     c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", epochs=1)))
     c.log = ConfigDict(dict(every_steps=50, tensorboard=True))
+    c.profile = ConfigDict(PROFILE)
     c.evals = ConfigDict()
     c.evals.knn = dict(type="knn", on=True, train_split="train", test_split="validation", train_examples=64000, pool="mean",
                        k=20, temperature=0.07, batch_size=512, **duration("every", epochs=20))  # fmt: skip

@@ -39,18 +39,18 @@ BelowOne = Annotated[float, Bound(lambda x: 0 <= x < 1, "is not between 0 and 1 
 class Section:
     """Base of all sections, which become dataclasses by deriving from it.
 
-    `at` is where the section stands, such as "optim.", for messages.
+    `prefix` is where the section stands, such as "optim.", for messages.
     """
 
-    at: str = dataclasses.field(default="", repr=False, compare=False)
+    prefix: str = dataclasses.field(default="", repr=False, compare=False)
 
     def __init_subclass__(cls):
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if field.name != "at":
-                object.__setattr__(self, field.name, fit(getattr(self, field.name), field.type, self.at + field.name))
+            if field.name != "prefix":
+                object.__setattr__(self, field.name, fit(getattr(self, field.name), field.type, self.prefix + field.name))
         self.check()
 
     def check(self):
@@ -59,7 +59,7 @@ class Section:
     def require(self, holds: bool, name: str, words: str):
         """Raises ConfigError unless `holds`: what the field `name` must be, in words."""
         if not holds:
-            raise ConfigError(f"{self.at}{name}={getattr(self, name)} {words}")
+            raise ConfigError(f"{self.prefix}{name}={getattr(self, name)} {words}")
 
 
 # -- types ------------------------------------------------------------------------------------------------------------
@@ -120,12 +120,12 @@ class Reading:
             if "value" in field.metadata:
                 keys, values[field.name] = field.metadata["value"](field.name, tree, at, self)
                 found |= keys
-            elif field.name != "at":
+            elif field.name != "prefix":
                 found.add(field.name)
                 if self.has(tree, at, field.name, field.default):
                     values[field.name] = tree[field.name]
         refuse_unknown(tree, found, at)
-        return kind(at=at, **values)
+        return kind(prefix=at, **values)
 
     def has(self, tree: Mapping, at: str, key: str, default=MISSING) -> bool:
         """Whether the key is there. Raises ConfigError when it must be."""
@@ -162,9 +162,9 @@ def part(value: Callable, **more):
     return dataclasses.field(metadata={"value": value}, **more)
 
 
-def nested(kind, key: str = ""):
-    """A section of the field's name, or of another `key`."""
-    return one_of("", {"": kind}, key=key)
+def nested(kind, key: str = "", optional: bool = False):
+    """A section of the field's name, or of another `key`; None where it is `optional` and not there."""
+    return one_of("", {"": kind}, optional=optional, key=key)
 
 
 def one_of(by: str, kinds: Mapping, optional: bool = False, key: str = ""):
@@ -187,7 +187,7 @@ def beside(kinds: Mapping, default: str):
     def value(name, tree, at, reading):
         reading.has(tree, at, name, default)
         kind = kinds[choice(at + name, tree.get(name, default), kinds)]
-        own = {f.name for f in dataclasses.fields(kind) if f.name != "at"}
+        own = {f.name for f in dataclasses.fields(kind) if f.name != "prefix"}
         return {name} | own, reading.section(kind, {key: tree[key] for key in own if key in tree}, at)
 
     return part(value)

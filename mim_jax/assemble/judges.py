@@ -71,7 +71,7 @@ class Evaluation(Section):
     def opened(self, judged: Judged, key: str, labels: bool = False):
         """Opens the split that a key names. Raises ConfigError (DataError) naming the key."""
         name = getattr(self, key)
-        other = f"--config.{self.at}{key}=... names another split"
+        other = f"--config.{self.prefix}{key}=... names another split"
         try:
             source = judged.config.opened(name)
             if labels:
@@ -247,7 +247,7 @@ def evaluators(evals: dict[str, Evaluation], judged: Judged, steps: Callable) ->
             if isinstance(section, Neighbours) and _lacks_labels(error):
                 logging.warning("evaluator '%s' is left out: %s", name, error)
                 continue
-            words = f"evaluator '{name}': --config.{section.at}on=False leaves it out"
+            words = f"evaluator '{name}': --config.{section.prefix}on=False leaves it out"
             raise type(error)(f"{error} ({words})") from error
         if evaluator is not None:
             scheduled.append(ScheduledEvaluator(name, evaluator, every))

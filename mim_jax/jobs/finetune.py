@@ -78,7 +78,7 @@ class Finetune(training.Training):
 
     def inputs(self, classes: int):
         """Raises ConfigError for settings that cannot be, before any compute."""
-        mixing = {f.name: getattr(self.mixing, f.name) for f in dataclasses.fields(Mixing) if f.name != "at"}
+        mixing = {f.name: getattr(self.mixing, f.name) for f in dataclasses.fields(Mixing) if f.name != "prefix"}
         made = mixed_inputs(self.normaliser(), classes, self.smoothing, self.erasing, mixing)
         batch = datasets.batch_shapes(self.image_size, self.channels, self.batch_size)
         jax.eval_shape(made, batch, jax.random.key(0))  # no compute

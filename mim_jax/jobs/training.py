@@ -23,6 +23,7 @@ from mim_jax.runs.workdir import RESULT, claimed, read_json
 from mim_jax.sections import Bound, each, nested
 from mim_jax.train import loop
 from mim_jax.train.experiment import Experiment, Length, Rate, describe
+from mim_jax.train.profiling import Profiling, Tracer
 from mim_jax.train.state import create, plan
 
 
@@ -36,6 +37,7 @@ class Training(encoders.WithEncoder):
     total: Duration = stated()
     checkpoint: Saving = nested(Saving)
     log: Logging = nested(Logging)
+    profile: Profiling = nested(Profiling, optional=True)
     evals: dict = each("type", judges.EVALUATORS)
 
 
@@ -71,6 +73,7 @@ def run(e: Experiment, workdir: epath.Path, typed: dict, defaults: dict) -> dict
         checkpoints = opened.enter_context(Checkpoints(workdir, every=every, keep=keep, keep_every=keep_every))
         stopping = opened.enter_context(Stopping().listening())
         going = begin(e, logger, checkpoints, stopping)
+        opened.enter_context(going.tracer)
         if going.first >= e.length.total and (workdir / RESULT).exists():
             logger.say(f"this run is finished: {workdir / RESULT}")
             return read_json(workdir / RESULT)
@@ -108,7 +111,8 @@ def begin(e: Experiment, logger: Logger, checkpoints: Checkpoints, stopping: Sto
     if first == 0:
         logger.say(overview)
     kept = {"config": e.kept, "git": git_hash(), "ancestor": ancestor, "data": same_data.record(e.source)}
-    return loop.Run(state, first, shardings, checkpoints, logger, clock, stopping, kept)
+    tracer = Tracer(e.config.profile or Profiling(), first, workdir)
+    return loop.Run(state, first, shardings, checkpoints, logger, clock, stopping, tracer, kept)
 
 
 def devices(config: Training) -> jax.sharding.Mesh:

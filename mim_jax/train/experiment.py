@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from mim_jax import durations, tree
+from mim_jax import durations, platforms, tree
 from mim_jax.config import ConfigError
 from mim_jax.objectives.objective import Objective
 from mim_jax.train.optimizer import Optim
@@ -133,4 +133,7 @@ def describe(e: Experiment, state, workdir, loaded: str) -> str:
         "parameters": ", ".join(f"{tree.count(x):,} {what}" for what, x in parts.items() if what == "trained" or x),
         "FLOPs/image": f"{e.objective.flops() / 1e9:.3f} G forward",
     }
+    with platforms.compiled_for(mesh):
+        if words := platforms.layouts():
+            rows["layers"] = words
     return "\n".join(f"{name:<12} {value}" for name, value in rows.items())

@@ -12,6 +12,7 @@ from mim_jax.logs import Logger
 from mim_jax.runs.checkpoint import Checkpoints
 from mim_jax.runs.stopping import Stopping
 from mim_jax.train.experiment import Experiment
+from mim_jax.train.profiling import Tracer
 from mim_jax.train.state import TrainState
 from mim_jax.train.step import make_step
 
@@ -41,6 +42,7 @@ class Run:
     logger: Logger
     clock: Clock
     stopping: Stopping
+    tracer: Tracer
     meta: dict
 
 
@@ -62,6 +64,7 @@ def train(e: Experiment, run: Run) -> tuple[dict, bool]:
             return results, False
         if step == total:
             break
+        run.tracer.before(step, run.state)
         with run.clock.measure("data"):
             batch = e.batches.batch(step)
         batch = sharding.to_global(batch, e.mesh)

@@ -52,7 +52,7 @@ class AdamW(Optim):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ConfigError(f"{self.at}no_decay: '{pattern}' is no regular expression ({error})") from error
+                raise ConfigError(f"{self.prefix}no_decay: '{pattern}' is no regular expression ({error})") from error
 
     def transform(self, lr, lr_scales=None) -> optax.GradientTransformation:
         """`lr` a function of the step; `lr_scales`: path -> what the learning rate of this parameter is multiplied by."""
