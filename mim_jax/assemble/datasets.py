@@ -42,8 +42,8 @@ class Data(Section):
         self.require(min(self.std, default=1) > 0, "std", "must be above 0 in every channel")
         if max((*map(abs, self.mean), *self.std), default=0) > 1:
             raise ConfigError(
-                f"{self.prefix}mean={self.mean}, {self.prefix}std={self.std} are of values in [0, 255]; here pixels are in [0, 1]: "
-                "divide both by 255"
+                f"{self.prefix}mean={self.mean}, {self.prefix}std={self.std} are of values in [0, 255]; here pixels are in "
+                "[0, 1]: divide both by 255"
             )
 
     def normaliser(self, channels: int) -> Normaliser:
