@@ -36,9 +36,11 @@ LARGEST = flags.DEFINE_bool("largest", True, "with --target: look for the larges
 IMAGES = flags.DEFINE_integer("images", target_costs.IMAGENET, "with --target: images of an epoch", lower_bound=1)
 COMPARE = flags.DEFINE_bool("compare", False, "--compare A.json B.json: ratios of two reports")
 OUT = flags.DEFINE_string(
-    "out", "", "JSON file; default results/benchmark_<configs>_<device>.json, results/costs_<device>.json or "
-    "results/target_<configs>_<target>.json; '-' writes none"
-)  # fmt: skip
+    "out",
+    "",
+    "JSON file; default results/benchmark_<configs>_<device>.json, results/costs_<device>.json or "
+    "results/target_<configs>_<target>.json; '-' writes none",
+)
 
 
 def main(arguments):
