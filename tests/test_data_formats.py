@@ -1,4 +1,4 @@
-"""Parquet, tar shards and lists of files: the same images give the same batches, and what is wrong with them is named."""
+"""Parquet, tar shards, lists of files and array_record: the same images give the same batches, and what is wrong with them is named."""
 
 import csv
 import io
@@ -17,6 +17,7 @@ from test_data_sources import encode, everything, picture, write
 from mim_jax.data import augment, parquet_source, pipeline, shards, tar_index
 from mim_jax.data.augment import DataError
 from mim_jax.data.sources import open_source
+from mim_jax.jobs.preparation import Asked, prepare
 
 CLASSES = ("cat", "dog", "fish")
 TRAIN, VALIDATION = 14, 5
@@ -83,10 +84,14 @@ def forms(tmp_path_factory):
         os.makedirs(root / "list", exist_ok=True)
         write_csv(root / "list" / f"{split}.csv", [("path", "label"), *listed])
     (root / "webdataset/classes.txt").write_text("\n".join(CLASSES))
-    return {name: str(root / name) for name in ("folder", "parquet", "webdataset", "list")}
+    for split in ("train", "validation"):
+        opening = dict(name="folder", split=split, path=str(root / "folder"))
+        prepare(Asked(opening, str(root / "prepared"), shards=3))
+    return {name: str(root / name) for name in ("folder", *FORMS)}
 
 
-FORMS = ("parquet", "webdataset", "list")
+FILES = ("parquet", "webdataset", "list")
+FORMS = (*FILES, "prepared")
 
 
 def batches(source, **options):
@@ -129,7 +134,7 @@ def test_another_split_names_those_that_are_there(forms, form):
 
 
 def test_examples_are_named(forms):
-    named = {form: open_source(form, "train", path=forms[form]) for form in FORMS}
+    named = {form: open_source(form, "train", path=forms[form]) for form in FILES}
     assert named["parquet"].describe(8).endswith("row 1 of " + forms["parquet"] + "/data/train-00001-of-00002.parquet")
     assert named["parquet"].file_name(8) == "data/train-00001-of-00002.parquet/1"
     assert named["webdataset"].describe(8) == f"0008.webp in {forms['webdataset']}/set-train-0001.tar"
@@ -137,6 +142,8 @@ def test_examples_are_named(forms):
     assert named["list"].file_name(0) == "../folder/train/cat/0000.jpg"
     assert named["webdataset"].sizes(100) == named["list"].sizes(100) == [len(data) for data, _ in ENCODED["train"]]
     assert len({source.file_name(k) for source in named.values() for k in range(TRAIN)}) == 3 * TRAIN
+    folder, prepared = (open_source(form, "train[20%:]", path=forms[form]) for form in ("folder", "prepared"))
+    assert folder.listing() == prepared.listing()  # the same images in every slice
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -215,7 +222,7 @@ def test_patterns(forms, tmp_path):
         open_source("webdataset", "train", path=root + "/set-train-{0000..0003}.tar")
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FILES)
 def test_nothing_there(form, tmp_path):
     with pytest.raises(DataError, match=f"data.source={form} needs data.path"):
         open_source(form, "train")

@@ -11,7 +11,7 @@ import pytest
 REPO = pathlib.Path(__file__).resolve().parent.parent
 # From the top: (what stands there, what it is). A folder is a floor, or shares one with others that it does not import.
 FLOORS = (
-    ("main visualise attention benchmark convert.__main__", "what a user types: flags, and errors in one line"),
+    ("main prepare visualise attention benchmark convert.__main__", "what a user types: flags, and errors in one line"),
     ("jobs", "one file for each thing a run can be, and what the other commands do"),
     ("assemble", "a section of the config -> a part of a run"),
     ("evaluators convert chips", "what judges; weights in (reading/) and out (writing/); what chips' compilers say"),

@@ -14,6 +14,7 @@ WAYS = """provide data in one of these ways:
                  or any folder of images without labels
   parquet:       data.source=parquet data.path=DIR, files train-*.parquet as the Hugging Face hub ships image sets
   tar shards:    data.source=webdataset data.path=DIR, or a pattern such as DIR/train-{000..146}.tar
+  array_record:  data.source=prepared data.path=DIR, made once from any of these by python -m mim_jax.prepare
   list of files: data.source=list data.path=FILE.csv (.tsv, .jsonl), with columns path and label
   sample:        data.source=sample (a few photographs bundled with scikit-image and scikit-learn)"""
 

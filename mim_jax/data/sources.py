@@ -13,7 +13,7 @@ from mim_jax.data.subset import sliced
 from mim_jax.data.tar_source import open_tar
 
 WITH_COLUMNS = {"parquet": open_parquet, "webdataset": open_tar, "list": open_list}
-WITH_PATH = ("folder", *WITH_COLUMNS)
+WITH_PATH = ("folder", *WITH_COLUMNS, "prepared")
 READING = {"columns": tuple(WITH_COLUMNS), "folders": ("folder",), "holdout": WITH_PATH}
 
 
@@ -43,8 +43,11 @@ def open_source(name, split, *, path="", data_dir="", channels=3, label_sets=Fal
         return _open_sample(split)
     if name == "folder":
         return open_folder(path, split, channels, reading.get("folders", ""), reading.get("holdout", 0))
-    from mim_jax.data import tfds_source  # here, so that the other sources need no TFDS
+    from mim_jax.data import prepared_source, tfds_source  # here, so that the other sources need no TFDS
 
+    if name == "prepared":
+        opened = lambda whole: prepared_source.open_prepared(path, whole, channels, label_sets)
+        return sliced(opened, split, reading.get("holdout", 0))
     return tfds_source.open_tfds(name, split, data_dir=data_dir, channels=channels, label_sets=label_sets)
 
 

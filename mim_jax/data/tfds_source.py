@@ -12,7 +12,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from mim_jax.data.augment import DataError
-from mim_jax.data.source import WAYS, NotPrepared, Source
+from mim_jax.data.records import Records, RecordSource
+from mim_jax.data.source import WAYS, NotPrepared
 
 SHUFFLE_BUFFER = 8192  # encoded records: about 1 GB for ImageNet
 COUNTED = 200_000  # examples that are read through at most, to count integer labels
@@ -21,24 +22,29 @@ CYCLE = 16  # files read in turns while shuffling
 LABEL_SETS = "real_label"  # of imagenet2012_real: the classes that annotators saw (arXiv 2006.07159), maybe none
 
 
+def as_set(classes, count):
+    """int64 [any] -> uint8 [count], 1 for every class among them."""
+    return tf.cast(tf.reduce_any(tf.one_hot(classes, count, on_value=True, off_value=False), 0), tf.uint8)
+
+
+def _without_image():
+    value = tf.train.Feature
+    image, label = value(bytes_list=tf.train.BytesList(value=[b""])), value(int64_list=tf.train.Int64List(value=[-1]))
+    return tf.train.Example(features=tf.train.Features(feature={"image": image, "label": label})).SerializeToString()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class TfdsSource(Source):
+class TfdsSource(RecordSource):
     """Serialized records; `load` parses one and leaves the image encoded."""
 
-    features: Any = None
+    features: Any = None  # those that are read
     files: tuple = ()  # (filename, skip, take), in the order of the ids
-    records: Any = None  # array_record only: ids -> list of bytes
-    bulk = True
-
-    def lookup(self, ids):
-        fetch = lambda wanted: np.array(self.records.__getitems__(wanted.tolist()), object)
-        return tf.ensure_shape(tf.numpy_function(fetch, [ids], tf.string, stateful=False), ids.shape)
+    broken = _without_image()
 
     def load(self, item):
         example = self.features.deserialize_example(item, decoders={"image": tfds.decode.SkipDecoding()})
         if self.label_sets:
-            present = tf.one_hot(example[LABEL_SETS], self.num_classes, on_value=True, off_value=False)
-            label = tf.cast(tf.reduce_any(present, 0), tf.uint8)
+            label = as_set(example[LABEL_SETS], self.num_classes)
         else:
             label = tf.cast(example["label"], tf.int32) if self.num_classes else tf.constant(-1)
         return {"image": example["image"], "label": label}
@@ -114,10 +120,10 @@ def _integer_classes(folder):
     if total > COUNTED:
         return (), f"its feature 'label' has no names, and more than {COUNTED} examples are not read through to count them"
     low, high = 0, -1
-    for split, info in builder.info.splits.items():
+    for info in builder.info.splits.values():
         if builder.info.file_format.value == "array_record":
-            there, n = builder.as_data_source(split).data_source, info.num_examples
-            batches = (there.__getitems__(list(range(i, min(i + 1024, n)))) for i in range(0, n, 1024))
+            records, n = Records(info.file_instructions), info.num_examples
+            batches = (list(filter(None, records.fetch(np.arange(i, min(i + 1024, n))))) for i in range(0, n, 1024))
         else:
             batches = tf.data.TFRecordDataset(list(map(os.fspath, info.filepaths))).batch(1024)
         for records in batches:
@@ -146,13 +152,13 @@ def open_tfds(name, split, *, data_dir, channels, label_sets=False):
     if not info.num_examples:
         raise DataError(f"The split {split!r} of {name} is empty.")
 
-    features = builder.info.features
-    there = dict(features.items())
+    there = dict(builder.info.features.items())
     if not isinstance(there.get("image"), tfds.features.Image):
         raise DataError(f"{name} has no feature 'image' that is an image; it has {', '.join(there)}.")
     label_sets = label_sets and LABEL_SETS in there
-    label = there[LABEL_SETS].feature if label_sets else there.get("label")
-    names, missing = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else (), ""
+    label = there[LABEL_SETS if label_sets else "label"] if label_sets or "label" in there else None
+    kind = label.feature if label_sets else label
+    names, missing = tuple(kind.names) if isinstance(kind, tfds.features.ClassLabel) else (), ""
     if not names and label is not None and not label_sets:
         names, missing = _integer_classes(os.fspath(builder.data_path))
 
@@ -160,9 +166,10 @@ def open_tfds(name, split, *, data_dir, channels, label_sets=False):
     if file_format not in ("array_record", "tfrecord"):
         raise DataError(f"{name} is stored as {file_format}; read are array_record and tfrecord.")
     random_access = file_format == "array_record"
-    records = builder.as_data_source(split).data_source if random_access else None
+    records = Records(info.file_instructions) if random_access else None
+    read = {"image": there["image"], **({LABEL_SETS if label_sets else "label": label} if names else {})}
     logging.info("%s, split %s: %d examples, %d classes, %s", name, split, info.num_examples, len(names), file_format)
     return TfdsSource(
         name, split, info.num_examples, names, channels, random_access, label_sets, missing, str(builder.info.full_name),
-        features=features, files=files, records=records,
+        features=tfds.features.FeaturesDict(read), files=files, records=records,
     )  # fmt: skip

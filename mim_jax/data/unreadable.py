@@ -51,6 +51,10 @@ class Reading:
         here = [self.met[i] for i in ids]
         if 1 < len(here) == among and all(lost for *_, lost in here):
             raise out_of_reach(here)
+        self.require_few(source)
+
+    def require_few(self, source):
+        """Raises DataError, listing them, once more images have been met than the limit allows."""
         allowed = math.ceil(self.limit * source.num_examples)
         if len(self.met) > allowed:
             counts = f"{len(self.met)} of the {source.num_examples} images of {source.name!r}, split {source.split!r},"

@@ -21,8 +21,11 @@ BEAT, WATCH = 5.0, 20.0
 
 
 @contextlib.contextmanager
-def locked(workdir: epath.Path):
-    """Process 0 holds the folder while inside. Raises ConfigError naming the owner where somebody alive holds it."""
+def locked(workdir: epath.Path, flag: str = "--workdir"):
+    """Process 0 holds the folder, which `flag` names, while inside.
+
+    Raises ConfigError naming the owner where somebody alive holds it.
+    """
     if jax.process_index() > 0:  # the others write nothing that process 0 does not wait for
         yield
         return
@@ -30,7 +33,7 @@ def locked(workdir: epath.Path):
     here = {"place": place(), "pid": pid, "began": began(pid)}  # tells this process from all others that ever run here
     ours = {"id": uuid.uuid4().hex, "host": socket.gethostname(), **here}
     while not created(path, ours):
-        take_over(workdir, path)
+        take_over(workdir, path, flag)
     ended = threading.Event()
     beating = threading.Thread(target=beat, args=(path, ours, ended), daemon=True)
     beating.start()
@@ -89,14 +92,14 @@ def owner(path: epath.Path) -> dict:
         return {}
 
 
-def take_over(workdir: epath.Path, path: epath.Path):
+def take_over(workdir: epath.Path, path: epath.Path, flag: str = "--workdir"):
     """Removes the file of a process that is gone. Raises ConfigError for one that is alive."""
     there = owner(path)
     here = there.get("place", "") == place() != ""
     if began(there["pid"]) == there["began"] != "" if here else shows_life(workdir, path, there):
         raise ConfigError(
             f"'{workdir}' is being written by process {there.get('pid', '?')} on {there.get('host', '?')}; wait for it, stop "
-            "it, or choose another --workdir"
+            f"it, or choose another {flag}"
         )
     logging.warning("the process that wrote '%s' is gone (%s); its folder is taken over", workdir, there)
     aside = path.with_name(f"{NAME}.{uuid.uuid4().hex}")

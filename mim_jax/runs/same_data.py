@@ -40,16 +40,7 @@ def require_same(meta: dict, source, workdir: epath.Path, *, labelled: bool, go_
         )
     if "data" not in meta:
         return "; whether the images are the same was not compared: its checkpoint is from before runs kept what they were"
-    there, here = meta["data"], record(source)
-    changed = [f"{key} '{there[key]}' -> '{here[key]}'" for key in ("source", "version") if there[key] != here[key]]
-    if there["examples"] != here["examples"]:
-        changed.append(f"{there['examples']} images -> {here['examples']}")
-    if then != now:
-        changed.append(f"classes {_classes(then, now)}")
-    if there["digest"] != here["digest"]:
-        changed.append(_names(workdir, there["digest"], source))
-    elif there["sizes"] != here["sizes"]:
-        changed.append("files of other sizes under the same names")
+    changed = changes(meta["data"], then, source, workdir)
     if not changed:
         return ""
     words = f"the data is not that of step {meta['step']} of this run: {'; '.join(changed)}"
@@ -60,6 +51,21 @@ def require_same(meta: dict, source, workdir: epath.Path, *, labelled: bool, go_
             "is drawn anew, and labels stay what they were"
         )
     return f"; {words}; data.changed=continue: epochs and learning rate follow the new number, the order is drawn anew"
+
+
+def changes(there: dict, then: tuple[str, ...], source, folder: epath.Path) -> list[str]:
+    """A `record` from before and the classes of then -> how the source differs, in words; the list of names is in `folder`."""
+    here, now = record(source), tuple(source.class_names)
+    changed = [f"{key} '{there[key]}' -> '{here[key]}'" for key in ("source", "version") if there[key] != here[key]]
+    if there["examples"] != here["examples"]:
+        changed.append(f"{there['examples']} images -> {here['examples']}")
+    if then != now:
+        changed.append(f"classes {_classes(then, now)}")
+    if there["digest"] != here["digest"]:
+        changed.append(_names(folder, there["digest"], source))
+    elif there["sizes"] != here["sizes"]:
+        changed.append("files of other sizes under the same names")
+    return changed
 
 
 def keep_list(source, workdir: epath.Path):
