@@ -37,7 +37,7 @@ Measured by this project: on the embedded sample, results/README.md; no full run
 """
 
 from mim_jax.config import ConfigDict, arguments, choice
-from mim_jax.recipes import RUN_DATA, adamw, duration
+from mim_jax.recipes import CROPPING, RUN_DATA, adamw, duration
 
 # epochs, warm-up in epochs, base lr per 256 or absolute lr, lowest lr, layer decay, drop path
 PRESETS = {
@@ -84,6 +84,7 @@ def get_config(arg=""):
             crop_scale=(0.08, 1.0),
             crop_ratio=(3 / 4, 4 / 3),
             flip=True,
+            **CROPPING,
             resize_ratio=0.0,
             randaugment=dict(layers=2, magnitude=9.0, std=0.5),
         )

@@ -28,7 +28,7 @@ Published: MAE ViT-B, 1600 epochs 67.8 (cls). Measured by this project: results/
 """
 
 from mim_jax.config import ConfigDict, arguments, choice, numbers
-from mim_jax.recipes import RUN_DATA, duration
+from mim_jax.recipes import CROPPING, RUN_DATA, duration
 
 
 def get_config(arg=""):
@@ -71,7 +71,7 @@ def get_config(arg=""):
     c.batch_size = 16384
     c.accumulation = 1
     c.fsdp = False
-    c.data.update(dict(changed="refuse", crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True))
+    c.data.update(dict(CROPPING, changed="refuse", crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True))
     # more_base_lrs, such as (0.03, 0.3): heads of further learning rates, trained in the same pass
     c.optim = ConfigDict(
         dict(

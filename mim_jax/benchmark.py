@@ -5,7 +5,8 @@ out, every step is waited for, and the rate of a plain matrix product, measured 
 With `--compile_only` nothing runs: parameters, FLOPs and memory of the compiled steps, see jobs/step_costs.py; with
 `--target=tpu-v3-8` or h100 as well, of a device that is not here: whether the step fits and an estimate of its time
 (docs/targets.md). `--compare A.json B.json` prints the ratios of two reports.
-Needs neither TensorFlow nor data: images are random.
+Needs neither TensorFlow nor data: images are random. But for `--input`, which measures what images cost before they reach the
+device (docs/input.md): of `--source` and `--path`, else of photographs that come with scikit-image.
 """
 
 import json
@@ -35,11 +36,15 @@ PER_DEVICE = flags.DEFINE_integer("per_device", 32, "with --target: images per d
 LARGEST = flags.DEFINE_bool("largest", True, "with --target: look for the largest batch that fits, in a few compilations more")
 IMAGES = flags.DEFINE_integer("images", target_costs.IMAGENET, "with --target: images of an epoch", lower_bound=1)
 COMPARE = flags.DEFINE_bool("compare", False, "--compare A.json B.json: ratios of two reports")
+INPUT = flags.DEFINE_bool("input", False, "measure decoding, cropping, resizing, augmenting and the whole input path instead")
+SOURCE = flags.DEFINE_string("source", "", "with --input: where images are, as data.source")
+PATH = flags.DEFINE_string("path", "", "with --input: as data.path")
+SIZE = flags.DEFINE_integer("size", 224, "with --input: pixels of a side of the crops", lower_bound=1)
 OUT = flags.DEFINE_string(
     "out",
     "",
-    "JSON file; default results/benchmark_<configs>_<device>.json, results/costs_<device>.json or "
-    "results/target_<configs>_<target>.json; '-' writes none",
+    "JSON file; default results/benchmark_<configs>_<device>.json, results/costs_<device>.json, results/input_<device>.json "
+    "or results/target_<configs>_<target>.json; '-' writes none",
 )
 
 
@@ -70,6 +75,10 @@ def compare(paths):
 def report() -> tuple[dict, dict, str]:
     """-> numbers, settings, the name of the file they go to. Raises ConfigError."""
     specs = CONFIG.value
+    if INPUT.value:
+        from mim_jax.data import input_costs
+
+        return *input_costs.report(SIZE.value, SOURCE.value, PATH.value), "input"
     if not specs:
         raise ConfigError("give what is measured: --config=configs/lomar_vitb.py")
     names = "_vs_".join(name_of(spec) for spec in specs)

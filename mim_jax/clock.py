@@ -32,11 +32,17 @@ class Clock:
         """Seconds not spent on badput; waiting for data counts as productive here, so that rates show it."""
         return self.total() - sum(self.seconds[kind] for kind in ("compile", "eval", "save"))
 
-    def rate(self, step: int) -> float:
-        """Steps per second since the last call, badput left out; 0 on the first call."""
-        now, last = (step, self.productive()), self._mark
+    def rate(self, step: int) -> tuple[float, float]:
+        """Steps per second since the last call, badput left out, and the share of those seconds that data was waited for.
+
+        0 on the first call.
+        """
+        now, last = (step, self.productive(), self.seconds["data"]), self._mark
         self._mark = now
-        return 0.0 if last is None or now[1] <= last[1] else (now[0] - last[0]) / (now[1] - last[1])
+        if last is None or now[1] <= last[1]:
+            return 0.0, 0.0
+        steps, seconds, waited = (new - old for new, old in zip(now, last))
+        return steps / seconds, waited / seconds
 
     def shares(self) -> dict:
         """{"badput/compile": share of wall time, ...}."""

@@ -72,11 +72,12 @@ class Logger(contextlib.AbstractContextManager):
             with self._never_in_the_way():
                 self._board.write_texts(0, {name: value})
 
-    def progress(self, step: int, total: int, loss: float, lr: float, images_per_second: float, seconds_left: float):
-        """One line: step, loss, images/s, time left."""
+    def progress(self, step: int, total: int, loss: float, lr: float, rate: tuple[float, float], seconds_left: float):
+        """One line: step, loss, images/s, the share of the time that data was waited for, time left."""
+        images_per_second, waited = rate
         left = f"{clock_text(seconds_left)} left" if images_per_second else ""
-        rate = f"{images_per_second:8.1f} images/s" if images_per_second else " " * 17
-        self.say(f"step {step:>7}/{total}  {100 * step / total:5.1f} %  loss {loss:.4f}  lr {lr:.2e}  {rate}  {left}".rstrip())
+        speed = f"{images_per_second:8.1f} images/s, {100 * waited:2.0f} % waited for data" if images_per_second else " " * 39
+        self.say(f"step {step:>7}/{total}  {100 * step / total:5.1f} %  loss {loss:.4f}  lr {lr:.2e}  {speed}  {left}".rstrip())
 
     def __exit__(self, *error):
         with self._never_in_the_way():

@@ -11,6 +11,9 @@ def duration(name: str, *, steps=0, epochs=0.0, examples=0, percent=0.0) -> dict
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DECODING = dict(exif="auto", bad_limit=0.1)  # of `c.data`: EXIF (auto, ignore or apply), the share that may be unreadable
+# Of the `c.data` of training: where crops are resized (host or device), how many are taken of an image at a time, and whether
+# JPEGs much larger than their crop's result are decoded at a fraction of their size.
+CROPPING = dict(resize="host", repeat=1, scaled_decoding=True)
 RUN_DATA = dict(source="", path="", data_dir="", columns="", folders="", holdout=0, **DECODING)  # no source: the run's
 VIT_SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
 SWIN_SIZES = {
@@ -107,7 +110,7 @@ def imagenet_pretraining(c, *, method: str, epochs: float, batch_size: int, size
         crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, jitter=0.0, resize_ratio=0.875,
         normalise="dataset", mean=IMAGENET_MEAN, std=IMAGENET_STD,
     ))  # fmt: skip
-    c.data.update(DECODING)
+    c.data.update(DECODING | CROPPING)
     c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", epochs=1)))
     c.log = ConfigDict(dict(every_steps=50, tensorboard=True))
     c.evals = ConfigDict()

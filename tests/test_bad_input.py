@@ -362,17 +362,20 @@ def test_one_unreadable_image_ends_no_run(tmp_path):
     assert results["steps"] == 2 and np.isfinite(results["knn/accuracy"])
 
 
-def test_unlabelled_images_need_the_knn_evaluator_off_as_the_message_says(tmp_path):
-    """Off is off: neither labels nor a second split are asked for."""
+def test_of_unlabelled_images_the_knn_evaluator_is_left_out_with_a_line(tmp_path, caplog):
+    """Off is off, too: neither labels nor a second split are asked for."""
     for split in ("train", "val"):
         for k in range(8):
             picture(tmp_path / "images" / split / f"{k}.png")
     config = folder_config(
         tmp_path / "images", evals__knn__train_split="train", data__crop_scale=(0.2, 1.0), evals__knn__on=True
     )
-    refused(config, tmp_path / "w", "evals.knn", "labels", "--config.evals.knn.on=False")
+    assert "knn/accuracy" not in run(config, str(tmp_path / "w"))
+    assert caplog.text.count("evaluator 'knn' is left out: knn needs labels, which folder 'train' has not") == 1
     config.evals.knn.on = False
-    run(config, str(tmp_path / "w"))
+    caplog.clear()
+    run(config, str(tmp_path / "off"))
+    assert "left out: knn" not in caplog.text
 
 
 def test_images_without_a_second_split_train_when_the_evaluators_are_off(tmp_path):

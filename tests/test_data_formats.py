@@ -1,4 +1,4 @@
-"""Parquet, tar shards, lists of files and array_record: the same images give the same batches, and what is wrong with them is named."""
+"""Parquet, tar shards, lists and array_record: the same images give the same batches, and what is wrong with them is named."""
 
 import csv
 import io
@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow as tf
 from test_data_sources import encode, everything, picture, write
 
-from mim_jax.data import augment, parquet_source, pipeline, shards, tar_index
+from mim_jax.data import augment, kept, parquet_source, pipeline, shards, tar_index
 from mim_jax.data.augment import DataError
 from mim_jax.data.sources import open_source
 from mim_jax.jobs.preparation import Asked, prepare
@@ -151,7 +152,7 @@ def test_slices_and_held_out_examples(forms, form, tmp_path):
     whole = open_source(form, "train", path=forms[form])
     first, rest = (open_source(form, split, path=forms[form]) for split in ("train[:60%]", "train[60%:]"))
     assert first.num_examples and rest.num_examples and first.class_names == whole.class_names
-    assert sorted(first.listing() + rest.listing()) == sorted(whole.listing())
+    assert sorted([*first.listing(), *rest.listing()]) == sorted(whole.listing())
     place = whole.file_name(int(first.ids[-1]))
     assert first.file_name(first.num_examples - 1) == place and first.describe(0) == whole.describe(int(first.ids[0]))
     own, all_of_it = everything(first), everything(whole)
@@ -456,14 +457,14 @@ def test_the_index_is_made_once_and_anew_for_other_shards(tmp_path, monkeypatch)
 
 def test_an_index_that_cannot_lie_beside_its_shards(tmp_path, monkeypatch, caplog):
     path = shard(tmp_path / "set", sample_of(0, encode(picture(0), "PNG"), ".png", 0))
-    save = tar_index._save
+    save = kept._write
 
     def read_only(file, *given):
         if str(file).startswith(path):
             raise PermissionError("read-only")
         save(file, *given)
 
-    monkeypatch.setattr(tar_index, "_save", read_only)
+    monkeypatch.setattr(kept, "_write", read_only)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for _ in range(2):
         open_source("webdataset", "train", path=path)
@@ -554,3 +555,60 @@ def test_names_that_are_not_utf8(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"path\n\xe9.png\n")
     source = open_source("list", "train", path=str(tmp_path / "a.csv"))
     np.testing.assert_array_equal(everything(source, size=(40, 48))["image"][0], picture(3))
+
+
+# ---- buckets
+
+
+class InMemory:
+    """tf.io.gfile on TensorFlow's ram://, under the name of gs://."""
+
+    inside = staticmethod(lambda x: x.replace("gs://", "ram://") if isinstance(x, str) else x)
+
+    def __getattr__(self, name):
+        function = getattr(tf.io.gfile, name)
+        outside = lambda x: x.replace("ram://", "gs://") if isinstance(x, str) else x
+        call = lambda *args, **options: function(*map(self.inside, args), **options)
+        if name == "walk":
+            return lambda *args, **options: ((outside(top), *rest) for top, *rest in call(*args, **options))
+        return (lambda *args: [*map(outside, call(*args))]) if name == "glob" else call
+
+
+@pytest.mark.parametrize("form", ["parquet", "webdataset", "list"])
+def test_a_bucket_is_read_as_a_disk(tmp_path, monkeypatch, form):
+    from etils.epath import backend
+
+    pictures = [encode(picture(k), "PNG") for k in range(4)]
+    for k, data in enumerate(pictures):
+        write(str(tmp_path / f"images/{k}.png"), data)
+    if form == "parquet":
+        pq.write_table(pa.table({"image": pictures, "label": [0, 1, 0, 1]}), tmp_path / "train-0.parquet")
+    elif form == "webdataset":
+        shard(tmp_path, [m for k in range(4) for m in sample_of(k, pictures[k], ".png", k % 2)])
+    else:
+        write_csv(tmp_path / "train.csv", [("path", "label"), *((f"images/{k}.png", k % 2) for k in range(4))])
+    there = open_source(form, "train", path=str(tmp_path))
+    bucket, read_file = f"ram://{form}", tf.io.read_file
+    for file in (f for f in tmp_path.rglob("*") if f.is_file() and f.suffix != ".npz"):
+        place = f"{bucket}/{file.relative_to(tmp_path)}"
+        tf.io.gfile.makedirs(os.path.dirname(place))
+        with tf.io.gfile.GFile(place, "wb") as out:
+            out.write(file.read_bytes())
+    gfile = tf.io.gfile.GFile
+    monkeypatch.setattr(tf.io.gfile, "GFile", lambda path, mode: gfile(InMemory.inside(os.fspath(path)), mode))
+    monkeypatch.setattr(backend._TfBackend, "gfile", InMemory())
+    monkeypatch.setattr(tf.io, "read_file", lambda path: read_file(tf.strings.regex_replace(path, "^gs://", "ram://")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for path in (f"gs://{form}", f"gs://{form}/train*"):
+        source = open_source(form, "train", path=path)
+        assert source.listing() == there.listing()
+        found, local = everything(source, size=(40, 48)), everything(there, size=(40, 48))
+        for key in local:
+            np.testing.assert_array_equal(found[key], local[key])
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet", "webdataset", "list"])
+def test_other_buckets_are_refused_in_one_line(form):
+    with pytest.raises(DataError, match="'s3://bucket/x'.*mounted .*or copied to a disk first") as said:
+        open_source(form, "train", path="s3://bucket/x")
+    assert "\n" not in str(said.value)

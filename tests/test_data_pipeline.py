@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from mim_jax.data import augment, placed
+from mim_jax.data import augment, decoding, placed
 from mim_jax.data.augment import DataError
 from mim_jax.data.pipeline import TrainBatches, eval_batches
 from mim_jax.data.sample import photos
@@ -334,12 +334,12 @@ def test_right_size_is_not_resampled(photo):
 def test_training_crop_matches_pil(photo, fmt):
     stream = io.BytesIO()
     Image.fromarray(photo).save(stream, fmt)
-    crop = augment.RandomCrop(flip=False)
+    crop, whole = augment.RandomCrop(flip=False), decoding.Decoding(shrink=False)
     for k in range(5):
         u = tf.random.stateless_uniform([augment.UNIFORMS], [3, k])
         y, x, h, w = (int(v) for v in augment.crop_box(crop, *photo.shape[:2], u))
         pil = Image.open(stream).crop((x, y, x + w, y + h)).resize((112, 112), Image.BICUBIC)
-        ours = augment.train_example({"image": tf.constant(stream.getvalue())}, [3, k], crop, (112, 112), 3)["image"]
+        ours = augment.train_example({"image": tf.constant(stream.getvalue())}, [3, k], crop, (112, 112), 3, whole)["image"]
         assert np.abs(ours.numpy().astype(int) - np.asarray(pil)).max() <= 2
 
 

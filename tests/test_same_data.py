@@ -9,6 +9,7 @@ from saved import REPO
 
 from mim_jax.config import ConfigError, load
 from mim_jax.data.image_folder import FolderSource
+from mim_jax.data.packed_names import Packed
 from mim_jax.data.source import ArraySource
 from mim_jax.jobs.run import run
 from mim_jax.runs import same_data, saved
@@ -16,7 +17,7 @@ from mim_jax.runs.same_data import OtherData
 
 
 def folder(*names, classes=("cat", "dog")):
-    paths = tf.constant([b"train/" + name.encode() for name in names], tf.string)
+    paths = Packed.of(b"train/" + name.encode() for name in names)
     labels = tf.zeros([len(names)], tf.int32)
     return FolderSource("folder", "train", len(names), classes, 3, paths=paths, labels=labels, within=(b"train",))
 
@@ -63,7 +64,7 @@ def test_the_same_images_elsewhere_are_the_same(tmp_path):
         2,
         OLD.class_names,
         3,
-        paths=tf.constant([b"T/cat/0.png", b"T/dog/0.png"]),
+        paths=Packed.of([b"T/cat/0.png", b"T/dog/0.png"]),
         labels=OLD.labels,
         folder=b"/elsewhere",
         within=(b"T",),

@@ -3,6 +3,7 @@
 The pipeline itself, mim_jax.data, imports TensorFlow and is imported only when it is needed.
 """
 
+import dataclasses
 from typing import Annotated, Literal
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from mim_jax.config import ConfigError
 from mim_jax.paths import Place
-from mim_jax.sections import Bound, Natural, NotNegative, Positive, Section, Share, nested
+from mim_jax.sections import Bound, Count, Natural, NotNegative, Positive, Section, Share, nested
 from mim_jax.targets.pixels import Normaliser
 
 
@@ -69,7 +70,9 @@ class Data(Section):
 class TrainingData(Data):
     """Random crops of the training split (RandomResizedCrop): shares of the area, width / height, and a flip.
 
-    `changed`: whether a run whose images are not those of its last checkpoint stops, or goes on (runs/same_data.py).
+    `changed`: whether a run whose images are not those of its last checkpoint stops, or goes on (runs/same_data.py). `resize`:
+    where crops are resized; `repeat`: crops of an image that stand side by side; `scaled_decoding`: whether a JPEG may be
+    decoded at a fraction of its size where the crop is much larger than its result (docs/input.md).
     """
 
     changed: Literal["refuse", "continue"] = "refuse"
@@ -77,6 +80,14 @@ class TrainingData(Data):
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
     flip: bool
+    resize: Literal["host", "device"] = "host"
+    repeat: Count = 1
+    scaled_decoding: bool = True
+
+    def reading(self):
+        found = super().reading()
+        found.decoding = dataclasses.replace(found.decoding, shrink=self.scaled_decoding)
+        return found
 
 
 class PretrainingData(TrainingData):
@@ -136,7 +147,8 @@ def training_batches(config, source, augment: RandAugmentation | None = None):
     crop = RandomCrop(scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip)
     process = jax.process_index(), jax.process_count()
     options = dict(batch_size=config.batch_size, size=config.image_size, seed=config.seed, process=process)
-    return TrainBatches(source, crop=crop, augment=policy, reading=data.reading(), **options)
+    seen = dict(crop=crop, augment=policy, repeat=data.repeat, unsized=data.resize == "device")
+    return TrainBatches(source, reading=data.reading(), **seen, **options)
 
 
 def split_batches(source, size, resize_ratio: float, batch_size: int, limit: int = 0, reading=None):

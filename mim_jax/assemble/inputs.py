@@ -25,6 +25,13 @@ def pretraining_inputs(objective: Objective, normalise: Normaliser, channels: in
     return inputs
 
 
+def sized(inputs, size: tuple[int, int]):
+    """The same inputs of batches whose crops the pipeline may have left for the device to resize."""
+    from mim_jax.data.device_bicubic import resized
+
+    return lambda batch, key: inputs(resized(batch, size), key)
+
+
 def named(batch: dict, images) -> dict:
     """A batch of the pipeline with these images, by the names that objectives know; ids stay behind."""
     labels = {"labels": batch["label"]} if "label" in batch else {}

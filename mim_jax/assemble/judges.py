@@ -234,7 +234,8 @@ EVALUATORS = {"nmi": Nmi, "knn": Knn, "fewshot": Fewshot, "reconstruct": Reconst
 
 
 def evaluators(evals: dict[str, Evaluation], judged: Judged, steps: Callable) -> tuple[ScheduledEvaluator, ...]:
-    """Those that are on; `steps(duration)` tells how many steps apart they run."""
+    """Those that are on; `steps(duration)` tells how many steps apart they run. Neighbours of images without labels are left
+    out, with a line; whoever trains or judges a classifier is refused."""
     scheduled = []
     for name, section in evals.items():
         every = steps(section.every)
@@ -243,8 +244,17 @@ def evaluators(evals: dict[str, Evaluation], judged: Judged, steps: Callable) ->
         try:
             evaluator = section.made(judged)
         except ConfigError as error:
+            if isinstance(section, Neighbours) and _lacks_labels(error):
+                logging.warning("evaluator '%s' is left out: %s", name, error)
+                continue
             words = f"evaluator '{name}': --config.{section.at}on=False leaves it out"
             raise type(error)(f"{error} ({words})") from error
         if evaluator is not None:
             scheduled.append(ScheduledEvaluator(name, evaluator, every))
     return tuple(scheduled)
+
+
+def _lacks_labels(error) -> bool:
+    from mim_jax.data.source import NoLabels  # imports TensorFlow
+
+    return isinstance(error, NoLabels)

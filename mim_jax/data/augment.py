@@ -11,7 +11,7 @@ import tensorflow as tf
 from absl import logging
 
 from mim_jax.config import ConfigError
-from mim_jax.data import decoding, placed
+from mim_jax.data import decoding, pil_bicubic, placed
 from mim_jax.data.decoding import PLAIN
 
 try:
@@ -21,6 +21,7 @@ except RuntimeError:  # somebody ran a TensorFlow op before the data was importe
 
 TRIES = 10
 UNIFORMS = 2 * TRIES + 3  # area and ratio of each try, the corner, the flip
+CANVAS = 2  # times the size of the result: what is sent to a device that resizes
 THIN = 8  # times longer than the centre that evaluation keeps: from there on only that is resized
 
 
@@ -83,40 +84,69 @@ def decode(data, channels, how=PLAIN):
     return to_channels(decoding.whole(data, how), channels)
 
 
-def cut_image(image, channels, choose, how=PLAIN):
-    """Bytes or uint8 [h w c], `choose` (h, w) -> (y, x, h, w) -> the pixels in that box, the (h, w) of the whole, the box."""
+def cut_image(image, channels, choose, how=PLAIN, size=None):
+    """Bytes or uint8 [h w c], `choose` (h, w) -> (y, x, h, w) -> pixels, the box in them, the (h, w) of the whole, the box.
+
+    As decoding.cut: with the size that the box will have, less may be decoded.
+    """
     if image.dtype == tf.string:
-        pixels, sides, box = decoding.cut(image, choose, how)
-        return to_channels(pixels, channels), sides, box
+        pixels, of, sides, box = decoding.cut(image, choose, how, size)
+        return to_channels(pixels, channels), of, sides, box
     pixels = tf.ensure_shape(image, [None, None, channels])
     sides = tf.shape(pixels)[:2]
     box = choose(*tf.unstack(sides))
-    return placed.PLACED["image"].cut(pixels, box), sides, box
+    return placed.PLACED["image"].cut(pixels, box), tf.cast(tf.stack([0, 0, *box[2:]]), tf.float64), sides, box
 
 
-def cut_example(example, uniforms, crop, channels, how=PLAIN):
-    """Example, [UNIFORMS] -> the example with only its image cut to the crop, the (h, w) it had, the box."""
+def cut_example(example, uniforms, crop, size, channels, how=PLAIN, unsized=False):
+    """Example, [UNIFORMS] -> the example with its image, uint8 [size c], as the crop sees it; the (h, w) it had, the box.
+
+    The image is mirrored already, if it is to be. Unsized, it is left for the device to resize: see `on_canvas`.
+    """
     choose = lambda h, w: crop_box(crop, h, w, uniforms)
-    image, sides, box = cut_image(example["image"], channels, choose, how)
-    return {**example, "image": image}, sides, box
+    pixels, of, sides, box = cut_image(example["image"], channels, choose, how, size)
+    mirror = crop.flip and uniforms[-1] < 0.5
+    if unsized:
+        image = {**on_canvas(pixels, of, size), "mirror": tf.convert_to_tensor(mirror)}
+    else:
+        image = {"image": placed.bicubic(pixels, size, of=of, mirror=mirror)}
+    return {**example, **image}, sides, box
 
 
-def resized_example(example, sides, box, uniforms, crop, size):
-    """What `cut_example` gives -> example of the given size, perhaps mirrored: all that has a place follows the image."""
+def on_canvas(pixels, of, size):
+    """uint8 [h w c], a box in it -> {"image": uint8 [CANVAS * size c], "crop": float32 [4]}, for the device to resize.
+
+    The pixels are in the upper left corner; what is larger is brought to fit first. crop: the box there.
+    """
+    canvas = [CANVAS * side for side in size]
+    sides = tf.shape(pixels)[:2]
+    inside = tf.minimum(sides, canvas)
+
+    def fitted():
+        scale = tf.cast(inside, tf.float64) / tf.cast(sides, tf.float64)
+        shrunk = tf.numpy_function(pil_bicubic.bicubic, [pixels, inside], tf.uint8, stateful=False)
+        return tf.ensure_shape(shrunk, pixels.shape), of * tf.tile(scale, [2])
+
+    pixels, of = tf.cond(tf.reduce_all(sides == inside), lambda: (pixels, of), fitted)
+    pixels = tf.pad(pixels, [[0, canvas[0] - inside[0]], [0, canvas[1] - inside[1]], [0, 0]])
+    return {"image": tf.ensure_shape(pixels, [*canvas, pixels.shape[-1]]), "crop": tf.cast(of, tf.float32)}
+
+
+def followed(example, sides, box, uniforms, crop, size):
+    """What `cut_example` gives -> the example with all that has a place where the image now has it."""
     rest = {key: values for key, values in example.items() if key != "image"}
     placed.check(rest, sides)
-    inside = {"image": example["image"], **placed.moved(rest, lambda kind, values: kind.cut(values, box))}
-    seen = placed.moved(inside, lambda kind, values: kind.resize(values, box[2:], size))
-    if crop.flip:
+    seen = placed.moved(rest, lambda kind, values: kind.resize(kind.cut(values, box), box[2:], size))
+    if crop.flip and rest.keys() & placed.PLACED.keys():
         mirrored = lambda: placed.moved(seen, lambda kind, values: kind.mirror(values, size))
-        return tf.cond(uniforms[-1] < 0.5, mirrored, lambda: seen)
-    return seen
+        seen = tf.cond(uniforms[-1] < 0.5, mirrored, lambda: seen)
+    return {"image": example["image"], **seen}
 
 
 def train_example(example, seed, crop, size, channels, how=PLAIN):
     """Example, seed [2] -> example of the given size, the image uint8: a random crop, resized, perhaps mirrored."""
     uniforms = tf.random.stateless_uniform([UNIFORMS], seed)
-    return resized_example(*cut_example(example, uniforms, crop, channels, how), uniforms, crop, size)
+    return followed(*cut_example(example, uniforms, crop, size, channels, how), uniforms, crop, size)
 
 
 def with_pixels(example, channels, how=PLAIN):

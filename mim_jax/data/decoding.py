@@ -5,6 +5,7 @@ under it count. Of 16-bit gray the high byte is taken, where PIL would clip at 2
 """
 
 import dataclasses
+import functools
 import io
 from typing import Literal
 
@@ -17,13 +18,18 @@ KNOWN = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "
 DCT = "INTEGER_ACCURATE"  # PIL's transform of JPEG, to the bit
 IEND = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # the end of every whole PNG
 ORIENTATION = 0x0112  # the tag of EXIF
+SHRUNK = (2, 6, 16)  # times larger than the result, from where on a crop is decoded at 1/2, 1/4, 1/8
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How pixels are made. exif: whether the orientation that a camera noted is ignored, as torchvision does, or applied."""
+    """How pixels are made. exif: whether the orientation that a camera noted is ignored, as torchvision does, or applied.
+
+    shrink: whether the crop of a large JPEG, one that is not turned, may be decoded at a fraction of its size (see `ratio`).
+    """
 
     exif: Literal["ignore", "apply"] = "ignore"
+    shrink: bool = True
 
 
 PLAIN = Decoding()
@@ -95,7 +101,8 @@ def _stored_box(box, sides, o):
 def _bounded(height, width):
     """Raises InvalidArgumentError for more than MOST_PIXELS."""
     words = [f"the image is above the limit of {MOST_PIXELS} pixels; height, width:", height, width]
-    tf.debugging.Assert(tf.cast(height, tf.int64) * tf.cast(width, tf.int64) <= MOST_PIXELS, words)
+    few = tf.cast(height, tf.int64) * tf.cast(width, tf.int64) <= MOST_PIXELS
+    tf.raw_ops.Assert(condition=few, data=words)  # the same in tf.debugging is a branch
 
 
 def _decode_other(data):
@@ -114,29 +121,72 @@ def _decode_other(data):
     return tf.ensure_shape(tf.cond(ended, png, lambda: _by_pil(data)), [None, None, 3])
 
 
+def _apart(function):
+    """The same, as one node of the graph: a branch not taken costs a little for every one of its nodes."""
+    return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+
+
 def _by_format(data, jpeg, other):
     """`jpeg((h, w))` of the image as stored, or `other()`, as the encoded bytes are. CMYK and YCCK are others."""
 
-    def some_jpeg():
+    def header():
         shape = tf.io.extract_jpeg_shape(data)
         _bounded(shape[0], shape[1])
-        return tf.cond(shape[2] == 4, other, lambda: jpeg(shape[:2]))
+        return shape
 
-    return tf.cond(tf.strings.substr(data, 0, 3) == b"\xff\xd8\xff", some_jpeg, other)
+    shape = tf.cond(tf.strings.substr(data, 0, 3) == b"\xff\xd8\xff", header, lambda: tf.constant([0, 0, 4]))
+    return tf.cond(shape[2] == 4, other, lambda: jpeg(shape[:2]))
 
 
 def whole(data, how: Decoding = PLAIN):
     """Encoded bytes -> uint8 [h w 3]. Raises what TensorFlow does for what is no image, is cut off, or is too large."""
     jpeg = lambda _: tf.io.decode_jpeg(data, channels=3, dct_method=DCT)
-    pixels = tf.ensure_shape(_by_format(data, jpeg, lambda: _decode_other(data)), [None, None, 3])
+    pixels = tf.ensure_shape(_by_format(data, jpeg, _apart(lambda: _decode_other(data))), [None, None, 3])
     return pixels if how.exif == "ignore" else upright(pixels, orientation(data, how))
 
 
-def cut(data, choose, how: Decoding = PLAIN):
-    """Encoded bytes, `choose` (h, w) -> (y, x, h, w) -> the pixels uint8 [h w 3] in that box, the (h, w) of the whole, the box.
+def ratio(box, size):
+    """A JPEG's box (y, x, h, w) and the size it will have -> int32 [], 0 .. 3: the power of 1/2 that it is decoded at.
 
-    Of a JPEG only the box is decoded. Raises as `whole` does.
+    The larger the power, the further libjpeg's shrinking is from a resize's, so the more is left to the resize: pixels are
+    on average within 1.5 of 255 of what decoding at full size gives (tests/test_data_decode.py).
     """
+    times = tf.minimum(box[2] / size[0], box[3] / size[1])
+    return tf.reduce_sum(tf.cast(times >= tf.constant(SHRUNK, times.dtype), tf.int32))
+
+
+def _decode_box(data, box, sides, power=None):
+    """The JPEG's box decoded at 1 / 2**power -> pixels, and the box in them, in pixels and fractions of them."""
+    y, x, h, w = box
+    step = 1 if power is None else 2**power
+    low_y, low_x, high_y, high_x = y // step, x // step, -(-(y + h) // step), -(-(x + w) // step)
+    # Decodes only the box, and 2 px around it: libjpeg has no chroma to interpolate with at the rim of a crop.
+    top, left = tf.maximum(low_y - 2, 0), tf.maximum(low_x - 2, 0)
+    bottom, right = (tf.minimum(high + 2, -(-sides[i] // step)) for i, high in enumerate((high_y, high_x)))
+    window = tf.stack([top, left, bottom - top, right - left])
+    decode = functools.partial(tf.io.decode_and_crop_jpeg, data, window, channels=3, dct_method=DCT)
+    if power is None:
+        pixels = decode()
+    else:
+        pixels = tf.switch_case(power, [functools.partial(decode, ratio=2**p) for p in range(len(SHRUNK) + 1)])
+    pixels = pixels[low_y - top : high_y - top, low_x - left : high_x - left]
+    exact = tf.cast(tf.stack(box), tf.float64) / tf.cast(step, tf.float64)
+    return pixels, exact - tf.cast(tf.stack([low_y, low_x, 0, 0]), tf.float64)
+
+
+def cut(data, choose, how: Decoding = PLAIN, size=None):
+    """Encoded bytes, `choose` (h, w) -> (y, x, h, w) -> uint8 [h w 3], the box in it, the (h, w) of the whole, the box.
+
+    Of a JPEG only the box is decoded; smaller, where it is much larger than the size that it will have, if that is told. The
+    box in it, float64 [4], is all of it but for what a smaller one has to be rounded up. Raises as `whole` does.
+    """
+    if how.exif == "ignore":
+
+        def as_stored(stored):
+            box = choose(*tf.unstack(stored))
+            return stored, box, box
+
+        return _cut_stored(data, as_stored, size if how.shrink else None)
     o = orientation(data, how)
 
     def chosen(stored):
@@ -144,21 +194,25 @@ def cut(data, choose, how: Decoding = PLAIN):
         box = choose(*tf.unstack(sides))
         return sides, box, _stored_box(box, sides, o)
 
+    pixels, _, sides, box = _cut_stored(data, chosen)
+    pixels = upright(pixels, o)
+    return pixels, _all_of(pixels), sides, box
+
+
+def _all_of(pixels):
+    return tf.cast(tf.concat([[0, 0], tf.shape(pixels)[:2]], 0), tf.float64)
+
+
+def _cut_stored(data, chosen, size=None):
     def cut_whole():
         pixels = _decode_other(data)
         sides, box, (y, x, h, w) = chosen(tf.shape(pixels)[:2])
-        return tf.slice(pixels, [y, x, 0], [h, w, 3]), sides, box
+        pixels = tf.slice(pixels, [y, x, 0], [h, w, 3])
+        return pixels, _all_of(pixels), sides, box
 
     def cut_jpeg(stored):
-        height, width = tf.unstack(stored)
-        sides, box, (y, x, h, w) = chosen(stored)
-        # Decodes only the box, and 2 px around it: libjpeg has no chroma to interpolate with at the rim of a crop.
-        top, left = tf.maximum(y - 2, 0), tf.maximum(x - 2, 0)
-        bottom, right = tf.minimum(y + h + 2, height), tf.minimum(x + w + 2, width)
-        window = tf.stack([top, left, bottom - top, right - left])
-        pixels = tf.io.decode_and_crop_jpeg(data, window, channels=3, dct_method=DCT)
-        return pixels[y - top : y - top + h, x - left : x - left + w], sides, box
+        sides, box, here = chosen(stored)
+        return *_decode_box(data, here, stored, ratio(here, size) if size else None), sides, box
 
-    pixels, sides, box = _by_format(data, cut_jpeg, cut_whole)
-    pixels = tf.ensure_shape(pixels, [None, None, 3])
-    return pixels if how.exif == "ignore" else upright(pixels, o), sides, box
+    pixels, of, sides, box = _by_format(data, cut_jpeg, _apart(cut_whole))
+    return tf.ensure_shape(pixels, [None, None, 3]), of, sides, box

@@ -1,8 +1,10 @@
 """Folders of images behind the interface of a source."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import os
 
 import numpy as np
@@ -11,8 +13,10 @@ from absl import logging
 
 from mim_jax.data import layout, slices
 from mim_jax.data.augment import DataError
-from mim_jax.data.listing import EXTENSIONS, Listing, by_parts, few, listed, shown
+from mim_jax.data.listing import EXTENSIONS, Listing, by_parts, few, shown
+from mim_jax.data.packed_names import Below, Packed, narrow
 from mim_jax.data.source import WAYS, Source, evenly
+from mim_jax.data.walk import listed
 
 FORMS = {".parquet": "parquet", ".tar": "webdataset", ".csv": "list", ".tsv": "list", ".jsonl": "list"}  # of other sources
 
@@ -21,30 +25,30 @@ FORMS = {".parquet": "parquet", ".tar": "webdataset", ".csv": "list", ".tsv": "l
 class FolderSource(Source):
     """Image files, read when they are needed. Names that are not UTF-8 are told with \\xNN, and read as they are."""
 
-    paths: tf.Tensor = None  # string [n], below `folder`
-    labels: tf.Tensor = None  # int32 [n]
+    paths: Packed = None  # below `folder`
+    labels: tf.Tensor = None  # whole numbers [n]
     folder: bytes = b""  # data.path
     within: tuple[bytes, ...] = (b"",)  # the folders of the splits, below `folder`
 
     def load(self, item):
-        place = tf.strings.join([self.folder, self.paths[item]], "/")
-        return {"image": tf.io.read_file(place), "label": self.labels[item]}
+        place = tf.strings.join([self.folder, self.paths.lookup(item)], "/")
+        return {"image": tf.io.read_file(place), "label": tf.cast(self.labels[item], tf.int32)}
 
     def describe(self, example_id):
-        return shown(os.path.join(self.folder, self.paths[int(example_id)].numpy()))
+        return shown(os.path.join(self.folder, self.paths[int(example_id)]))
 
     def file_name(self, example_id) -> str:
-        return shown(self.paths[int(example_id)].numpy())
+        return shown(self.paths[int(example_id)])
 
     def listing(self):
         """Paths below the folder of the split, so that it may be moved and renamed."""
         starts = [folder + b"/" if folder else b"" for folder in self.within]
-        start = lambda path: len(starts[0]) if len(starts) == 1 else len(next(s for s in starts if path.startswith(s)))
-        return [path[start(path) :] for path in self.paths.numpy().tolist()]
+        if len(starts) == 1:
+            return Below(self.paths, starts[0]) if starts[0] else self.paths
+        return Packed.of(path[len(next(s for s in starts if path.startswith(s))) :] for path in self.paths)
 
     def sizes(self, count):
-        paths = tf.gather(self.paths, evenly(self.num_examples, count))
-        return [_size(os.path.join(self.folder, path)) for path in paths.numpy().tolist()]
+        return [_size(os.path.join(self.folder, path)) for path in self.paths.take(evenly(self.num_examples, count))]
 
 
 def _size(path) -> int:
@@ -75,28 +79,38 @@ def _opened(listing: Listing, split, channels, folders, holdout) -> FolderSource
             f"data.holdout={holdout} makes a validation split of the training images, and {path!r} has one in "
             f"{shown(roots['validation'])}/: use data.holdout=0, or say data.folders=train={shown(roots.get('train', b'.'))}"
         )
-    pieces, used = [], []
+    pieces, used = {}, []  # {folder of a split: (its images, the places of those that are wanted)}
     for name, low, high in slices.parse(split):
         root, bounds = _place(path, roots, name, holdout)
-        inside, start = listing.below(root), len(root) + 1 if root else 0
-        if not inside:
-            held = listing.what(root) or "nothing at all"
-            endings = " ".join(sorted(shown(e) for e in EXTENSIONS))
-            forms = [form for ending, form in FORMS.items() if f" {ending}" in f" {held}"]
-            hint = f" Is it data.source={forms[0]}?" if forms else ""
-            raise DataError(f"No images in {os.path.join(path, shown(root))!r}: it holds {held}; read are {endings}.{hint}")
-        chosen = slices.cut([p[start:] for p in inside], low, high, bounds)
-        pieces.append(inside if len(chosen) == len(inside) else [inside[0][:start] + rest for rest in chosen])
+        inside = listing.below(root)
+        if not len(inside):
+            raise _no_images(listing, root)
+        names = Below(inside.files, root + b"/") if root else inside.files
+        chosen = slices.cut(names, low, high, bounds)
+        pieces[root] = inside, _both(pieces[root][1], chosen, len(inside)) if root in pieces else chosen
         used.append(root)
-    paths = pieces[0] if len(pieces) == 1 else sorted({p for piece in pieces for p in piece}, key=by_parts)
-    if not paths:
+    if not any(isinstance(ids, slice) or len(ids) for _, ids in pieces.values()):
         raise DataError(f"{split!r} of {path!r} holds none of the images: a hash of its name says where one stands; cut wider.")
-    names, paths, labels, missing = _labelled(listing, roots, tuple(used), paths, folders)
+    names, paths, labels, missing = _labelled(listing, roots, tuple(used), pieces, folders)
     logging.info("folder %s: %d images of %s, %d classes", path, len(paths), split, len(names))
     return FolderSource(
-        "folder", split, len(paths), names, channels, missing=missing, paths=tf.constant(paths, tf.string),
-        labels=tf.constant(labels), folder=listing.root, within=tuple(used),
+        "folder", split, len(paths), names, channels, missing=missing, paths=paths, labels=tf.constant(labels),
+        folder=listing.root, within=tuple(used),
     )  # fmt: skip
+
+
+def _both(ids, others, n):
+    """Places, or slices of all n of them -> the places that are in one or both."""
+    return np.union1d(np.arange(n)[ids], np.arange(n)[others])
+
+
+def _no_images(listing, root):
+    held = listing.what(root) or "nothing at all"
+    endings = " ".join(sorted(shown(e) for e in EXTENSIONS))
+    forms = [form for ending, form in FORMS.items() if f" {ending}" in f" {held}"]
+    hint = f" Is it data.source={forms[0]}?" if forms else ""
+    place = os.path.join(shown(listing.root), shown(root))
+    return DataError(f"No images in {place!r}: it holds {held}; read are {endings}.{hint}")
 
 
 def _place(path, roots, name, holdout):
@@ -112,12 +126,6 @@ def _place(path, roots, name, holdout):
     return roots[name], (0.0, 1 - holdout / 100 if name == "train" else 1.0)
 
 
-def _first(path, root):
-    """The class folder of a path below the folder of a split, or b""."""
-    rest = path[len(root) + 1 :] if root else path
-    return rest[: rest.index(b"/")] if b"/" in rest else b""
-
-
 @functools.lru_cache(maxsize=8)  # what is said is said once
 def _classes(listing: Listing, numbered: tuple[bytes, ...], folders: str):
     """The folders that number the classes -> (names of the classes, sorted, perhaps none; why there are none).
@@ -125,8 +133,11 @@ def _classes(listing: Listing, numbered: tuple[bytes, ...], folders: str):
     Raises DataError for a class folder without images: it would change the numbers of the others.
     """
     place = few(os.path.join(shown(listing.root), shown(root)) for root in numbered)
-    found = [_first(path, root) for root in numbered for path in listing.below(root)]
-    names, loose = sorted({*found} - {b""}), found.count(b"")
+    found = collections.Counter()
+    for root in numbered:
+        first, which, counts = listing.below(root).first_folders(root)
+        found.update(dict(zip(first, np.bincount(which, counts).astype(int).tolist())))
+    names, loose = sorted({*found} - {b""}), found[b""]
     if folders == "unlabelled":
         return (), "data.folders=unlabelled: folders are no classes"
     if not names:
@@ -137,8 +148,9 @@ def _classes(listing: Listing, numbered: tuple[bytes, ...], folders: str):
         words = f"{loose} images of {place} lie beside {len(names)} class folders ({few(map(shown, names))})"
         logging.warning("%s: all are read without labels; data.folders=classes leaves the %d out", words, loose)
         return (), words
+    known = {*names}
     inside = [root + b"/" + name if root else name for root in numbered for name in listing.inside(root)]
-    empty = [f for f in inside if os.path.basename(f) not in names and f not in listing.again]
+    empty = [f for f in inside if os.path.basename(f) not in known and f not in listing.again]
     if empty:
         held = [f"{shown(f)}/ ({listing.what(f) or 'nothing'})" for f in empty]
         raise DataError(
@@ -148,36 +160,46 @@ def _classes(listing: Listing, numbered: tuple[bytes, ...], folders: str):
     return tuple(names), ""
 
 
-def _labelled(listing: Listing, roots, used, paths, folders: str):
-    """The images of a split -> names of the classes, paths, labels int32 [n], and why some of them are missing.
+def _labelled(listing: Listing, roots, used, pieces, folders: str):
+    """The images of a split -> names of the classes, paths, labels [n], and why some of them are missing.
 
     Labels mean the same in every split: the training folder numbers the classes, and without it all splits together.
     """
     names, missing = _classes(listing, (roots["train"],) if "train" in roots else tuple(roots.values()), folders)
+    number, found = {name: k for k, name in enumerate(names)}, collections.Counter()
+    paths, labels = [], []
+    for root, (images, ids) in sorted(pieces.items(), key=lambda piece: by_parts(piece[0])):
+        first, which, counts = images.first_folders(root)
+        if not isinstance(ids, slice):  # how many of each run are wanted
+            counts = np.diff(np.searchsorted(ids, np.cumsum([0, *counts])))
+        found.update(dict(zip(first, np.bincount(which, counts).astype(int).tolist())))
+        if names and folders == "classes" and b"" in first:
+            kept = np.repeat(which != first.index(b""), counts)
+            ids, counts = np.arange(len(images))[ids][kept], counts * (which != first.index(b""))
+        paths.append(images.files[ids] if isinstance(ids, slice) else images.files.take(ids))
+        labels.append(np.repeat(narrow(np.array([number.get(name, -1) for name in first]))[which], counts))
+    paths = paths[0] if len(paths) == 1 else Packed.of(itertools.chain(*paths))
+    labels = labels[0] if len(labels) == 1 else np.concatenate(labels)
     if not names:
-        return (), paths, np.full(len(paths), -1, np.int32), missing
-    root_of = lambda path: next(root for root in used if not root or path.startswith(root + b"/"))
-    found = [_first(path, used[0] if len(used) == 1 else root_of(path)) for path in paths]
-    place = few(os.path.join(shown(listing.root), shown(root)) for root in dict.fromkeys(used))
-    if (loose := found.count(b"")) and folders == "classes":
+        return (), paths, labels, missing
+    found = +found  # of what a slice has
+    place, total = few(os.path.join(shown(listing.root), shown(root)) for root in dict.fromkeys(used)), found.total()
+    if (loose := found[b""]) and folders == "classes":
         logging.warning("%s: %d images beside the class folders are left out", place, loose)
-        paths, found = zip(*((path, name) for path, name in zip(paths, found) if name))
-    elif loose == len(found):
-        return (), paths, np.full(loose, -1, np.int32), f"the images of {place} lie in no class folders"
+    elif loose == total:
+        return (), paths, labels, f"the images of {place} lie in no class folders"
     elif loose:
-        missing = f"{loose} of {len(found)} images of {place} lie in no class folders"
-    number = {name: k for k, name in enumerate(names)}
+        missing = f"{loose} of {total} images of {place} lie in no class folders"
     if unknown := sorted({*found} - {b"", *names}):
         missing = f"{place} has classes that {shown(roots['train'])!r} has not: {few(map(shown, unknown))}"
-    labels = np.array([number.get(name, -1) for name in found], np.int32)
-    return tuple(map(shown, names)), list(paths), labels, missing
+    return tuple(map(shown, names)), paths, labels, missing
 
 
 def check_folder(path, threads=8):
     """Folder -> sorted paths of the images in it that cannot be read. Decodes every one of them."""
     listing = listed(path)
-    paths, labels = tf.constant(listing.files, tf.string), tf.fill([len(listing.files)], -1)
-    source = FolderSource("folder", "", len(listing.files), (), 3, paths=paths, labels=labels, folder=listing.root)
+    paths, count = listing.images.files, len(listing.images)
+    source = FolderSource("folder", "", count, (), 3, paths=paths, labels=tf.fill([count], -1), folder=listing.root)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         broken = pool.map(source.is_broken, range(source.num_examples))
         return [source.describe(i) for i, is_broken in enumerate(broken) if is_broken]

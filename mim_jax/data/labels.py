@@ -31,9 +31,9 @@ def whole_float(value):
     return isinstance(value, float) and value.is_integer()
 
 
-def numbered(own, of_train, names, where):
+def numbered(own, of_train, names, where, counts=None):
     """Labels of a split as `found` gives them -> int32 [n], -1 without label; class names, () without labels; why some or
-    all labels are missing, or "".
+    all labels are missing, or "". `own` may be the different labels, where `counts`, int [n], are how many examples have each.
 
     Args:
       own: int64 or object [n].
@@ -46,6 +46,8 @@ def numbered(own, of_train, names, where):
       DataError: a number below -1 or beyond `names`, a text that is not among `names`, or numbers that can be no classes.
     """
     given, none = tuple(names), own == ("" if own.dtype == object else -1)
+    total = len(own) if counts is None else int(counts.sum())
+    how_many = lambda those: int(those.sum() if counts is None else counts[those].sum())
     if not given:
         own, names = _own_names(own, of_train(), none, where)
     if own.dtype == object:
@@ -57,15 +59,15 @@ def numbered(own, of_train, names, where):
     strange = (labels < 0) & ~none
     if strange.any():
         few = ", ".join(map(str, sorted(set(own[strange].tolist()))[:5]))
-        count = f"{int(strange.sum())} of {len(own)} examples have labels"
+        count = f"{how_many(strange)} of {total} examples have labels"
         if given:
             raise DataError(f"{where}: {count} that are not among the {len(given)} class names: {few}")
         missing = f"{count} that the training split has not: {few}"
         logging.warning("%s: %s; they count as being without label.", where, missing)
         return labels, tuple(names), missing
-    if (labels < 0).all():
+    if how_many(none) == total:
         return labels, (), "its examples have no labels"
-    return labels, tuple(names), f"{int(none.sum())} of {len(own)} examples have no label" if none.any() else ""
+    return labels, tuple(names), f"{how_many(none)} of {total} examples have no label" if how_many(none) else ""
 
 
 def _own_names(own, train, none, where):

@@ -60,7 +60,7 @@ def splits(listing: Listing, said: str) -> dict[str, bytes]:
 def _counts(listing):
     """{first-level folder: number of images}; b"": those beside the folders."""
     counts = {folder: len(listing.below(folder)) for folder in listing.inside(b"")}
-    loose = sum(b"/" not in path for path in listing.files)
+    loose = sum(n for folder, n in listing.images.counted() if not folder)
     return {folder: n for folder, n in counts.items() if n} | ({b"": loose} if loose else {})
 
 
@@ -70,11 +70,11 @@ def _are_splits(listing, named) -> bool:
     if not others:
         return True
     several = len(set(named.values())) > 1
-    classed = any(path.count(b"/") > 1 for folder in named for path in listing.below(folder))
+    classed = any(inner != folder for folder in named for inner, _ in listing.below(folder).runs)
     meant = any(resembling(shown(folder)) not in ("", *named.values()) for folder in others)
     if several and classed and not meant:
         return True
-    deep = any(path.count(b"/") > 1 for folder in others for path in listing.below(folder))
+    deep = any(inner != folder for folder in others if folder for inner, _ in listing.below(folder).runs)
     if not several and not classed and not deep and not meant and b"" not in others and "train" not in others:
         words = ", ".join(f"{shown(folder)}/ ({counts.get(folder, 0)} images)" for folder in named)
         logging.warning("%s: %s is read as a class among %d; data.folders=splits reads it as a split",
@@ -169,9 +169,10 @@ def _say_outside(listing, folders):
     inside = tuple(folder + b"/" for folder in folders if folder)
     if b"" in folders:
         return
-    places = collections.Counter(
-        path.partition(b"/")[0] if b"/" in path else b"" for path in listing.files if not path.startswith(inside)
-    )
+    places = collections.Counter()
+    for folder, n in listing.images.counted():
+        if not (folder + b"/").startswith(inside):
+            places[folder.partition(b"/")[0]] += n
     if places:
         words = few(f"{n} in {shown(place)}/" if place else f"{n} beside the folders" for place, n in places.items())
         logging.warning("%s: images that are in no split, and not read: %s", shown(listing.root), words)

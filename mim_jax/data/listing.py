@@ -1,14 +1,17 @@
-"""What lies in a folder of images: names as bytes, every folder entered once, and what is no image counted."""
+"""What lies in a folder of images: names as bytes, and what is no image counted. `walk.listed` finds it out."""
 
 import bisect
 import collections
 import dataclasses
-import heapq
+import functools
+import itertools
 import os
+from collections.abc import Iterable
 
+import numpy as np
 from absl import logging
 
-from mim_jax.data.augment import DataError
+from mim_jax.data.packed_names import Packed
 
 # What `augment.decode` reads as PIL does (tests/test_folders.py compares every one); the content decides, not the name.
 EXTENSIONS = frozenset(
@@ -38,35 +41,96 @@ def by_parts(path: bytes) -> bytes:
     return path.replace(b"/", b"\0")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Images:
+    """Images, sorted by `by_parts`, so that all below a folder stand together.
+
+    runs: (folder, place of the first) of those that stand together in a folder itself; everything is counted with these, for
+    there are a thousand times fewer.
+    """
+
+    files: Packed  # paths
+    runs: list[tuple[bytes, int]]
+
+    @classmethod
+    def of(cls, paths: Iterable[bytes]) -> "Images":
+        """Sorted paths -> Images."""
+        runs = []
+
+        def noted():
+            for place, path in enumerate(paths):
+                if not runs or runs[-1][0] != os.path.dirname(path):
+                    runs.append((os.path.dirname(path), place))
+                yield path
+
+        return cls(Packed.of(noted()), runs)
+
+    def __len__(self):
+        return len(self.files)
+
+    def counted(self) -> list[tuple[bytes, int]]:
+        """Of every run its folder and how many images it has."""
+        ends = [place for _, place in self.runs[1:]] + [len(self)]
+        return [(folder, end - place) for (folder, place), end in zip(self.runs, ends)]
+
+    @functools.cached_property
+    def _spans(self):
+        """{folder: (first, behind the last)} of all folders that have images, at any depth."""
+        spans, place = {}, 0
+        for folder, count in self.counted():
+            while True:
+                spans[folder] = spans.get(folder, (place,))[0], place + count
+                if not folder:
+                    break
+                folder = os.path.dirname(folder)
+            place += count
+        return spans
+
+    def below(self, folder: bytes) -> "Images":
+        """The images below a folder, b"" for all."""
+        low, high = self._spans.get(folder, (0, 0))
+        first, last = (bisect.bisect_left(self.runs, place, key=lambda run: run[1]) for place in (low, high))
+        return Images(self.files[low:high], [(inner, place - low) for inner, place in self.runs[first:last]])
+
+    def first_folders(self, root: bytes):
+        """-> the names of the first-level folders in `root` that have images, b"" for itself; of every run, int64, which of
+        them, and how many images it has."""
+        names, counted = {}, self.counted()
+        start = len(root) + 1 if root else 0
+        which = [names.setdefault(folder[start:].partition(b"/")[0], len(names)) for folder, _ in counted]
+        return list(names), np.array(which, np.int64), np.array([count for _, count in counted], np.int64)
+
+
 @dataclasses.dataclass(eq=False)
 class Listing:
-    """Paths are relative to `root`, with `/`. `folders`: every folder entered, with the time of its last change."""
+    """Paths are relative to `root`, with `/`. `folders`: every folder entered, with the time of its last change and inode."""
 
     root: bytes
-    files: list[bytes] = dataclasses.field(default_factory=list)  # the images, sorted by `by_parts`
-    folders: dict[bytes, int] = dataclasses.field(default_factory=dict)
+    images: Images
+    folders: dict[bytes, tuple[int, int]]
     others: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # (folder, what) -> how many
     skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # hidden and housekeeping, by name
     again: dict[bytes, bytes] = dataclasses.field(default_factory=dict)  # a folder that was not entered -> where it was
 
-    def below(self, folder: bytes) -> list[bytes]:
+    def below(self, folder: bytes) -> Images:
         """The images below a folder, b"" for all. A link to a folder outside it has the images of that one."""
-        if not folder:
-            return self.files
-        found = self.files[slice(*self._range(folder))]
-        for link, first in self.again.items():
+        found, linked = self.images.below(folder), []
+        for link, first in self.again.items() if folder else ():
             if (link == folder or link.startswith(folder + b"/")) and not (first + b"/").startswith(folder + b"/"):
                 if not (link + b"/").startswith(first + b"/"):  # no loop
-                    found = found + [link + f[len(first) :] for f in self.files[slice(*self._range(first))]]
-        return sorted(found, key=by_parts) if self.again else found
-
-    def _range(self, folder):
-        return [bisect.bisect_left(self.files, by_parts(folder) + end, key=by_parts) for end in (b"\0", b"\1")]
+                    linked += [link + path[len(first) :] for path in self.images.below(first).files]
+        return Images.of(sorted(itertools.chain(found.files, linked), key=by_parts)) if linked else found
 
     def inside(self, folder: bytes) -> list[bytes]:
         """The names of the folders in a folder, sorted."""
-        every = (*self.folders, *self.again)
-        return sorted(os.path.basename(place) for place in every if place and os.path.dirname(place) == folder)
+        return self._inside.get(folder, [])
+
+    @functools.cached_property
+    def _inside(self):
+        found = collections.defaultdict(list)
+        for place in sorted({*self.folders, *self.again} - {b""}):
+            found[os.path.dirname(place)].append(os.path.basename(place))
+        return dict(found)
 
     def what(self, folder: bytes) -> str:
         """The files below a folder that are no images, by kind."""
@@ -75,13 +139,6 @@ class Listing:
             if not folder or (place + b"/").startswith(folder + b"/"):
                 kinds[kind] += n
         return few(f"{n} {kind}" for kind, n in kinds.most_common())
-
-    def unchanged(self) -> bool:
-        """Whether no folder has gained or lost a name since."""
-        try:
-            return all(os.stat(os.path.join(self.root, f)).st_mtime_ns == time for f, time in self.folders.items())
-        except OSError:
-            return False
 
     def say(self):
         """One line for each kind of thing that is not read."""
@@ -96,74 +153,3 @@ class Listing:
             logging.warning(
                 "%s: links to folders above, or read already, so that no split has an image twice: %s", place, words
             )
-
-
-_listings: dict[bytes, Listing] = {}
-
-
-def listed(path: str) -> Listing:
-    """The listing of a folder; made once by a process, and anew when a folder in it has changed. Says what is not read.
-
-    Raises DataError for a folder that cannot be read.
-    """
-    root = os.fsencode(path)
-    there = _listings.get(root)
-    if there is None or not there.unchanged():
-        _listings[root] = there = _walk(root)
-        there.say()
-    return there
-
-
-def _walk(root: bytes) -> Listing:
-    """Places come before links to them, so that an image is called by where it lies."""
-    found, seen = Listing(root), {}
-    place = os.path.realpath(root)
-    while place != (place := os.path.dirname(place)):
-        seen[_identity(place)] = b".."
-    folders, links = [b""], []
-    while folders or links:
-        folder = folders.pop() if folders else heapq.heappop(links)
-        path = os.path.join(root, folder) if folder else root
-        try:
-            state = os.stat(path)
-            key = state.st_dev, state.st_ino
-            if key in seen:
-                found.again[folder] = seen[key]
-                continue
-            seen[key] = folder
-            found.folders[folder] = state.st_mtime_ns
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    _sort_in(entry, folder, found, folders, links)
-        except OSError as error:
-            raise DataError(f"The folder {shown(path)!r} cannot be read: {error.strerror}.") from error
-    found.files.sort(key=by_parts)
-    found.again = dict(sorted(found.again.items()))
-    return found
-
-
-def _identity(place):
-    state = os.stat(place)
-    return state.st_dev, state.st_ino
-
-
-def _sort_in(entry, folder, found, folders, links):
-    name = entry.name
-    if name.startswith(b".") or name.lower() in HOUSEKEEPING:
-        found.skipped[b"a hidden name" if name.startswith(b".") else name] += 1
-        return
-    path = folder + b"/" + name if folder else name
-    try:
-        is_folder, is_file = entry.is_dir(), entry.is_file()
-    except OSError:  # a link to itself
-        is_folder = is_file = False
-    if is_folder:
-        heapq.heappush(links, path) if entry.is_symlink() else folders.append(path)
-        return
-    extension = os.path.splitext(name)[1].lower()
-    if is_file and extension in EXTENSIONS:
-        found.files.append(path)
-    elif is_file:
-        found.others[folder, shown(extension) or "without an ending"] += 1
-    else:
-        found.others[folder, "broken links" if entry.is_symlink() else "that are no files"] += 1

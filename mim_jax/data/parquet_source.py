@@ -17,7 +17,7 @@ from absl import logging
 
 from mim_jax.data import labels, shards
 from mim_jax.data.augment import DataError
-from mim_jax.paths import expanded
+from mim_jax.data.packed_names import Numbered, narrow
 
 CACHE = 256 * 2**20  # bytes of row groups kept; beside them at most those being read, one by each of four threads
 LABELS = ("label", "labels", "class", "class_name", "target")
@@ -103,13 +103,12 @@ class ParquetSource(shards.ShardSource):
         rows = np.diff(self.starts, append=self.num_examples)
         names = [os.fsencode(os.path.relpath(file, self.folder)) for file in self.files]
         first = [k for k, (_, number) in enumerate(self.groups) if number == 0]
-        counts = np.add.reduceat(rows, first) if first else ()
-        filled = [names[self.groups[k][0]] for k in first]
-        return [b"%b/%d" % (name, row) for name, count in zip(filled, counts) for row in range(count)]
+        counts = np.add.reduceat(rows, first).tolist() if first else ()
+        return Numbered([(names[self.groups[k][0]], range(count)) for k, count in zip(first, counts)])
 
 
 def _opened(file, footer=None):
-    return pq.ParquetFile(expanded(file).open("rb") if "://" in file else file, metadata=footer)
+    return pq.ParquetFile(shards.stream(file) if "://" in file else file, metadata=footer)
 
 
 def _footer(file):
@@ -201,7 +200,7 @@ def open_parquet(path, split, channels, columns):
     counts = [footers[k].row_group(group).num_rows for k, group in groups]
     if not sum(counts):
         raise DataError(f"The split {split!r} of {path!r} is empty.")
-    numbers, names, missing = tf.fill([sum(counts)], -1), (), "no column of labels"
+    numbers, names, missing = np.full(sum(counts), -1, np.int8), (), "no column of labels"
     if label:
         train = splits.get("train", files)
         given = _class_names(schema, label, train[0])
@@ -216,7 +215,9 @@ def open_parquet(path, split, channels, columns):
             return pc.struct_field(column, "bytes") if "." in leaf else column
 
     logging.info("%s, split %s: %d images in %d files, %d classes", path, split, sum(counts), len(files), len(names))
-    held = dict(labels=tf.constant(numbers, tf.int32), files=tuple(files), folder=root, groups=groups, recent=Recent(read))
+    held = dict(
+        labels=tf.constant(narrow(np.asarray(numbers))), files=tuple(files), folder=root, groups=groups, recent=Recent(read)
+    )
     held |= dict(starts=np.cumsum([0, *counts[:-1]], dtype=np.int64), missing=missing)
     return ParquetSource("parquet", split, sum(counts), names, channels, **held)
 

@@ -1,6 +1,7 @@
 """Batches of examples: training batches as a function of the step, evaluation over a split exactly once."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -37,10 +38,7 @@ def _local(batch_size, size, process):
 
 def _fold(seed, purpose, *numbers):
     """Numbers -> seed int64 [2] for TensorFlow's stateless functions."""
-    result = tf.constant([seed, purpose], tf.int64)
-    for number in numbers:
-        result = tf.random.experimental.stateless_fold_in(result, number)
-    return result
+    return functools.reduce(tf.random.experimental.stateless_fold_in, numbers, tf.constant([seed, purpose], tf.int64))
 
 
 def _share(n, process):
@@ -57,13 +55,17 @@ def _with_items(ds, source):
     return ds.batch(FETCH).map(_plain(look_up), num_parallel_calls=4, deterministic=True).unbatch()
 
 
-def _finish(ds, make, local, prefetch):
-    """Dataset of items -> stream of numpy batches in the same order."""
+def _finish(ds, make, local, prefetch, repeat=1):
+    """Dataset of items -> stream of numpy batches in the same order; `repeat`: how many examples are made of an item."""
     ds = ds.map(_plain(make), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     for key, spec in ds.element_spec.items():
         if not spec.shape.is_fully_defined():
             raise DataError(f"{key!r} of the examples is {spec.shape}; a batch needs one shape for all: pad it in Source.load.")
-    return Stream(ds.batch(local).prefetch(prefetch))
+    ds = ds.batch(local // repeat)
+    if repeat > 1:
+        flat = lambda values: tf.reshape(values, [-1, *values.shape[2:]])
+        ds = ds.map(_plain(lambda batch: {key: flat(values) for key, values in batch.items()}))
+    return Stream(ds.prefetch(prefetch))
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,6 +79,10 @@ class TrainBatches:
 
     An image that cannot be read is replaced by the first of REPLACEMENTS others that can, in an order drawn from (seed, epoch,
     id); the crop is that of the image replaced. Nothing else enters, so the batch stays the same function.
+
+    With `repeat` r, r crops of each image stand side by side in a batch (batch augmentation, arXiv 1901.09335): the image of
+    example i is that of number i div r above, so an epoch of N crops sees N / r images, and r epochs see each r times.
+    `unsized` leaves resizing to the device: see data/device_bicubic.py.
 
     Raises:
       DataError: the sizes do not fit together, or the source holds fewer examples than processes.
@@ -92,13 +98,20 @@ class TrainBatches:
     prefetch: int = 2  # batches prepared ahead
     augment: Callable | None = None  # (example, seed [2]) -> example, of the cropped and flipped one
     reading: Reading = dataclasses.field(default_factory=Reading)
+    repeat: int = 1
+    unsized: bool = False
 
     def __post_init__(self):
         self._local = _local(self.batch_size, self.size, self.process)
+        if self._local % self.repeat:
+            raise DataError(
+                f"data.repeat={self.repeat} does not divide the {self._local} examples that a process has of a batch."
+            )
+        if self.unsized and self.augment is not None:
+            raise DataError("data.resize='device' cannot go with data.randaugment, which needs the resized image: use 'host'.")
         source, count = self.source, self.process[1]
-        if source.num_examples < (1 if source.random_access else count):
-            held = f"{source.name!r}, split {source.split!r}, holds {source.num_examples} examples"
-            raise DataError(f"{held}, too few for {count} processes.")
+        if (n := source.num_examples) < (1 if source.random_access else count):
+            raise DataError(f"{source.name!r}, split {source.split!r}, holds {n} examples, too few for {count} processes.")
         self._seed = int(self.seed) % 2**63
         self._stream, self._next_step = None, None
         self._careful = False  # once an image could not be read: a failing one then costs its replacement, not the stream
@@ -115,14 +128,14 @@ class TrainBatches:
         """
         if self._stream is None or step != self._next_step:
             self.close()
-            self._stream = _finish(self._items(step), self._make, self._local, self.prefetch)
+            self._stream = _finish(self._items(step), self._make, self._local, self.prefetch, self.repeat)
         self._next_step = step + 1
         try:
             batch = self._stream.next()
         except tf.errors.OpError as error:
             self.close()
             if self._careful:
-                items = self._items(step).take(self._local)
+                items = self._items(step).take(self._local // self.repeat)
                 raise unreadable.explain(error, self.source, items, self.reading.decoding) from error
             self._careful = True
             return self.batch(step)
@@ -141,10 +154,10 @@ class TrainBatches:
         return self._by_id(step) if self.source.random_access else self._by_stream(step)
 
     def _by_id(self, step):
-        n, local = self.source.num_examples, self._local
+        n, local = self.source.num_examples, self._local // self.repeat
 
-        def order(k):  # k-th example of this process -> epoch, id
-            i = k // local * self.batch_size + self.process[0] * local + k % local
+        def order(k):  # k-th image of this process -> epoch, id
+            i = k // local * (self.batch_size // self.repeat) + self.process[0] * local + k % local
             epoch = i // n
             seed = _fold(self._seed, ORDER, epoch)
             return epoch, tf.random.experimental.index_shuffle(i % n, seed, tf.constant(n - 1, tf.int64))
@@ -154,11 +167,9 @@ class TrainBatches:
 
     def _by_stream(self, step):
         low, high = _share(self.source.num_examples, self.process)
-        first, skip = divmod(step * self._local, high - low)
-        logging.info(
-            f"{self.source.name}, split {self.source.split}, has no random access: step {step} replays the shuffle of epoch "
-            f"{first} and skips {skip} of its {high - low} records (array_record would start at once)."
-        )
+        first, skip = divmod(step * (self._local // self.repeat), high - low)
+        words = f"step {step} replays the shuffle of epoch {first} and skips {skip} of its {high - low} records"
+        logging.info("%s, split %s, has no random access: %s", self.source.name, self.source.split, words)
 
         def epoch_items(epoch):
             seed = _fold(self._seed, ORDER, epoch, tf.constant(self.process[0], tf.int64))
@@ -168,21 +179,26 @@ class TrainBatches:
         return tf.data.Dataset.range(first, FOREVER).flat_map(_plain(epoch_items))
 
     def _make(self, epoch, asked, item):
-        seed = _fold(self._seed, CROP, epoch, asked)
-        uniforms = tf.random.stateless_uniform([augment.UNIFORMS], seed)
+        again = lambda purpose, k: _fold(self._seed, purpose, epoch, asked, *([k] if k else []))
+        uniforms = [tf.random.stateless_uniform([augment.UNIFORMS], again(CROP, k)) for k in range(self.repeat)]
+        channels, how = self.source.channels, self.reading.decoding
 
         def cut(example_id, item):
-            example, how = self.source.load(item), self.reading.decoding
-            return example_id, augment.cut_example(example, uniforms, self.crop, self.source.channels, how)
+            example = self.source.load(item)
+            if self.repeat > 1:  # decoded once, so all of it
+                example = augment.with_pixels(example, channels, how)
+            see = lambda u: augment.cut_example(example, u, self.crop, self.size, channels, how, self.unsized)
+            return example_id, tuple(map(see, uniforms))
 
         if self._careful:
-            example_id, inside = unreadable.first_read(self._attempts(epoch, asked, item).map(_plain(cut)))
+            example_id, seen = unreadable.first_read(self._attempts(epoch, asked, item).map(_plain(cut)))
         else:
-            example_id, inside = cut(asked, item)
-        example = augment.resized_example(*inside, uniforms, self.crop, self.size)
-        if self.augment is not None:
-            example = self.augment(example, _fold(self._seed, AUGMENT, epoch, asked))
-        return {**example, "id": example_id, "asked": asked}
+            example_id, seen = cut(asked, item)
+        named, examples = {"id": example_id, "asked": asked}, []
+        for k, inside in enumerate(seen):
+            example = augment.followed(*inside, uniforms[k], self.crop, self.size)
+            examples.append(named | (self.augment(example, again(AUGMENT, k)) if self.augment else example))
+        return examples[0] if self.repeat == 1 else {key: tf.stack([e[key] for e in examples]) for key in examples[0]}
 
     def _attempts(self, epoch, asked, item):
         """Dataset of (id, item): the example, and then what may stand in its place."""
@@ -200,7 +216,6 @@ def eval_batches(source, *, batch_size, size, resize_ratio, process=(0, 1), limi
     """The whole split, or `limit` examples spread evenly over it, exactly once over all processes.
 
     A source without random access gives its first `limit` examples instead. `process` is (which one, of how many).
-
     Yields {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b], "valid": bool [b], ...}: every key of the examples,
     the same number of batches on every process; padding is what PADDING says, with valid False. So is an image that cannot be
     read, but for its id. Of label sets "label" is uint8 [b classes], 1 for every class of the example, and padding has none.
@@ -268,9 +283,8 @@ def _each_once(ds, make, local, count):
             missing, k = missing + len(unread), k + 1
             yield batch
         if missing:
-            logging.warning(
-                "%s, split %s: %d images could not be read and count as not there", source.name, source.split, missing
-            )
+            words = "images could not be read and count as not there"
+            logging.warning("%s, split %s: %d %s", source.name, source.split, missing, words)
     finally:
         stream.close()
 

@@ -5,27 +5,20 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from mim_jax.data import pil_bicubic
 
-def bicubic(pixels, size, box=None):
+
+def bicubic(pixels, size, box=None, of=None, mirror=False):
     """uint8 [h w c] -> uint8 [size c]: PIL's bicubic, antialiased; untouched where the size is right already.
 
-    With a box (y, x, h, w) of the result only that, in the memory of that: its weights, float32, are those of the whole but
-    for their last bit.
+    With a box (y, x, h, w) of the result only that, in the memory of that; `of`: of the part (y, x, h, w) of the pixels, in
+    pixels and fractions of them. mirror: whether left and right are swapped.
     """
-    if box is not None:
-        y, x, *part = box
-        scale = tf.cast(tf.stack(size), tf.float32) / tf.cast(tf.shape(pixels)[:2], tf.float32)
-        moved = -tf.cast(tf.stack([y, x]), tf.float32)
-        options = dict(kernel_type="keyscubic", antialias=True)
-        values = tf.raw_ops.ScaleAndTranslate(images=pixels[None], size=part, scale=scale, translation=moved, **options)[0]
-        return tf.ensure_shape(tf.saturate_cast(tf.round(values), tf.uint8), [*part, pixels.shape[-1]])
-
-    def smooth():
-        values = tf.image.resize(pixels, size, method="bicubic", antialias=True)
-        return tf.saturate_cast(tf.round(values), tf.uint8)
-
-    same = tf.reduce_all(tf.shape(pixels)[:2] == tf.stack(size))
-    return tf.reshape(tf.cond(same, lambda: pixels, smooth), [*size, pixels.shape[-1]])
+    box = (0, 0, *size) if box is None else box
+    of = tf.concat([[0, 0], tf.shape(pixels)[:2]], 0) if of is None else of
+    numbers = [tf.stack(size), tf.cast(of, tf.float64), tf.stack(box)]
+    resized = tf.numpy_function(pil_bicubic.bicubic, [pixels, *numbers, mirror], tf.uint8, stateful=False)
+    return tf.ensure_shape(resized, [*(side if isinstance(side, int) else None for side in box[2:]), pixels.shape[-1]])
 
 
 def nearest(labels, size, box=None):

@@ -11,6 +11,7 @@ from absl import logging
 from mim_jax.data import manifest
 from mim_jax.data.augment import DataError
 from mim_jax.data.listing import shown
+from mim_jax.data.packed_names import Packed
 from mim_jax.data.records import Piece, Records, RecordSource
 from mim_jax.data.shards import of_split
 from mim_jax.data.source import WAYS
@@ -29,7 +30,7 @@ class PreparedSource(RecordSource):
     @functools.cached_property
     def _names(self):
         try:
-            names = manifest.read_names(self.folder, self.split)
+            names = Packed.of(manifest.read_names(self.folder, self.split))
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"the names of {self.split!r} in {str(self.folder)!r} cannot be read ({error}); {AGAIN}") from error
         if len(names) != self.num_examples:

@@ -12,14 +12,11 @@ import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 
 from mim_jax.data.augment import DataError
+from mim_jax.data.pil_transform import affine, rotated, sharpened
 from mim_jax.data.placed import PLACED
 
 PROBABILITY = 0.5  # of each layer
 HIGHEST = 10  # level
-
-
-def _affine(image, fill, matrix):
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill)
 
 
 def _by_table(image, table):
@@ -37,43 +34,57 @@ def _solarize_add(image, share, sign, fill):
     return _by_table(image, [min(255, value + more) if value < 128 else value for value in range(256)])
 
 
+def _factor(share, sign):
+    return max(0.1, 1 + 0.9 * sign * share)
+
+
 def _enhance(kind):
     def change(image, share, sign, fill):
-        return kind(image).enhance(max(0.1, 1 + 0.9 * sign * share))
+        return kind(image).enhance(_factor(share, sign))
 
     return change
 
 
-# name -> function of (PIL image, level / 10, sign 1 or -1, fill colour)
+# name -> function of (PIL image, level / 10, sign 1 or -1, fill colour), by PIL, which is slow at the others
 OPERATIONS = {
     "AutoContrast": lambda image, share, sign, fill: ImageOps.autocontrast(image),
     "Equalize": lambda image, share, sign, fill: ImageOps.equalize(image),
     "Invert": lambda image, share, sign, fill: ImageOps.invert(image),
-    "Rotate": lambda image, share, sign, fill: image.rotate(sign * 30 * share, Image.Resampling.BICUBIC, fillcolor=fill),
     "Posterize": _posterize,
     "Solarize": lambda image, share, sign, fill: ImageOps.solarize(image, 256 - int(256 * share)),
     "SolarizeAdd": _solarize_add,
     "Color": _enhance(ImageEnhance.Color),
     "Contrast": _enhance(ImageEnhance.Contrast),
     "Brightness": _enhance(ImageEnhance.Brightness),
-    "Sharpness": _enhance(ImageEnhance.Sharpness),
-    "ShearX": lambda image, share, sign, fill: _affine(image, fill, (1, 0.3 * sign * share, 0, 0, 1, 0)),
-    "ShearY": lambda image, share, sign, fill: _affine(image, fill, (1, 0, 0, 0.3 * sign * share, 1, 0)),
-    "TranslateX": lambda image, share, sign, fill: _affine(image, fill, (1, 0, 0.45 * sign * share * image.width, 0, 1, 0)),
-    "TranslateY": lambda image, share, sign, fill: _affine(image, fill, (1, 0, 0, 0, 1, 0.45 * sign * share * image.height)),
 }
-NAMES = tuple(OPERATIONS)
+# the same of pixels uint8 [h w c]
+COMPILED = {
+    "Rotate": lambda pixels, share, sign, fill: rotated(pixels, sign * 30 * share, fill),
+    "Sharpness": lambda pixels, share, sign, fill: sharpened(pixels, _factor(share, sign)),
+    "ShearX": lambda pixels, share, sign, fill: affine(pixels, (1, 0.3 * sign * share, 0, 0, 1, 0), fill),
+    "ShearY": lambda pixels, share, sign, fill: affine(pixels, (1, 0, 0, 0.3 * sign * share, 1, 0), fill),
+    "TranslateX": lambda pixels, share, sign, fill: affine(
+        pixels, (1, 0, 0.45 * sign * share * pixels.shape[1], 0, 1, 0), fill
+    ),
+    "TranslateY": lambda pixels, share, sign, fill: affine(
+        pixels, (1, 0, 0, 0, 1, 0.45 * sign * share * pixels.shape[0]), fill
+    ),
+}
+NAMES = (
+    "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast", "Brightness",
+    "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
+)  # fmt: skip
 
 
 def apply(pixels, operations, fill) -> np.ndarray:
     """uint8 [h w c], [(name, level, sign)], fill colour of c numbers -> uint8 [h w c]: one operation after the other."""
-    if not operations:
-        return pixels
-    gray = pixels.shape[-1] == 1
-    image, fill = (Image.fromarray(pixels[..., 0]), fill[0]) if gray else (Image.fromarray(pixels), tuple(fill))
     for name, level, sign in operations:
-        image = OPERATIONS[name](image, level / HIGHEST, sign, fill)
-    return np.asarray(image)[..., None] if gray else np.asarray(image)
+        if name in COMPILED:
+            pixels = COMPILED[name](pixels, level / HIGHEST, sign, fill)
+        else:
+            image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+            pixels = np.asarray(OPERATIONS[name](image, level / HIGHEST, sign, fill)).reshape(pixels.shape)
+    return pixels
 
 
 @dataclasses.dataclass(frozen=True)

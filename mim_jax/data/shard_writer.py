@@ -14,6 +14,7 @@ from PIL import Image
 from mim_jax.data import unreadable
 from mim_jax.data.augment import DataError, with_pixels
 from mim_jax.data.decoding import ORIENTATION, Decoding, orientation
+from mim_jax.data.pil_bicubic import bicubic
 from mim_jax.data.records import array_record
 from mim_jax.data.tfds_source import LABEL_SETS
 
@@ -87,11 +88,14 @@ def encoded(pixels, stored: Stored, turned: int = 1) -> bytes:
     turned: EXIF's orientation, which is noted in the image.
     """
     h, w, c = pixels.shape
-    image, short, stream, options = Image.fromarray(pixels[..., 0] if c == 1 else pixels), stored.shorter, io.BytesIO(), {}
-    if not 0 < short < min(h, w):
+    short, stream, options = stored.shorter, io.BytesIO(), {}
+    smaller = 0 < short < min(h, w)
+    if smaller:
+        pixels = bicubic(pixels, (short * h // min(h, w), short * w // min(h, w)))
+    image = Image.fromarray(pixels[..., 0] if c == 1 else pixels)
+    if not smaller:
         image.save(stream, "PNG")
         return stream.getvalue()
-    image = image.resize((short * w // min(h, w), short * h // min(h, w)), Image.BICUBIC)
     if turned != 1:
         options["exif"] = Image.Exif()
         options["exif"][ORIENTATION] = turned

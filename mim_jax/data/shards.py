@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import glob
+import io
 import itertools
 import os
 import re
@@ -37,7 +38,7 @@ THREADS = 16  # that look at files at the start
 class ShardSource(Source):
     """Encoded images in large files, read by Python, many at once. A class of it offers `fetch` and `describe`."""
 
-    labels: tf.Tensor = None  # int32 [n]
+    labels: tf.Tensor = None  # whole numbers [n]
     bulk = True
 
     def fetch(self, ids):
@@ -47,7 +48,7 @@ class ShardSource(Source):
     def lookup(self, ids):
         fetch = lambda wanted: np.array(self.fetch(wanted), object)
         images = tf.numpy_function(fetch, [ids], tf.string, stateful=False)
-        return {"image": tf.ensure_shape(images, ids.shape), "label": tf.gather(self.labels, ids)}
+        return {"image": tf.ensure_shape(images, ids.shape), "label": tf.cast(tf.gather(self.labels, ids), tf.int32)}
 
     def load(self, item):
         return item
@@ -158,8 +159,39 @@ class NoSplit(DataError):
 def of_split(splits, split, path):
     """Raises NoSplit, naming the splits that are there, for another one."""
     if split not in splits:
-        raise NoSplit(f"data.path={path!r} has no split {split!r}; it has {', '.join(splits)}.")
+        words = "; data.holdout=10 takes a tenth of the training images for it" if split == "validation" else ""
+        raise NoSplit(f"data.path={path!r} has no split {split!r}; it has {', '.join(splits)}{words}.")
     return splits[split]
+
+
+class _Bucket(io.RawIOBase):
+    """A file of a bucket as Python has files: TensorFlow's lacks what tarfile, pyarrow and text need."""
+
+    def __init__(self, path):
+        self._file, self._place = tf.io.gfile.GFile(path, "rb"), 0
+        self._size = self._file.size()
+
+    readable = seekable = lambda self: True
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        self._place = offset + (0, self._place, self._size)[whence]
+        return self._place
+
+    def readinto(self, buffer):
+        self._file.seek(self._place)
+        found = self._file.read(min(len(buffer), max(self._size - self._place, 0)))
+        buffer[: len(found)] = found
+        self._place += len(found)
+        return len(found)
+
+    def close(self):
+        self._file.close()
+        super().close()
+
+
+def stream(path):
+    """The bytes of a file, of a bucket too."""
+    return io.BufferedReader(_Bucket(path), 2**20) if "://" in path else open(path, "rb")
 
 
 def each(function, files):

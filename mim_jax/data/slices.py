@@ -5,11 +5,13 @@ is added or removed, the others stay in their slices. Percent cut that range, so
 numbers count the images in the order of their shares.
 """
 
-import bisect
 import hashlib
 import re
 
+import numpy as np
+
 from mim_jax.data.augment import DataError
+from mim_jax.data.packed_names import Names
 
 PIECE = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
@@ -28,24 +30,26 @@ def share(path: bytes) -> float:
     return int.from_bytes(hashlib.blake2b(path, digest_size=8).digest(), "big") / 2**64
 
 
-def cut(paths: list[bytes], low: str, high: str, bounds=(0.0, 1.0)) -> list[bytes]:
-    """The paths from `low` to `high` ("": the end), of those whose share lies within `bounds`; their order stays."""
+def cut(names: Names, low: str, high: str, bounds=(0.0, 1.0)) -> np.ndarray | slice:
+    """-> the places of those from `low` to `high` ("": the end) of the names whose share lies within `bounds`, int64 [m]; all
+    of them as a slice."""
     if not low and not high and bounds == (0.0, 1.0):
-        return paths
-    shares = {path: share(path) for path in paths}
-    paths = [path for path in paths if bounds[0] <= shares[path] < bounds[1]]
-    order = sorted(shares[path] for path in paths)
+        return slice(None)
+    hashes = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names)
+    shares = np.frombuffer(hashes, ">u8").astype(np.float64) / 2**64
+    inside = (bounds[0] <= shares) & (shares < bounds[1])
+    places, shares = np.flatnonzero(inside), shares[inside]
+    order = np.sort(shares)
     first, last = _place(low or "0", order), _place(high or "100%", order)
-    if (first, last) == (0, len(order)):
-        return paths
-    inside = order[first:last]
-    return [path for path in paths if inside and inside[0] <= shares[path] <= inside[-1]]
+    if first >= last:
+        return places[:0]
+    return places[(order[first] <= shares) & (shares <= order[last - 1])]
 
 
-def _place(limit: str, order: list[float]) -> int:
+def _place(limit: str, order: np.ndarray) -> int:
     """How many of the sorted shares lie before a limit."""
     number = int(limit.rstrip("%"))
     if limit.endswith("%"):
         number = number + 100 if limit.startswith("-") else number
-        return bisect.bisect_left(order, number / 100)
+        return int(np.searchsorted(order, number / 100))
     return min(max(number + len(order) if limit.startswith("-") else number, 0), len(order))

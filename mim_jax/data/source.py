@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from mim_jax.data.augment import DataError, decoded
+from mim_jax.data.packed_names import Names
 
 WAYS = """provide data in one of these ways:
   TFDS:          data.source=imagenet2012 data.data_dir=DIR, a folder prepared once with
@@ -21,6 +22,10 @@ WAYS = """provide data in one of these ways:
 
 class NotPrepared(DataError):
     """The data set is known and not there; the first line of the message says how to get it."""
+
+
+class NoLabels(DataError):
+    """The images are there, and have no labels, or not all of them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,12 +52,12 @@ class Source:
         return len(self.class_names)
 
     def require_labels(self, who: str):
-        """Raises DataError, saying why, unless every example has its label. `who` needs them."""
+        """Raises NoLabels, saying why, unless every example has its label. `who` needs them."""
         if self.missing or not self.num_classes:
             why = f" ({self.missing})" if self.missing else ""
-            raise DataError(f"{who} needs labels, which {self.name} '{self.split}' has not{why}")
+            raise NoLabels(f"{who} needs labels, which {self.name} '{self.split}' has not{why}")
 
-    def listing(self) -> list[bytes] | None:
+    def listing(self) -> Names | None:
         """What the examples are called, in their order and wherever the data lies; None where that is not known."""
         return None
 

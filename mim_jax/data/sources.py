@@ -14,6 +14,10 @@ from mim_jax.data.tar_source import open_tar
 
 WITH_COLUMNS = {"parquet": open_parquet, "webdataset": open_tar, "list": open_list}
 WITH_PATH = ("folder", *WITH_COLUMNS, "prepared")
+BUCKETS = (
+    "Of buckets gs:// is read, as parquet, webdataset or list; others are mounted (gcsfuse, mountpoint-s3) or copied to a "
+    "disk first."
+)
 READING = {"columns": tuple(WITH_COLUMNS), "folders": ("folder",), "holdout": WITH_PATH}
 
 
@@ -38,10 +42,18 @@ def open_source(name, split, *, path="", data_dir="", channels=3, label_sets=Fal
             raise DataError(f"data.{key}={value!r} is for data.source={'|'.join(READING[key])}, not for {name!r}.")
     if name in WITH_COLUMNS:
         columns = _columns(reading.get("columns", ""))
-        return sliced(lambda whole: WITH_COLUMNS[name](path, whole, channels, columns), split, reading.get("holdout", 0))
+        open_whole = lambda whole: WITH_COLUMNS[name](path, whole, channels, columns)
+        try:
+            return sliced(open_whole, split, reading.get("holdout", 0))
+        except (tf.errors.OpError, NotImplementedError, ImportError) as error:  # what buckets raise
+            if "://" not in path:
+                raise
+            raise DataError(f"data.path={path!r} cannot be read: {error}. {BUCKETS}") from error
     if name == "sample":
         return _open_sample(split)
     if name == "folder":
+        if "://" in path:
+            raise DataError(f"data.path={path!r}: data.source=folder reads folders of this machine, not buckets. {BUCKETS}")
         return open_folder(path, split, channels, reading.get("folders", ""), reading.get("holdout", 0))
     from mim_jax.data import prepared_source, tfds_source  # here, so that the other sources need no TFDS
 

@@ -34,8 +34,7 @@ class Subset(Source):
         return self.of.file_name(self.ids[int(example_id)])
 
     def listing(self):
-        names = self.of.listing()
-        return [names[k] for k in self.ids.tolist()]
+        return self.of.listing().take(self.ids)
 
 
 def sliced(whole, split, holdout):
@@ -61,8 +60,7 @@ def sliced(whole, split, holdout):
     if len(pieces) == 1 and pieces[0][1:] == ("", "") and bounds == (0.0, 1.0):
         return source
     names = source.listing()
-    chosen = {kept for _, low, high in pieces for kept in slices.cut(names, low, high, bounds)}
-    ids = np.array([k for k, name in enumerate(names) if name in chosen], np.int64)
+    ids = np.unique(np.concatenate([np.arange(len(names))[slices.cut(names, *ends, bounds)] for _, *ends in pieces]))
     if not len(ids):
         raise DataError(f"{split!r} holds none of {len(names)} examples: a hash of its name says where one stands; cut wider.")
     fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(Source)}

@@ -2,41 +2,37 @@
 
 import collections
 import dataclasses
-import hashlib
 import json
 import os
 import tarfile
-import uuid
-import zipfile
 
 import numpy as np
 from absl import logging
 
-from mim_jax.data import shards
+from mim_jax.data import kept, shards
 from mim_jax.data.augment import DataError
 from mim_jax.data.listing import EXTENSIONS
+from mim_jax.data.packed_names import narrow
 from mim_jax.paths import expanded
 
 IMAGES = {extension[1:].decode() for extension in EXTENSIONS}
 JSON_LABELS = ("label", "cls")  # fields of a sample's json, the first that is there
-VERSION = 1
+VERSION = 2
+BLOCK = tarfile.BLOCKSIZE  # bytes; headers and files begin at multiples of it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Index:
-    """Arrays [n], 20 bytes an image. `label`: a place in `words`, the labels as texts; -1 without."""
+    """Whole numbers [n], as narrow as may be: some 11 bytes an image. `label`: a place in `words`, the labels as texts; -1
+    without."""
 
-    shard: np.ndarray  # int32
-    header: np.ndarray  # int64, where the header of the image's member begins
-    start: np.ndarray  # int32, from there to its bytes
-    size: np.ndarray  # int32
-    label: np.ndarray  # int32
+    firsts: np.ndarray  # int64 [shards], the first image of each
+    header: np.ndarray  # where the header of the image's member begins, in blocks
+    start: np.ndarray  # from there to its bytes, in blocks
+    size: np.ndarray
+    label: np.ndarray
     words: np.ndarray  # texts
     said: np.ndarray  # texts: what was left out
-
-
-def stream(path):
-    return expanded(path).open("rb") if "://" in path else open(path, "rb")
 
 
 def _samples(tar, columns):
@@ -86,7 +82,7 @@ def _json_label(data, field):
 def _scan(path, columns):
     """A shard -> [n 4] of its images in their order, the labels, what was left out. Raises DataError that names the shard."""
     try:
-        with stream(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with shards.stream(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             samples, others = _samples(tar, columns)
             file.seek(tar.offset)
             while rest := file.read(2**20):
@@ -108,9 +104,10 @@ def _make(paths, columns):
     number, others = {word: k for k, word in enumerate(words)}, sum((others for *_, others in found), collections.Counter())
     left = [f"{count} {what}" for what, count in others.most_common() if count]
     return Index(
-        shard=np.repeat(np.arange(len(paths), dtype=np.int32), [len(rows) for rows, _, _ in found]),
-        header=rows[:, 0], start=rows[:, 1].astype(np.int32), size=rows[:, 2].astype(np.int32),
-        label=np.array([number.get(text, -1) for text in texts], np.int32), words=np.array(words, str),
+        firsts=np.cumsum([0, *(len(rows) for rows, _, _ in found[:-1])], dtype=np.int64),
+        header=narrow(rows[:, 0] // BLOCK), start=narrow(rows[:, 1] // BLOCK),
+        size=narrow(rows[:, 2]),
+        label=narrow(np.array([number.get(text, -1) for text in texts], int)), words=np.array(words, str),
         said=np.array(left, str),
     )  # fmt: skip
 
@@ -128,51 +125,19 @@ def _stamp(paths, columns):
     return json.dumps([VERSION, columns, shards.each(row, paths)])
 
 
-def _load(file, stamp):
-    """The index in a file, or None where there is none, or one of other shards, or a broken one."""
-    try:
-        with stream(os.fspath(file)) as opened, np.load(opened) as held:
-            if str(held["stamp"]) == stamp:
-                return Index(**{field.name: held[field.name] for field in dataclasses.fields(Index)})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass
-    return None
-
-
-def _save(file, index, stamp):
-    """At once or not at all, also where several processes write it."""
-    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("wb") as opened:
-        np.savez(opened, stamp=np.array(stamp), **dataclasses.asdict(index))
-    part.replace(file)
-
-
 def index_of(paths, root, columns):
     """Tar shards below the folder `root`, {"image": ending, "label": field of json, "" for none} where named -> Index.
 
     Kept as mim_jax_index_*.npz in `root`, or where that cannot be written in ~/.cache/mim_jax ($XDG_CACHE_HOME), and made anew
     once the shards are others. Raises DataError for a shard that is no whole tar.
     """
-    digest = lambda *names: hashlib.sha256(
-        "\n".join([str(sorted(columns.items())), *names]).encode("utf-8", "surrogateescape")
-    ).hexdigest()[:12]
-    relative = [os.path.relpath(path, root) for path in paths]
-    cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mim_jax"
-    name = "mim_jax_index_{}.npz".format
-    places = expanded(root) / name(digest(*relative)), cache / name(digest(os.fspath(expanded(root)), *relative))
+    relative, said = [os.path.relpath(path, root) for path in paths], str(sorted(columns.items()))
+    name, here = "mim_jax_index_{}.npz".format, os.fspath(expanded(root))
+    own, cached = (kept.digest(said, *names) for names in (relative, [here, *relative]))
+    places, what = (expanded(root) / name(own), kept.cached(name(cached))), "index of the tar shards"
     stamp = _stamp(paths, columns)
-    for place in places:
-        if (index := _load(place, stamp)) is not None:
-            logging.info("index of the tar shards: %s", place)
-            return index
+    if (held := kept.load(places, stamp, what)) is not None:
+        return Index(**held)
     index = _make(paths, columns)
-    for place in places:
-        try:
-            _save(place, index, stamp)
-        except OSError as error:
-            logging.warning("the index of the tar shards cannot be kept as %s: %s", place, error)
-        else:
-            logging.info("the index of the tar shards is kept as %s", place)
-            break
+    kept.save(places, stamp, what, vars(index))
     return index

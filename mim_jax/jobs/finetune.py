@@ -137,8 +137,11 @@ def start(config: Finetune, source: saved.Saved, made: Classify, mesh) -> Start:
 
 def save_augmented(workdir, config: Finetune, inputs, batch, names):
     """Draws what the first step sees, once: nothing shows a wrong augmentation sooner."""
-    shown = {key: batch[key] for key in ("image", "label")}
+    from mim_jax.data.device_bicubic import resized
+
+    shown = {key: batch[key] for key in ("image", "label", "crop", "mirror") if key in batch}
+    shown = resized(shown, config.image_size)
     seen = jax.jit(inputs)(shown, prng.stream(config.seed, "masks", 0))
-    pixels = config.normaliser().undo(seen["images"], batch["image"])
+    pixels = config.normaliser().undo(seen["images"], shown["image"])
     figure = draw_augmented(pixels[:SHOWN], seen["labels"][:SHOWN], names)
     write_png(figure, workdir / "augmented.png")

@@ -9,6 +9,7 @@ from etils import epath
 
 from mim_jax import sharding, tree
 from mim_jax.assemble import datasets, encoders, judges
+from mim_jax.assemble.inputs import sized
 from mim_jax.clock import Clock
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.durations import Duration, stated
@@ -39,7 +40,7 @@ class Training(encoders.WithEncoder):
 
 
 def experiment(
-    config: Training, kept: ConfigDict, *, objective: Objective, source, mesh, averaged=False, randaugment=None, **more
+    config: Training, kept: ConfigDict, *, objective: Objective, source, mesh, inputs, averaged=False, randaugment=None, **more
 ) -> Experiment:
     """Raises ConfigError for what cannot be, before any compute.
 
@@ -51,7 +52,7 @@ def experiment(
     return Experiment(
         config, kept.to_dict() | facts, objective, source=source, mesh=mesh, rate=Rate(config.optim, length),
         evaluators=judges.evaluators(config.evals, judged, length.steps),
-        batches=datasets.training_batches(config, source, randaugment), **more,
+        batches=datasets.training_batches(config, source, randaugment), inputs=sized(inputs, config.image_size), **more,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import zlib
 
 import jax
 from etils import epath
@@ -20,9 +21,9 @@ class OtherData(CheckpointError):
 def record(source) -> dict:
     """What a checkpoint says of the training split. The names of the classes are in its config."""
     names = source.listing()
-    digest = "" if names is None else _digest(_joined(names))
+    digest = "" if names is None else _digest(names.pieces())
     return {"source": source.name, "split": source.split, "version": source.version, "examples": source.num_examples,
-            "digest": digest, "sizes": _digest(repr(source.sizes(SIZES)).encode())}  # fmt: skip
+            "digest": digest, "sizes": _digest([repr(source.sizes(SIZES)).encode()])}  # fmt: skip
 
 
 def require_same(meta: dict, source, workdir: epath.Path, *, labelled: bool, go_on: bool) -> str:
@@ -71,23 +72,27 @@ def changes(there: dict, then: tuple[str, ...], source, folder: epath.Path) -> l
 def keep_list(source, workdir: epath.Path):
     """Writes the names of the examples beside the checkpoints, so that a later difference can be named."""
     names = source.listing()
-    if names is not None and jax.process_index() == 0 and _kept(workdir) != (joined := _joined(names)):
-        (workdir / LIST).write_bytes(gzip.compress(joined, 1, mtime=0))
+    if names is not None and jax.process_index() == 0 and _digest(_kept(workdir)) != _digest(names.pieces()):
+        with (workdir / LIST).open("wb") as file, gzip.GzipFile("", "wb", 1, file, mtime=0) as packed:
+            for piece in names.pieces():
+                packed.write(piece)
 
 
-def _joined(names) -> bytes:
-    return b"".join(name + b"\0" for name in names)
+def _digest(pieces) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
-def _digest(joined: bytes) -> str:
-    return hashlib.sha256(joined).hexdigest()
-
-
-def _kept(workdir: epath.Path) -> bytes | None:
+def _kept(workdir: epath.Path):
+    """The names that were written, each followed by a zero byte, in pieces."""
     try:
-        return gzip.decompress((workdir / LIST).read_bytes())
-    except (OSError, EOFError):  # none, or half a file
-        return None
+        with (workdir / LIST).open("rb") as file, gzip.GzipFile(fileobj=file) as packed:
+            while piece := packed.read(2**20):
+                yield piece
+    except (OSError, EOFError, zlib.error):  # none, or half a file
+        yield b"\0 not whole"
 
 
 def _classes(then, now) -> str:
@@ -99,11 +104,11 @@ def _classes(then, now) -> str:
 
 def _names(workdir, digest, source) -> str:
     """How the names of the images differ."""
-    kept, names = _kept(workdir), source.listing()
-    if names is None or kept is None or _digest(kept) != digest:
+    names = source.listing()
+    if names is None or _digest(_kept(workdir)) != digest:
         return "other names of images"
-    then, now = kept.split(b"\0")[:-1], names
-    gone, new = sorted({*then} - {*now}), sorted({*now} - {*then})
+    then, now = {*b"".join(_kept(workdir)).split(b"\0")[:-1]}, {*names}
+    gone, new = sorted(then - now), sorted(now - then)
     parts = [f"{len(found)} {word} ({_few(found)})" for word, found in (("new", new), ("gone", gone)) if found]
     return ", ".join(parts) or "the same names in another order"
 

@@ -103,12 +103,12 @@ def log_step(run: Run, metrics, done: int, length):
             f"loss or gradients were not finite in steps {done - in_row} to {done - 1}; the state is that of step "
             f"{done - in_row}. Lower the learning rate, set optim.clip_norm, or use compute_dtype=float32"
         )
-    rate = run.clock.rate(done)
+    rate, waited = run.clock.rate(done)
     per_second = rate * length.batch_size
-    rates = {"images_per_second": per_second, "images_per_second_per_device": per_second / jax.device_count()}
+    rates = {"images_per_second": per_second, "images_per_second_per_device": per_second / jax.device_count(), "waited": waited}
     run.logger.scalars(done, {**values, **rates, **run.clock.shares()})
     left = (length.total - done) / rate if rate else 0
-    run.logger.progress(done, length.total, values["loss"], values["lr"], per_second, left)
+    run.logger.progress(done, length.total, values["loss"], values["lr"], (per_second, waited), left)
 
 
 def report(logger: Logger, step: int, name: str, scalars: dict, images: dict):

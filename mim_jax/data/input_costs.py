@@ -1,0 +1,144 @@
+"""What training images cost before they reach the device: the job behind `python -m mim_jax.benchmark --input`.
+
+Every part and the whole path run over the same encoded images, held in memory, in turn within one run. Costs are CPU seconds of
+the process, so images/s are those of one core; medians over the rounds. The floor is libjpeg-turbo (TensorFlow's) that decodes
+the same bytes whole and does nothing else.
+"""
+
+import dataclasses
+import io
+import time
+
+import numpy as np
+import tensorflow as tf
+
+from mim_jax.data import augment, decoding, placed
+from mim_jax.data.augment import RandomCrop
+from mim_jax.data.pipeline import TrainBatches
+from mim_jax.data.randaugment import RandAugment
+from mim_jax.data.source import Source
+from mim_jax.data.sources import open_source
+
+IMAGES, BATCH, ROUNDS = 256, 64, 5
+WARM, STEPS = 6, 10  # of a path
+MADE = (500, 375)  # width, height: ImageNet's most frequent size
+_plain = tf.autograph.experimental.do_not_convert
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Held(Source):
+    """Encoded images in memory."""
+
+    images: tf.Tensor = None  # string [n]
+
+    def load(self, item):
+        return {"image": self.images[item], "label": tf.constant(-1)}
+
+
+def made(count: int) -> list[bytes]:
+    """JPEGs of quality 90 of the photographs that scikit-image bundles, each cut and resized to MADE."""
+    from PIL import Image
+    from skimage import data
+
+    photos, rng, found = [data.coffee(), data.astronaut(), data.chelsea(), data.rocket()], np.random.default_rng(0), []
+    for i in range(count):
+        photo = Image.fromarray(photos[i % len(photos)])
+        width = min(photo.width, photo.height * MADE[0] // MADE[1]) * rng.uniform(0.6, 1)
+        height = width * MADE[1] / MADE[0]
+        x, y = rng.uniform(0, photo.width - width), rng.uniform(0, photo.height - height)
+        stream = io.BytesIO()
+        photo.resize(MADE, Image.Resampling.BICUBIC, box=(x, y, x + width, y + height)).save(stream, "JPEG", quality=90)
+        found.append(stream.getvalue())
+    return found
+
+
+def encoded(source: str, path: str, split: str) -> list[bytes]:
+    """IMAGES encoded images of a source, spread evenly, or made ones without a source. Raises DataError."""
+    if not source:
+        return made(IMAGES)
+    there = open_source(source, split, path=path)
+    ids = np.linspace(0, there.num_examples - 1, min(IMAGES, there.num_examples)).astype(np.int64)
+    items = there.lookup(tf.constant(ids)) if there.bulk else ids
+    found = [there.load(item)["image"] for item in items]
+    if any(image.dtype != tf.string for image in found):
+        raise augment.DataError(f"--source={source}: its images are not encoded; give one of files.")
+    return [image.numpy() for image in found]
+
+
+def report(size: int, source: str = "", path: str = "", split: str = "train") -> tuple[dict, dict]:
+    """-> numbers, settings. size: pixels of a side of the crops' results; `source`, `path`, `split`: see data.sources."""
+    data = encoded(source, path, split)
+    held = Held("held", split, len(data), (), 3, images=tf.constant(data))
+    ways = {**_parts(held, size), **_paths(held, size)}
+    seconds = {name: [] for name in ways}
+    for i in range(ROUNDS + 1):  # the first, which builds the graphs, does not count
+        for name, way in ways.items():
+            cost = way()
+            if i:
+                seconds[name].append(cost)
+    costs = {name: float(np.median(each)) for name, each in seconds.items()}
+    floor = costs["decode_whole"]
+    results = [
+        {"part": name, "cpu_ms_per_image": 1e3 * cost, "images_per_second_per_core": 1 / cost, "share_of_floor": floor / cost}
+        for name, cost in costs.items()
+    ]
+    facts = {"images": len(data), "mean_bytes": float(np.mean([len(image) for image in data])), "size": size}
+    return {**facts, "results": results}, {"source": source, "split": split, "size": size, "rounds": ROUNDS}
+
+
+def _cost(run, images: int) -> float:
+    start = time.process_time()
+    run()
+    return (time.process_time() - start) / images
+
+
+def _parts(held: Held, size: int) -> dict:
+    """{name: () -> CPU seconds per image} of what the path is made of, one thread; all but the floor with what is before it."""
+    crop, out = RandomCrop(), (size, size)
+    drawn = lambda i: tf.random.stateless_uniform([augment.UNIFORMS], [i, 0])
+    recipe = RandAugment(layers=2, magnitude=9.0, std=0.5, fill=(124, 116, 104))
+    seen = lambda i: augment.train_example(held.load(i), [i, 0], crop, out, held.channels)
+
+    def cut(i):
+        choose = lambda h, w: augment.crop_box(crop, h, w, drawn(i))
+        return augment.cut_image(held.images[i], 3, choose, size=out)
+
+    def by_tensorflow(i):
+        smooth = tf.image.resize(cut(i)[0], out, method="bicubic", antialias=True)
+        return tf.saturate_cast(tf.round(smooth), tf.uint8)
+
+    parts = {
+        "decode_whole": lambda i: tf.io.decode_jpeg(held.images[i], channels=3, dct_method=decoding.DCT)[0, 0],
+        "crop": lambda i: cut(i)[0][0, 0],
+        "crop_resize": lambda i: placed.bicubic((found := cut(i))[0], out, of=found[1])[0, 0],
+        "crop_resize_by_tensorflow": lambda i: by_tensorflow(i)[0, 0],
+        "crop_resize_randaugment": lambda i: recipe(seen(i), tf.stack([i, 0]))["image"][0, 0],
+    }
+
+    def timed(part):
+        ds = tf.data.Dataset.range(held.num_examples).map(_plain(part), num_parallel_calls=1).batch(BATCH)
+        options = tf.data.Options()
+        options.threading.private_threadpool_size, options.autotune.enabled = 1, False
+        ds = ds.with_options(options)
+        return lambda: _cost(lambda: list(ds), held.num_examples)
+
+    return {name: timed(part) for name, part in parts.items()}
+
+
+def _paths(held: Held, size: int) -> dict:
+    """{name: () -> CPU seconds per image} of whole training batches, in as many threads as tf.data likes."""
+    ways = {"path": {}, "path_resize_on_device": {"unsized": True}, "path_repeat_4": {"repeat": 4}}
+
+    def timed(options):
+        batches = TrainBatches(held, batch_size=BATCH, size=(size, size), crop=RandomCrop(), seed=0, **options)
+        run = lambda first, last: [batches.batch(step) for step in range(first, last)]
+
+        def cost():
+            run(0, WARM)  # as far ahead of its reader as it will be
+            found = _cost(lambda: run(WARM, WARM + STEPS), STEPS * BATCH)
+            batches.close()
+            return found
+
+        return cost
+
+    return {name: timed(options) for name, options in ways.items()}
