@@ -41,9 +41,11 @@ SOURCE = flags.DEFINE_string("source", "", "with --input: where images are, as d
 PATH = flags.DEFINE_string("path", "", "with --input: as data.path")
 SIZE = flags.DEFINE_integer("size", 224, "with --input: pixels of a side of the crops", lower_bound=1)
 OUT = flags.DEFINE_string(
-    "out", "", "JSON file; default results/benchmark_<configs>_<device>.json, results/costs_<device>.json, "
-    "results/input_<device>.json or results/target_<configs>_<target>.json; '-' writes none"
-)  # fmt: skip
+    "out",
+    "",
+    "JSON file; default results/benchmark_<configs>_<device>.json, results/costs_<device>.json, results/input_<device>.json "
+    "or results/target_<configs>_<target>.json; '-' writes none",
+)
 
 
 def main(arguments):

@@ -52,8 +52,18 @@ class Gpu(Chip):
 
 GRID = {8: "2x2", 32: "4x4", 64: "4x8", 128: "8x8", 256: "8x16", 512: "16x16", 1024: "16x32", 2048: "32x32"}
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-CUBE = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8", 1024: "8x8x8",
-        2048: "8x8x16", 4096: "8x16x16"}  # fmt: skip
+CUBE = {
+    8: "2x2x1",
+    16: "2x2x2",
+    32: "2x2x4",
+    64: "2x4x4",
+    128: "4x4x4",
+    256: "4x4x8",
+    512: "4x8x8",
+    1024: "8x8x8",
+    2048: "8x8x16",
+    4096: "8x16x16",
+}
 
 # Peak and bandwidth: cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e}. Clocks are the peak / FLOPs of a cycle (a matrix unit of
 # 128x128 does 32,768: v3 two a core, v4 and v5p four in each of two cores, v5e four; v6e four of 256x256) and agree with what
