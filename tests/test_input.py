@@ -4,7 +4,6 @@ import io
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 from skimage import data as photographs
 
@@ -85,12 +84,12 @@ def test_compiles_where_nothing_can_be_kept(monkeypatch):
 def test_scaled_decoding_is_close_to_decoding_at_full_size(photo, size):
     """And the crop lies where it should: a shift of a pixel would show in these photographs."""
     pixels = getattr(photographs, photo)()
-    data, box = tf.constant(jpeg(pixels)), (9, 14, pixels.shape[0] - 20, pixels.shape[1] - 31)
+    data, box = jpeg(pixels), (9, 14, pixels.shape[0] - 20, pixels.shape[1] - 31)
     example = lambda shrink: augment.cut_image(data, 3, lambda h, w: box, decoding.Decoding(shrink=shrink), (size, size))
     seen = {}
     for shrink in (False, True):
         pixels, of, _, _ = example(shrink)
-        seen[shrink] = pixels.shape, pil_bicubic.bicubic(pixels.numpy(), (size, size), of=of.numpy()).astype(float)
+        seen[shrink] = pixels.shape, pil_bicubic.bicubic(pixels, (size, size), of=of).astype(float)
     assert seen[False][0][:2] == box[2:] and seen[True][0][0] <= box[2] // 2 + 2
     assert np.abs(seen[True][1] - seen[False][1]).mean() < 1.5
     shifted = np.abs(np.roll(seen[True][1], 1, axis=1) - seen[False][1]).mean()
@@ -98,16 +97,14 @@ def test_scaled_decoding_is_close_to_decoding_at_full_size(photo, size):
 
 
 def test_small_crops_are_decoded_at_full_size():
-    data, size = tf.constant(jpeg(photographs.coffee())), (160, 160)
+    data, size = jpeg(photographs.coffee()), (160, 160)
     pixels, of, _, _ = augment.cut_image(data, 3, lambda h, w: (5, 6, 319, 400), decoding.PLAIN, size)
-    assert pixels.shape == (319, 400, 3) and of.numpy().tolist() == [0, 0, 319, 400]
-    assert int(decoding.ratio((0, 0, 320, 400), size)) == 1 and int(decoding.ratio((0, 0, 3000, 2559), size)) == 2
-    assert int(decoding.ratio((0, 0, 2560, 2560), size)) == 3
+    assert pixels.shape == (319, 400, 3) and tuple(of) == (0, 0, 319, 400)
 
 
 def test_turned_photographs_are_decoded_at_full_size():
     how = decoding.Decoding(exif="apply")
-    pixels, *_ = augment.cut_image(tf.constant(jpeg(photographs.coffee())), 3, lambda h, w: (0, 0, 400, 600), how, (20, 20))
+    pixels, *_ = augment.cut_image(jpeg(photographs.coffee()), 3, lambda h, w: (0, 0, 400, 600), how, (20, 20))
     assert pixels.shape == (400, 600, 3)
 
 

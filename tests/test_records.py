@@ -23,17 +23,16 @@ OTHERWISE = {"beit_windows", "lomar"}
 
 def resized_then(pixels, size, of, mirror):
     """What crops were resized by when the runs were recorded: TensorFlow's filter, off by one of 255 here and there."""
-    values = tf.saturate_cast(tf.round(tf.image.resize(pixels, size, method="bicubic", antialias=True)), tf.uint8)
-    same = tf.reduce_all(tf.shape(pixels)[:2] == tf.stack(size))
-    seen = tf.reshape(tf.cond(same, lambda: pixels, lambda: values), [*size, pixels.shape[-1]])
-    return tf.cond(mirror, lambda: seen[:, ::-1], lambda: seen)
+    if pixels.shape[:2] != tuple(size):
+        pixels = tf.saturate_cast(tf.round(tf.image.resize(pixels, size, method="bicubic", antialias=True)), tf.uint8).numpy()
+    return pixels[:, :: -1 if mirror else 1]
 
 
 @pytest.fixture
 def recorded(tmp_path, monkeypatch, request):
     """The working directory holds the workdir as recorded, and LoMaR's where others start from -> (name, record.json)."""
     name = request.param
-    monkeypatch.setattr("mim_jax.data.placed.bicubic", resized_then)
+    monkeypatch.setattr("mim_jax.data.pil_bicubic.bicubic", resized_then)
     for folder in {"lomar", name}:
         shutil.copytree(RECORDS / folder, tmp_path / folder)
     monkeypatch.chdir(tmp_path)

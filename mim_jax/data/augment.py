@@ -7,6 +7,7 @@ tuned with these two.
 import dataclasses
 import math
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
@@ -53,35 +54,32 @@ def crop_box(crop, height, width, uniforms):
 
     When none fits, the box is the largest centred one whose ratio is allowed.
     """
-    h, w = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
-    sides = tf.stack([h, w])
-    area = h * w * (crop.scale[0] + uniforms[:TRIES] * (crop.scale[1] - crop.scale[0]))
-    low, high = math.log(crop.ratio[0]), math.log(crop.ratio[1])
-    ratio = tf.exp(low + uniforms[TRIES : 2 * TRIES] * (high - low))
-    tries = tf.round(tf.sqrt(tf.stack([area / ratio, area * ratio], -1)))
-    fits = tf.reduce_all((tries > 0) & (tries <= sides), -1)
-    found, first = tf.reduce_any(fits), tf.argmax(tf.cast(fits, tf.int32))  # the first of equals
-
-    whole_h = tf.where(w / h < crop.ratio[0], tf.round(w / crop.ratio[0]), h)
-    whole_w = tf.where(w / h > crop.ratio[1], tf.round(h * crop.ratio[1]), w)
-    box = tf.where(found, tries[first], tf.maximum(tf.stack([whole_h, whole_w]), 1))
-    room = sides - box
-    corner = tf.where(found, tf.floor(uniforms[2 * TRIES : -1] * (room + 1)), tf.floor(room / 2))
-    corner = tf.minimum(corner, room)  # u * n may round up to n in float32
-    return tuple(tf.unstack(tf.cast(tf.concat([corner, box], 0), tf.int32)))
+    (least, most), (low, high) = crop.scale, map(math.log, crop.ratio)
+    draws = [float(u) for u in uniforms]
+    for share, skew in zip(draws[:TRIES], draws[TRIES : 2 * TRIES]):
+        area, ratio = height * width * (least + share * (most - least)), math.exp(low + skew * (high - low))
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            y, x = (min(int(u * (room + 1)), room) for u, room in zip(draws[2 * TRIES : -1], (height - h, width - w)))
+            return y, x, h, w
+    narrow, wide = crop.ratio
+    h = max(round(width / narrow), 1) if width / height < narrow else height
+    w = max(round(height * wide), 1) if width / height > wide else width
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def to_channels(pixels, channels):
     """uint8 [h w 3] -> uint8 [h w c], c = 3, or 1: ITU-R 601 luma, rounded as PIL does."""
     if channels == 3:
         return pixels
-    luma = tf.reduce_sum(tf.cast(pixels, tf.int32) * tf.constant([19595, 38470, 7471]), -1, keepdims=True)
-    return tf.cast((luma + 32768) // 65536, tf.uint8)
+    luma = pixels.astype(np.int32) @ np.array([19595, 38470, 7471], np.int32)
+    return ((luma + 32768) >> 16).astype(np.uint8)[..., None]
 
 
 def decode(data, channels, how=PLAIN):
-    """Encoded bytes of any kind in docs/data.md -> uint8 [h w c]."""
-    return to_channels(decoding.whole(data, how), channels)
+    """Tensors: encoded bytes of any kind in docs/data.md -> uint8 [h w c]."""
+    read = lambda data: np.ascontiguousarray(to_channels(decoding.pixels_of(decoding.in_bytes(data), how), channels))
+    return tf.ensure_shape(tf.numpy_function(read, [data], tf.uint8, stateful=False), [None, None, channels])
 
 
 def cut_image(image, channels, choose, how=PLAIN, size=None):
@@ -89,13 +87,11 @@ def cut_image(image, channels, choose, how=PLAIN, size=None):
 
     As decoding.cut: with the size that the box will have, less may be decoded.
     """
-    if image.dtype == tf.string:
-        pixels, of, sides, box = decoding.cut(image, choose, how, size)
-        return to_channels(pixels, channels), of, sides, box
-    pixels = tf.ensure_shape(image, [None, None, channels])
-    sides = tf.shape(pixels)[:2]
-    box = choose(*tf.unstack(sides))
-    return placed.PLACED["image"].cut(pixels, box), tf.cast(tf.stack([0, 0, *box[2:]]), tf.float64), sides, box
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        y, x, h, w = box = choose(*image.shape[:2])
+        return image[y : y + h, x : x + w], (0, 0, h, w), image.shape[:2], box
+    pixels, of, sides, box = decoding.cut(decoding.in_bytes(image), choose, how, size)
+    return to_channels(pixels, channels), of, sides, box
 
 
 def cut_example(example, uniforms, crop, size, channels, how=PLAIN, unsized=False):
@@ -103,41 +99,47 @@ def cut_example(example, uniforms, crop, size, channels, how=PLAIN, unsized=Fals
 
     The image is mirrored already, if it is to be. Unsized, it is left for the device to resize: see `on_canvas`.
     """
-    choose = lambda h, w: crop_box(crop, h, w, uniforms)
-    pixels, of, sides, box = cut_image(example["image"], channels, choose, how, size)
-    mirror = crop.flip and uniforms[-1] < 0.5
+
+    def see(image, uniforms):
+        choose = lambda h, w: crop_box(crop, h, w, uniforms)
+        pixels, of, sides, box = cut_image(image, channels, choose, how, size)
+        if unsized:
+            pixels, of = on_canvas(pixels, of, size)
+        else:
+            pixels = pil_bicubic.bicubic(pixels, size, of, mirror=crop.flip and uniforms[-1] < 0.5)
+        return pixels, np.array([*of, *sides, *box], np.float32)
+
+    pixels, places = tf.numpy_function(see, [example["image"], uniforms], [tf.uint8, tf.float32], stateful=False)
+    shape, places = [CANVAS * side if unsized else side for side in size], tf.ensure_shape(places, [10])
+    image = {"image": tf.ensure_shape(pixels, [*shape, channels])}
     if unsized:
-        image = {**on_canvas(pixels, of, size), "mirror": tf.convert_to_tensor(mirror)}
-    else:
-        image = {"image": placed.bicubic(pixels, size, of=of, mirror=mirror)}
-    return {**example, **image}, sides, box
+        image |= {"crop": places[:4], "mirror": tf.convert_to_tensor(crop.flip and uniforms[-1] < 0.5)}
+    whole = tf.cast(places[4:], tf.int32)
+    return {**example, **image}, whole[:2], tuple(tf.unstack(whole[2:]))
 
 
 def on_canvas(pixels, of, size):
-    """uint8 [h w c], a box in it -> {"image": uint8 [CANVAS * size c], "crop": float32 [4]}, for the device to resize.
+    """uint8 [h w c], a box in it -> uint8 [CANVAS * size c], the box there: for the device to resize.
 
-    The pixels are in the upper left corner; what is larger is brought to fit first. crop: the box there.
+    The pixels are in the upper left corner; what is larger is brought to fit first.
     """
-    canvas = [CANVAS * side for side in size]
-    sides = tf.shape(pixels)[:2]
-    inside = tf.minimum(sides, canvas)
-
-    def fitted():
-        scale = tf.cast(inside, tf.float64) / tf.cast(sides, tf.float64)
-        shrunk = tf.numpy_function(pil_bicubic.bicubic, [pixels, inside], tf.uint8, stateful=False)
-        return tf.ensure_shape(shrunk, pixels.shape), of * tf.tile(scale, [2])
-
-    pixels, of = tf.cond(tf.reduce_all(sides == inside), lambda: (pixels, of), fitted)
-    pixels = tf.pad(pixels, [[0, canvas[0] - inside[0]], [0, canvas[1] - inside[1]], [0, 0]])
-    return {"image": tf.ensure_shape(pixels, [*canvas, pixels.shape[-1]]), "crop": tf.cast(of, tf.float32)}
+    canvas = np.zeros([*(CANVAS * side for side in size), pixels.shape[-1]], np.uint8)
+    height, width = sides = [min(pair) for pair in zip(pixels.shape, canvas.shape[:2])]
+    if pixels.shape[:2] != (height, width):
+        of = np.array(of) * np.tile(np.array(sides) / pixels.shape[:2], 2)
+        pixels = pil_bicubic.bicubic(pixels, sides)
+    canvas[:height, :width] = pixels
+    return canvas, of
 
 
 def followed(example, sides, box, uniforms, crop, size):
     """What `cut_example` gives -> the example with all that has a place where the image now has it."""
     rest = {key: values for key, values in example.items() if key != "image"}
+    if not rest.keys() & placed.PLACED.keys():
+        return example
     placed.check(rest, sides)
     seen = placed.moved(rest, lambda kind, values: kind.resize(kind.cut(values, box), box[2:], size))
-    if crop.flip and rest.keys() & placed.PLACED.keys():
+    if crop.flip:
         mirrored = lambda: placed.moved(seen, lambda kind, values: kind.mirror(values, size))
         seen = tf.cond(uniforms[-1] < 0.5, mirrored, lambda: seen)
     return {"image": example["image"], **seen}

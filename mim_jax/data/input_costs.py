@@ -12,7 +12,7 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from mim_jax.data import augment, decoding, placed
+from mim_jax.data import augment
 from mim_jax.data.augment import RandomCrop
 from mim_jax.data.pipeline import TrainBatches
 from mim_jax.data.randaugment import RandAugment
@@ -100,17 +100,20 @@ def _parts(held: Held, size: int) -> dict:
     seen = lambda i: augment.train_example(held.load(i), [i, 0], crop, out, held.channels)
 
     def cut(i):
-        choose = lambda h, w: augment.crop_box(crop, h, w, drawn(i))
-        return augment.cut_image(held.images[i], 3, choose, size=out)
+        def see(data, uniforms):
+            choose = lambda h, w: augment.crop_box(crop, h, w, uniforms)
+            return np.ascontiguousarray(augment.cut_image(data, 3, choose, size=out)[0])
+
+        return tf.numpy_function(see, [held.images[i], drawn(i)], tf.uint8, stateful=False)
 
     def by_tensorflow(i):
-        smooth = tf.image.resize(cut(i)[0], out, method="bicubic", antialias=True)
+        smooth = tf.image.resize(tf.ensure_shape(cut(i), [None, None, 3]), out, method="bicubic", antialias=True)
         return tf.saturate_cast(tf.round(smooth), tf.uint8)
 
     parts = {
-        "decode_whole": lambda i: tf.io.decode_jpeg(held.images[i], channels=3, dct_method=decoding.DCT)[0, 0],
-        "crop": lambda i: cut(i)[0][0, 0],
-        "crop_resize": lambda i: placed.bicubic((found := cut(i))[0], out, of=found[1])[0, 0],
+        "decode_whole": lambda i: tf.io.decode_jpeg(held.images[i], channels=3, dct_method="INTEGER_ACCURATE")[0, 0],
+        "crop": lambda i: cut(i)[0, 0],
+        "crop_resize": lambda i: seen(i)["image"][0, 0],
         "crop_resize_by_tensorflow": lambda i: by_tensorflow(i)[0, 0],
         "crop_resize_randaugment": lambda i: recipe(seen(i), tf.stack([i, 0]))["image"][0, 0],
     }

@@ -16,6 +16,7 @@ BLOCK = 16  # pixels transposed at once, to stay in the cache
 BYTES, NUMBERS, WEIGHTS = types.uint8[::1], types.int64[::1], types.int32[:, ::1]
 IMAGE = types.uint8[:, :, ::1]
 PIXELS = types.Array(types.uint8, 3, "C", readonly=True)  # one that is given; it may be writable too
+PART = types.Array(types.uint8, 3, "A", readonly=True)  # or be a part of another
 
 
 def compiled(*signature):
@@ -97,7 +98,7 @@ def _transpose(source, rows, columns, channels, out):
                     there += c
 
 
-@compiled(IMAGE(PIXELS, types.float64[::1], types.int64[::1], types.int64[::1], types.boolean))
+@compiled(IMAGE(PART, types.float64[::1], types.int64[::1], types.int64[::1], types.boolean))
 def _bicubic(pixels, of, size, part, mirror):
     height, width, channels = pixels.shape
     (top, left, tall, wide), (y, x, h, w) = of, part
@@ -136,4 +137,4 @@ def bicubic(pixels, size, of=None, part=None, mirror=False) -> np.ndarray:
     size = np.array(size, np.int64)
     of = np.array((0, 0, *pixels.shape[:2]) if of is None else of, np.float64)
     part = np.array((0, 0, *size) if part is None else part, np.int64)
-    return _bicubic(np.ascontiguousarray(pixels), of, size, part, bool(mirror))
+    return _bicubic(pixels, of, size, part, bool(mirror))

@@ -8,16 +8,14 @@ import tensorflow as tf
 from mim_jax.data import pil_bicubic
 
 
-def bicubic(pixels, size, box=None, of=None, mirror=False):
+def bicubic(pixels, size, box=None):
     """uint8 [h w c] -> uint8 [size c]: PIL's bicubic, antialiased; untouched where the size is right already.
 
-    With a box (y, x, h, w) of the result only that, in the memory of that; `of`: of the part (y, x, h, w) of the pixels, in
-    pixels and fractions of them. mirror: whether left and right are swapped.
+    With a box (y, x, h, w) of the result only that, in the memory of that.
     """
     box = (0, 0, *size) if box is None else box
-    of = tf.concat([[0, 0], tf.shape(pixels)[:2]], 0) if of is None else of
-    numbers = [tf.stack(size), tf.cast(of, tf.float64), tf.stack(box)]
-    resized = tf.numpy_function(pil_bicubic.bicubic, [pixels, *numbers, mirror], tf.uint8, stateful=False)
+    resize = lambda pixels, size, part: pil_bicubic.bicubic(pixels, size, part=part)
+    resized = tf.numpy_function(resize, [pixels, tf.stack(size), tf.stack(box)], tf.uint8, stateful=False)
     return tf.ensure_shape(resized, [*(side if isinstance(side, int) else None for side in box[2:]), pixels.shape[-1]])
 
 
