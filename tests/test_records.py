@@ -7,8 +7,10 @@ still agree to 1e-6, and the leaves of the state in root mean square and mean.
 import json
 import shutil
 
+import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image, ImageEnhance
 from record_runs import RECORDS, RUNS, SAVED, STEPS, environment, outcome, renamed, start
 
 # Where the environment differs: relative error of a loss or learning rate, of a gradient norm, of a leaf (in units of its root
@@ -21,11 +23,38 @@ LOSS, NORM, LEAF, JUDGED = 1e-6, 1e-5, 1e-5, 0.02
 OTHERWISE = {"beit_windows", "lomar"}
 
 
-def resized_then(pixels, size, of, mirror):
+def resized_then(pixels, size, of=None, part=None, mirror=False):
     """What crops were resized by when the runs were recorded: TensorFlow's filter, off by one of 255 here and there."""
     if pixels.shape[:2] != tuple(size):
         pixels = tf.saturate_cast(tf.round(tf.image.resize(pixels, size, method="bicubic", antialias=True)), tf.uint8).numpy()
     return pixels[:, :: -1 if mirror else 1]
+
+
+def by_pil(change):
+    """An operation of RandAugment as it was: by PIL, of a gray image."""
+
+    def changed(pixels, share, sign, fill):
+        image = Image.fromarray(pixels[..., 0])
+        return np.asarray(change(image, share, sign, fill[0]))[..., None]
+
+    return changed
+
+
+def moved(matrix):
+    kept = dict(method=Image.Transform.AFFINE, resample=Image.Resampling.BICUBIC)
+    return lambda image, share, sign, fill: image.transform(
+        image.size, data=matrix(image, sign * share), fillcolor=fill, **kept
+    )
+
+
+OPERATIONS_THEN = {
+    "Rotate": lambda image, share, sign, fill: image.rotate(30 * sign * share, Image.Resampling.BICUBIC, fillcolor=fill),
+    "Sharpness": lambda image, share, sign, fill: ImageEnhance.Sharpness(image).enhance(max(0.1, 1 + 0.9 * sign * share)),
+    "ShearX": moved(lambda image, by: (1, 0.3 * by, 0, 0, 1, 0)),
+    "ShearY": moved(lambda image, by: (1, 0, 0, 0.3 * by, 1, 0)),
+    "TranslateX": moved(lambda image, by: (1, 0, 0.45 * by * image.width, 0, 1, 0)),
+    "TranslateY": moved(lambda image, by: (1, 0, 0, 0, 1, 0.45 * by * image.height)),
+}
 
 
 @pytest.fixture
@@ -33,6 +62,8 @@ def recorded(tmp_path, monkeypatch, request):
     """The working directory holds the workdir as recorded, and LoMaR's where others start from -> (name, record.json)."""
     name = request.param
     monkeypatch.setattr("mim_jax.data.pil_bicubic.bicubic", resized_then)
+    then = {operation: by_pil(change) for operation, change in OPERATIONS_THEN.items()}
+    monkeypatch.setattr("mim_jax.data.randaugment.COMPILED", then)
     for folder in {"lomar", name}:
         shutil.copytree(RECORDS / folder, tmp_path / folder)
     monkeypatch.chdir(tmp_path)
