@@ -28,11 +28,35 @@ def test_the_steps_asked_for_are_traced(asked, first, last, steps, calls, tmp_pa
     traced = []
     with Tracer(asked, first, tmp_path) as tracer:
         for step in range(first, last + 1):
-            tracer.before(step)
+            tracer.end(step)
+            tracer.begin(step)
             if calls and calls[-1] != "stop":
                 traced.append(step)
     assert traced == steps
     assert calls == ([("start", str(tmp_path / "profile")), "stop"] if steps else [])
+
+
+def test_a_trace_that_cannot_be_written_ends_no_run(monkeypatch, tmp_path):
+    def fails(*_, **__):
+        raise ValueError("Invalid trace folder")
+
+    monkeypatch.setattr(profiling.jax.profiler, "start_trace", lambda *_, **__: None)
+    monkeypatch.setattr(profiling.jax.profiler, "stop_trace", fails)
+    with Tracer(Profiling(steps=1, at=1), 0, tmp_path) as tracer:
+        for step in range(4):
+            tracer.end(step)
+            tracer.begin(step)
+    monkeypatch.setattr(profiling.jax.profiler, "start_trace", fails)
+    with Tracer(Profiling(steps=1, at=1), 0, tmp_path) as tracer:
+        tracer.begin(1)
+
+
+def test_every_process_has_a_folder_of_its_own(calls, monkeypatch, tmp_path):
+    monkeypatch.setattr(profiling.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(profiling.jax, "process_index", lambda: 1)
+    with Tracer(Profiling(steps=1, at=1), 0, tmp_path) as tracer:
+        tracer.begin(1)
+    assert calls == [("start", str(tmp_path / "profile" / "process1")), "stop"]
 
 
 def test_a_run_leaves_a_trace(run_cli, tmp_path):

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from mim_jax.data import augment
+from mim_jax.data import augment, decoding
 from mim_jax.data.augment import RandomCrop
 from mim_jax.data.pipeline import TrainBatches
 from mim_jax.data.randaugment import RandAugment
@@ -57,12 +57,17 @@ def encoded(source: str, path: str, split: str) -> list[bytes]:
     if not source:
         return made(IMAGES)
     there = open_source(source, split, path=path)
+    if not there.random_access:
+        raise augment.DataError(f"--source={source}: its images cannot be picked; prepare it as array_record.")
     ids = np.linspace(0, there.num_examples - 1, min(IMAGES, there.num_examples)).astype(np.int64)
     items = there.lookup(tf.constant(ids)) if there.bulk else ids
     found = [there.load(item)["image"] for item in items]
     if any(image.dtype != tf.string for image in found):
         raise augment.DataError(f"--source={source}: its images are not encoded; give one of files.")
-    return [image.numpy() for image in found]
+    jpegs = [image.numpy() for image in found if decoding.jpeg_sides(image.numpy())]
+    if not jpegs:
+        raise augment.DataError(f"--source={source}: none of {len(found)} images is a JPEG, of which alone there is a floor.")
+    return jpegs
 
 
 def report(size: int, source: str = "", path: str = "", split: str = "train") -> tuple[dict, dict]:

@@ -94,6 +94,9 @@ def _transpose(source, rows, columns, channels, out):
                     out[there] = source[here]
                     if channels == 3:
                         out[there + one], out[there + two] = source[here + one], source[here + two]
+                    else:
+                        for k in range(1, channels):
+                            out[there + np.uint64(k)] = source[here + np.uint64(k)]
                     here += step
                     there += c
 
@@ -129,7 +132,7 @@ def _bicubic(pixels, of, size, part, mirror):
 
 
 def bicubic(pixels, size, of=None, part=None, mirror=False) -> np.ndarray:
-    """uint8 [h w c], c 1 or 3 -> uint8 [size c]. A function of whole numbers: the same on every machine.
+    """uint8 [h w c] -> uint8 [size c]. A function of whole numbers: the same on every machine.
 
     of: the part of the image to resize, (y, x, h, w) in pixels and fractions; part: the part of the result to make, before
     it is mirrored.

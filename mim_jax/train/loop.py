@@ -55,6 +55,7 @@ def train(e: Experiment, run: Run) -> tuple[dict, bool]:
                         accumulation=e.length.accumulation, lr=e.rate.function())  # fmt: skip
     first, total, results = run.first, e.length.total, {}
     for step in range(first, total + 1):
+        run.tracer.end(step, run.state)
         results |= evaluate(e, run, step)
         stop = run.stopping.asked(step)
         if stop or run.checkpoints.due(step, first) or step == total:
@@ -64,7 +65,7 @@ def train(e: Experiment, run: Run) -> tuple[dict, bool]:
             return results, False
         if step == total:
             break
-        run.tracer.before(step, run.state)
+        run.tracer.begin(step, run.state)
         with run.clock.measure("data"):
             batch = e.batches.batch(step)
         batch = sharding.to_global(batch, e.mesh)
