@@ -68,10 +68,14 @@ def keep_shards(root):
         tarfile.open(f"{root}/train-{k:05d}.tar", "w").close()
     n, rng = SHARDS * IN_SHARD, np.random.default_rng(0)
     made = tar_index.Index(
-        firsts=np.arange(SHARDS) * IN_SHARD, start=np.ones(n, np.int8), size=rng.integers(1, 2**18, n, np.int32),
-        header=np.tile(np.arange(IN_SHARD, dtype=np.uint32) * 220, SHARDS), label=rng.integers(0, MANY, n, np.int16),
-        words=np.array(sorted(map(str, range(MANY)))), said=np.array([], str),
-    )  # fmt: skip
+        firsts=np.arange(SHARDS) * IN_SHARD,
+        start=np.ones(n, np.int8),
+        size=rng.integers(1, 2**18, n, np.int32),
+        header=np.tile(np.arange(IN_SHARD, dtype=np.uint32) * 220, SHARDS),
+        label=rng.integers(0, MANY, n, np.int16),
+        words=np.array(sorted(map(str, range(MANY)))),
+        said=np.array([], str),
+    )
     tar_index._make = lambda *_: made
     tar_index.index_of([f"{root}/train-{k:05d}.tar" for k in range(SHARDS)], root, {})
 

@@ -43,9 +43,15 @@ def main(_):
         if not (host := re.fullmatch(r"(\d+)/(\d+)", HOST.value)):
             raise ConfigError(f"--host={HOST.value}: write 0/4 for the first of four hosts.")
         opening = dict(
-            name=SOURCE.value, split=SPLIT.value, path=at_home(PATH.value), data_dir=at_home(DATA_DIR.value),
-            columns=COLUMNS.value, folders=FOLDERS.value, holdout=HOLDOUT.value, label_sets=True,
-        )  # fmt: skip
+            name=SOURCE.value,
+            split=SPLIT.value,
+            path=at_home(PATH.value),
+            data_dir=at_home(DATA_DIR.value),
+            columns=COLUMNS.value,
+            folders=FOLDERS.value,
+            holdout=HOLDOUT.value,
+            label_sets=True,
+        )
         stored = dict(shorter=SHORTER.value, format=FORMAT.value, quality=QUALITY.value)
         workers, share = WORKERS.value or len(os.sched_getaffinity(0)), (int(host[1]), int(host[2]))
         asked = Asked(opening, OUT.value, NAME.value, stored, SHARDS.value, workers, share, BAD_LIMIT.value)
@@ -58,8 +64,10 @@ def main(_):
         print("the shards of this host are there; the last host, or the same command again, writes the manifest")
         return
     size, n = sum(row["bytes"] for row in made["shards"]), len(made["shards"])
-    print(f"{made['examples']} images in {n} shards, {size / 1e9:.3f} GB; {made['resized']} resized, {len(made['skipped'])} "
-          f"left out. --config.data.source=prepared --config.data.path={OUT.value}")  # fmt: skip
+    print(
+        f"{made['examples']} images in {n} shards, {size / 1e9:.3f} GB; {made['resized']} resized, {len(made['skipped'])} "
+        f"left out. --config.data.source=prepared --config.data.path={OUT.value}"
+    )
 
 
 if __name__ == "__main__":

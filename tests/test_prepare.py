@@ -115,8 +115,9 @@ def test_a_source_without_random_access(tmp_path):
 def test_sets_of_labels(tmp_path):
     sets = [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
     images = np.stack([picture(k) for k in range(3)])
-    source = ArraySource("s", "test", 3, ("x", "y", "z"), 3, label_sets=True, images=tf.constant(images),
-                         labels=tf.constant(sets, tf.uint8))  # fmt: skip
+    source = ArraySource(
+        "s", "test", 3, ("x", "y", "z"), 3, label_sets=True, images=tf.constant(images), labels=tf.constant(sets, tf.uint8)
+    )
     facts = shard_writer.write_shard(
         source, source.file_name, 0, 3, tmp_path / manifest.shard_name("test", 0, 1), shard_writer.Stored(), lambda *_: None
     )

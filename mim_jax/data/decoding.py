@@ -21,8 +21,7 @@ ORIENTATION = 0x0112  # the tag of EXIF
 # Times larger than the result, from where on a JPEG's crop is decoded at 1/2, 1/4, 1/8. The smaller, the further libjpeg's
 # shrinking is from a resize's, so the more is left to the resize.
 SHRUNK = (2, 6, 16)
-TURNED = {2: (False, False, True), 3: (False, True, True), 4: (False, True, False), 5: (True, False, False),
-          6: (True, False, True), 7: (True, True, True), 8: (True, True, False)}  # fmt: skip
+TURNED = {o: (o >= 5, o in (3, 4, 7, 8), o in (2, 3, 6, 7)) for o in range(2, 9)}  # sides swapped, rows, columns backwards
 
 
 @dataclasses.dataclass(frozen=True)

@@ -164,8 +164,16 @@ def write_shard(source, name_of, low, high, file, stored, tell) -> dict:
         raise CannotWrite(f"{file} cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
-    return dict(file=file.name, examples=len(names), bytes=size, sha256=digest, resized=resized, names=names,
-                labels={str(k): n for k, n in sorted(labels.items())}, skipped=skipped)  # fmt: skip
+    return dict(
+        file=file.name,
+        examples=len(names),
+        bytes=size,
+        sha256=digest,
+        resized=resized,
+        names=names,
+        labels={str(k): n for k, n in sorted(labels.items())},
+        skipped=skipped,
+    )
 
 
 def _chunks(source, low, high, shorter):

@@ -93,11 +93,13 @@ def _kept(root) -> Listing | None:
     names = held["folders"].tobytes().split(b"\0")[:-1]
     images = Images(Packed.loaded(held), [(names[k], place) for k, place in held["runs"].tolist()])
     listing = Listing(
-        root, images, dict(zip(names, map(tuple, held["states"].tolist()))),
+        root,
+        images,
+        dict(zip(names, map(tuple, held["states"].tolist()))),
         others=collections.Counter({(back(folder), kind): n for folder, kind, n in rest["others"]}),
         skipped=collections.Counter({back(name): n for name, n in rest["skipped"]}),
         again={back(link): back(first) for link, first in rest["again"]},
-    )  # fmt: skip
+    )
     if not _unchanged(listing) or not np.array_equal(_sample(listing), held["sample"]):
         logging.info("%s has changed since it was listed, and is listed anew", shown(root))
         return None
@@ -128,8 +130,9 @@ def _keep(listing, started):
         folders=np.frombuffer(b"".join(folder + b"\0" for folder in listing.folders), np.uint8),
         states=np.array([*listing.folders.values()], np.int64),
         runs=np.array([(number[folder], place) for folder, place in listing.images.runs], np.int64).reshape(-1, 2),
-        sample=_sample(listing), rest=np.frombuffer(json.dumps(rest).encode("latin-1"), np.uint8),
-    )  # fmt: skip
+        sample=_sample(listing),
+        rest=np.frombuffer(json.dumps(rest).encode("latin-1"), np.uint8),
+    )
     kept.save(_places(root)[0 if os.path.isdir(own) else 1 :], VERSION, what, arrays)
 
 

@@ -42,7 +42,7 @@ class Training(encoders.WithEncoder):
 
 
 def experiment(
-    config: Training, kept: ConfigDict, *, objective: Objective, source, mesh, inputs, averaged=False, randaugment=None, **more
+    config: Training, kept: ConfigDict, *, objective: Objective, source, mesh, averaged=False, randaugment=None, **more
 ) -> Experiment:
     """Raises ConfigError for what cannot be, before any compute.
 
@@ -51,11 +51,11 @@ def experiment(
     length = Length.of(config.total, config.batch_size, config.accumulation, source.num_examples)
     facts = {"classes": source.num_classes, "class_names": source.class_names}
     judged = judges.Judged(objective, config, mesh, config.seed, source.class_names, averaged)
-    return Experiment(
-        config, kept.to_dict() | facts, objective, source=source, mesh=mesh, rate=Rate(config.optim, length),
-        evaluators=judges.evaluators(config.evals, judged, length.steps),
-        batches=datasets.training_batches(config, source, randaugment), inputs=sized(inputs, config.image_size), **more,
-    )  # fmt: skip
+    more["inputs"] = sized(more["inputs"], config.image_size)
+    more["batches"] = datasets.training_batches(config, source, randaugment)
+    more["evaluators"] = judges.evaluators(config.evals, judged, length.steps)
+    rate = Rate(config.optim, length)
+    return Experiment(config, kept.to_dict() | facts, objective, source=source, mesh=mesh, rate=rate, **more)
 
 
 def run(e: Experiment, workdir: epath.Path, typed: dict, defaults: dict) -> dict:
