@@ -290,8 +290,7 @@ def few_shot_evaluator(classes=16, **changes):
 
     object.__setattr__(settings, "opened", open_split.__get__(settings))
     judged = Judged(settings.objective(classes), settings, sharding.make_mesh())
-    (scheduled,) = evaluators(settings.evals, judged, lambda duration: 1)
-    return scheduled, opened
+    return *evaluators(settings.evals, judged, lambda duration: 1), opened
 
 
 def test_the_few_shot_evaluator_keeps_the_test_split_out_of_its_bank():
@@ -315,7 +314,6 @@ def test_the_few_shot_evaluator_reports_mean_and_spread_per_shots():
 REFUSED = {
     "same": (dict(test_split="train_tiles"), "train_split and test_split.*evals.fewshot.on"),
     "shots": (dict(shots=(0,)), r"shots=\(0,\)"),
-    "labels": (dict(classes=0), "needs labels.*evals.fewshot.on"),
 }
 
 
@@ -323,6 +321,12 @@ REFUSED = {
 def test_few_shot_refuses_what_cannot_be(changes, words):
     with pytest.raises(ConfigError, match=words):
         few_shot_evaluator(**changes)
+
+
+def test_few_shot_without_labels_is_left_out_and_said(caplog):
+    (opened,) = few_shot_evaluator(classes=0)
+    assert opened
+    assert "evaluator 'fewshot' is left out" in caplog.text and "needs labels" in caplog.text
 
 
 def test_knn_is_not_judged_on_its_own_bank():

@@ -74,4 +74,4 @@ def test_from_zero_the_cosine_is_bit_for_bit_the_plain_formula(peak, total, warm
 @pytest.mark.parametrize("milestones", [(700.0,), (0.0,), (0.5, 1.0), (-0.1,), (float("nan"),)])
 def test_milestones_outside_the_run_are_refused(milestones):
     with pytest.raises(ConfigError, match=r"optim.milestones=.*(is not a share of the run|is not a finite number)"):
-        Steps(at="optim.", milestones=milestones, milestone_rate=0.1, warmup_start=0.0)
+        Steps(prefix="optim.", milestones=milestones, milestone_rate=0.1, warmup_start=0.0)
