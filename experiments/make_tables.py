@@ -10,7 +10,7 @@ import re
 import statistics
 import sys
 
-from experiments import estimated
+from experiments import data_tables, estimated
 from mim_jax import provenance
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -371,6 +371,32 @@ def estimates() -> str | None:
     return table(estimated.HEAD, estimated.rows(runs)) + "\n\n" + note
 
 
+def input_path() -> str | None:
+    """What an image costs before it reaches the device. None: nothing recorded."""
+    if not (runs := load("input_cpu.json")):
+        return None
+    (run,) = runs
+    cores = run["provenance"]["machine"]["cores"]
+    note = f"{run['images']} JPEGs, {run['mean_bytes'] / 1e3:.0f} KB on average, to {run['size']} px; {cores} CPU cores."
+    return table(data_tables.INPUT, data_tables.of_input(run)) + f"\n\n{note} Commits: {commits(runs)}."
+
+
+def starts() -> str | None:
+    """How long starts take, and the memory, with many images. None: nothing recorded."""
+    if not (runs := load("start_at_scale.json")):
+        return None
+    return table(data_tables.STARTS, data_tables.of_starts(runs[0])) + f"\n\nCommits: {commits(runs)}."
+
+
+def layouts() -> str | None:
+    """What layouts by platform bring, by estimate. None: nothing recorded."""
+    if not (after := load("layouts_*.json")):
+        return None
+    before = load("target_*.json")
+    rows = data_tables.of_layouts(before, after)
+    return table(data_tables.LAYOUTS, rows) + f"\n\nESTIMATES, as above. Commits with layouts: {commits(after)}."
+
+
 TABLES = {
     "quickstart": quickstart,
     "compare": compare,
@@ -378,6 +404,9 @@ TABLES = {
     "costs": costs,
     "ratios": ratios,
     "estimates": estimates,
+    "layouts": layouts,
+    "input": input_path,
+    "starts": starts,
     "baselines": baselines,
     "joined": joined,
     "finetune": finetune,

@@ -40,6 +40,8 @@ INPUT = flags.DEFINE_bool("input", False, "measure decoding, cropping, resizing,
 SOURCE = flags.DEFINE_string("source", "", "with --input: where images are, as data.source")
 PATH = flags.DEFINE_string("path", "", "with --input: as data.path")
 SIZE = flags.DEFINE_integer("size", 224, "with --input: pixels of a side of the crops", lower_bound=1)
+INPUT_FLAGS = ("source", "path", "size")
+STEP_FLAGS = ("config", "batch_size", "steps", "compute_dtype", "remat", "fsdp", "accumulation", "init_from", "compile_only")
 OUT = flags.DEFINE_string(
     "out",
     "",
@@ -75,6 +77,11 @@ def compare(paths):
 def report() -> tuple[dict, dict, str]:
     """-> numbers, settings, the name of the file they go to. Raises ConfigError."""
     specs = CONFIG.value
+    unread = (name for name in (STEP_FLAGS if INPUT.value else INPUT_FLAGS) if flags.FLAGS[name].present)
+    if name := next(unread, ""):
+        raise ConfigError(
+            f"--{name} is {'not for --input, which measures images and no step' if INPUT.value else 'for --input'}"
+        )
     if INPUT.value:
         from mim_jax.data import input_costs
 

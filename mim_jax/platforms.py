@@ -5,18 +5,16 @@ import contextvars
 
 import jax
 
+LAYOUTS = {
+    "tpu": "queries, keys and values by three products, each to its heads",
+    "gpu": "GELU keeps one array for its gradient",
+}
 _compiled_for = contextvars.ContextVar("compiled_for", default="")
 
 
 def current() -> str:
     """cpu, gpu or tpu: of the mesh that is being traced for, else of this process."""
     return _compiled_for.get() or jax.default_backend()
-
-
-LAYOUTS = {
-    "tpu": "queries, keys and values by three products, each to its heads",
-    "gpu": "GELU keeps one array for its gradient",
-}
 
 
 def layouts() -> str:

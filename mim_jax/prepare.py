@@ -52,6 +52,8 @@ def main(_):
             holdout=HOLDOUT.value,
             label_sets=True,
         )
+        if unread := [name for name in ("format", "quality") if flags.FLAGS[name].present and not SHORTER.value]:
+            raise ConfigError(f"--{unread[0]} is of images that --shorter resizes; without it all keep their bytes.")
         stored = dict(shorter=SHORTER.value, format=FORMAT.value, quality=QUALITY.value)
         workers, share = WORKERS.value or len(os.sched_getaffinity(0)), (int(host[1]), int(host[2]))
         asked = Asked(opening, OUT.value, NAME.value, stored, SHARDS.value, workers, share, BAD_LIMIT.value)

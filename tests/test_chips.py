@@ -282,11 +282,13 @@ def test_the_step_of_a_job_that_starts_from_a_run():
         (["--compile_only", "--target=h100", "--batch_size=8", "--config=configs/mae_vitb.py:toy"], "--per_device instead"),
         (["--compare", "a.json"], "takes two files, not 1"),
         (["--compile_only"], "give what is measured"),
+        (["--input", "--config=configs/mae_vitb.py:toy"], "--config is not for --input"),
+        (["--path=/my/images", "--config=configs/mae_vitb.py:toy"], "--path is for --input"),
     ],
 )
 def test_the_command_line_says_what_to_do(arguments, words, capsys):
     values = benchmark.flags.FlagValues()
-    for flag in ("config", "batch_size", "compile_only", "target", "compare", "out"):
+    for flag in ("config", "batch_size", "compile_only", "target", "compare", "input", "path", "out"):
         values[flag] = benchmark.flags.FLAGS[flag]
     rest = benchmark.flags.FLAGS(["benchmark", *arguments])
     try:

@@ -209,6 +209,13 @@ def test_the_command_with_two_processes(data, tmp_path):
 # ---- what goes wrong
 
 
+def test_an_encoding_without_a_size_is_refused(data, tmp_path):
+    flags = ["--source=folder", f"--path={data}", f"--out={tmp_path}/out", "--format=png"]
+    done = subprocess.run([sys.executable, "-m", "mim_jax.prepare", *flags], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and "--format is of images that --shorter resizes" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_images_are_left_out_by_name_up_to_a_limit(data, tmp_path, capsys):
     whole = files_of(data)[3].read_bytes()
     files_of(data)[3].write_bytes(whole[: len(whole) // 2])

@@ -140,12 +140,6 @@ def _scaled_cut(pixels, box, step: int):
     return pixels[top : -(-(y + h) // step), left : -(-(x + w) // step)], (y / step - top, x / step - left, h / step, w / step)
 
 
-def whole(data, how: Decoding = PLAIN):
-    """Tensors: encoded bytes -> uint8 [h w 3]. Raises what TensorFlow makes of what `pixels_of` raises."""
-    decode = lambda data: np.ascontiguousarray(pixels_of(in_bytes(data), how))
-    return tf.ensure_shape(tf.numpy_function(decode, [data], tf.uint8, stateful=False), [None, None, 3])
-
-
 def orientation(data, how: Decoding):
     """Tensors: encoded bytes -> int32 [], EXIF's 1 .. 8; 1, upright, where it says nothing or is to be ignored."""
     if how.exif == "ignore":

@@ -20,7 +20,7 @@ PART = types.Array(types.uint8, 3, "A", readonly=True)  # or be a part of anothe
 
 
 def compiled(*signature):
-    """njit with PIL-like C speed, compiled when imported and kept on the disk, if there is a place for it."""
+    """njit, compiled when imported and kept on the disk, if there is a place for it."""
 
     def decorate(function):
         try:

@@ -1,0 +1,49 @@
+"""The tables of results/README.md about data and layouts: HEAD and rows of each, of reports as their commands write them."""
+
+WORDS = {
+    "decode_whole": "decoding alone, the floor",
+    "crop": "the crop decoded",
+    "crop_resize": "and resized",
+    "crop_resize_by_tensorflow": "and resized by TensorFlow instead, as before, not mirrored",
+    "crop_resize_randaugment": "and resized, then RandAugment (2, 9, .5)",
+    "path": "training batches",
+    "path_resize_on_device": "training batches, `data.resize=device`",
+    "path_repeat_4": "training batches, `data.repeat=4`",
+}
+INPUT = ("of one image", "CPU ms", "images/s of a core", "of the floor")
+STARTS = ("data", "images", "first start, s", "second start, s", "its peak, MB", "of that imports, MB")
+LAYOUTS = ("config", "target", "step, ms", "with layouts", "GB moved", "with layouts", "copies", "with layouts")
+
+
+def of_input(run: dict) -> list[list[str]]:
+    """Of `benchmark --input`."""
+    cost, rate, share = "{cpu_ms_per_image:.2f}", "{images_per_second_per_core:.0f}", "{share_of_floor:.0%}"
+    return [[WORDS[r["part"]], *(words.format(**r) for words in (cost, rate, share))] for r in run["results"]]
+
+
+def of_starts(run: dict) -> list[list[str]]:
+    """Of experiments/start_at_scale.py. Made-up lists are there before the first start, which is then none."""
+    found = []
+    for name, starts in run.items():
+        if name == "provenance":
+            continue
+        first, *later = starts if "made up" not in name else (None, *starts)
+        seconds = sorted(start["seconds"] for start in later)
+        span = f"{seconds[0]:.1f} to {seconds[-1]:.1f}" if seconds[0] != seconds[-1] else f"{seconds[0]:.1f}"
+        peak, imports = (max(start[key] for start in later) for key in ("mb_peak", "mb_imports"))
+        begun = f"{first['seconds']:.1f}" if first else "–"
+        found.append([name, f"{later[0]['examples']:,}", begun, span, str(peak), str(imports)])
+    return found
+
+
+def of_layouts(before: list[dict], after: list[dict]) -> list[list[str]]:
+    """Of `benchmark --compile_only --target`: the same configs and targets without and with mim_jax/platforms.py."""
+    key = lambda run: (run["results"][0]["config"], run["target"])
+    then = {key(run): run["results"][0] for run in before}
+    found = []
+    for run in after:
+        old, new = then[key(run)], run["results"][0]
+        numbers = lambda r: (f"{1e3 * r['step_s']:.1f}", f"{r['bytes_moved'] / 1e9:.1f}", f"{r['shares']['copies']:.0%}")
+        config = f"`{new['config'].removeprefix('configs/')}`, {new['per_device']} a device"
+        found.append([config, run["target"], *(x for both in zip(numbers(old), numbers(new)) for x in both)])
+    return found
