@@ -29,7 +29,7 @@ def of_starts(run: dict) -> list[list[str]]:
             continue
         first, *later = starts if "made up" not in name else (None, *starts)
         seconds = sorted(start["seconds"] for start in later)
-        span = f"{seconds[0]:.1f} to {seconds[-1]:.1f}" if seconds[0] != seconds[-1] else f"{seconds[0]:.1f}"
+        span = " to ".join(dict.fromkeys(f"{second:.1f}" for second in (seconds[0], seconds[-1])))
         peak, imports = (max(start[key] for start in later) for key in ("mb_peak", "mb_imports"))
         begun = f"{first['seconds']:.1f}" if first else "–"
         found.append([name, f"{later[0]['examples']:,}", begun, span, str(peak), str(imports)])

@@ -21,6 +21,9 @@ from mim_jax import provenance
 CLASSES, EACH = 1000, 1300  # of the real files
 MANY, MOST_EACH = 21_000, 666  # of the made-up listing: classes, images of each
 SHARDS, IN_SHARD = 1400, 10_000
+SETTINGS = dict(
+    folders=CLASSES, files_each=EACH, made_up_folders=MANY, made_up_each=MOST_EACH, shards=SHARDS, images_each=IN_SHARD
+)
 
 
 def names(classes, each, seed=0):
@@ -116,7 +119,7 @@ def main(root, out):
     results["folder, 14 million made up"] = starts("folder", f"{root}/many", 2)
     keep_shards(f"{root}/shards")
     results["tar shards, 14 million made up"] = starts("webdataset", f"{root}/shards", 2)
-    provenance.write_result(out, results, provenance.this_run({}, time.monotonic() - begun))
+    provenance.write_result(out, results, provenance.this_run(SETTINGS, time.monotonic() - begun))
 
 
 if __name__ == "__main__":
