@@ -12,7 +12,7 @@ def cell_anchors(size: float, ratios=RATIOS) -> np.ndarray:
     return np.asarray([(-w / 2, -r * w / 2, w / 2, r * w / 2) for w, r in zip(widths, ratios)], np.float32)
 
 
-def level_anchors(grid, stride: int, size: float, ratios=RATIOS) -> np.ndarray:
+def level_anchors(grid, stride: float, size: float, ratios=RATIOS) -> np.ndarray:
     """-> [(rows columns a) 4] float32: one set at every cell's corner, (column, row) x stride, without an offset."""
     rows, columns = (np.arange(side, dtype=np.float32) * stride for side in grid)
     y, x = np.meshgrid(rows, columns, indexing="ij")

@@ -37,9 +37,9 @@ class RegionProposals(nn.Module):
         return tuple(jnp.concatenate(parts, 1).astype(jnp.float32) for parts in zip(*found))
 
 
-def pyramid_anchors(pyramid: dict, sizes) -> list[np.ndarray]:
-    """Of every level [n 4]; `sizes`: pixels of a side, of each level."""
-    return [anchors.level_anchors(x.shape[1:3], 2**level, size) for (level, x), size in zip(pyramid.items(), sizes)]
+def pyramid_anchors(pyramid: dict, sizes, unit: float = 1.0) -> list[np.ndarray]:
+    """Of every level [n 4]; `sizes`: pixels of a side, of each level; `unit`: pixels, of which level l has stride 2^l."""
+    return [anchors.level_anchors(x.shape[1:3], unit * 2**level, size) for (level, x), size in zip(pyramid.items(), sizes)]
 
 
 def proposals(logits, deltas, places, size, *, before: int, after: int, limit: float):

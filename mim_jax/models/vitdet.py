@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-from einops import rearrange
-
 import jax.numpy as jnp
+from einops import rearrange
 
 from mim_jax.config import ConfigError, choice
 from mim_jax.models import flops

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mim_jax import prng
 from mim_jax.boxes import coding, instance_masks, roi_align, suppression
+from mim_jax.boxes.anchors import RATIOS
 from mim_jax.config import ConfigError
 from mim_jax.models import flops
 from mim_jax.models.box_head import BoxHead, MaskHead
@@ -23,12 +24,13 @@ from mim_jax.sections import BelowOne, Count, Share
 
 WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))  # of box differences, by stage
 OVERLAPS = (0.5, 0.6, 0.7)  # from which a region is of an object, by stage
+PATCH = 16  # pixels, of the encoder that levels and sizes are stated for: another's strides are so much larger or smaller
 BOX_CELLS, MASK_CELLS = 7, 14  # of what is pooled of a region
-DEEPEST = 2 ** max(LEVELS)
 
 
 class Detect(Objective):
-    """Encoder, pyramid, region proposals, box head (three with `cascade`, their boxes alike for all classes), mask head.
+    """Encoder, pyramid, region proposals, box head (three with `cascade`, their boxes alike for all classes), mask head. The
+    levels have strides of 1/4, 1/2, 1, 2 and 4 patches.
 
     Inputs: `images`, normalised and then zero beyond their `size` int32 [b 2] (h, w); `boxes` [b g 4], `classes` int32 [b g],
     `valid` bool [b g]; `instance_masks` uint8 [b g h ceil(w/8)], rows packed by np.packbits; `anchor_noise` [b n] and
@@ -54,7 +56,7 @@ class Detect(Objective):
     proposal_overlap: BelowOne = 0.7
     dtype: Any = jnp.float32
 
-    hides = False
+    labelled, hides = True, False
 
     def setup(self):
         if len(self.anchor_sizes) != len(LEVELS):
@@ -80,15 +82,10 @@ class Detect(Objective):
         inside = (jnp.arange(h)[:, None] < size[:, 0, None, None]) & (jnp.arange(w) < size[:, 1, None, None])
         named = {name: batch[name] for name in ("size", "boxes", "classes", "valid", "instance_masks")}
         noise = lambda name, n: jax.random.uniform(prng.named(key, name), (b, n))
-        anchors = sum(3 * -(-h // 2**level) * -(-w // 2**level) for level in LEVELS)
-        regions = min(self.after[0], self.most_proposals(h, w)) + batch["boxes"].shape[1]
-        drawn = {"anchor_noise": noise("anchors", anchors), "region_noise": noise("regions", regions)}
+        counts = anchor_counts(h // self.encoder.patch, w // self.encoder.patch)
+        regions = min(self.after[0], len(LEVELS) * min(self.before[0], max(counts))) + batch["boxes"].shape[1]
+        drawn = {"anchor_noise": noise("anchors", sum(counts)), "region_noise": noise("regions", regions)}
         return {"images": jnp.where(inside[..., None], images, 0), **named, **drawn}
-
-    def most_proposals(self, h: int, w: int) -> int:
-        """How many there can be of an image, before the best are taken."""
-        counts = [3 * -(-h // 2**level) * -(-w // 2**level) for level in LEVELS]
-        return len(LEVELS) * min(self.before[0], max(counts))
 
     def example(self, batch_size: int = 2) -> dict:
         (h, w), g = self.encoder.image_size, self.objects
@@ -105,9 +102,13 @@ class Detect(Objective):
         top = self.encoder.levels - 1
         return self.pyramid(self.encoder.maps(images, (top,), train)[0])
 
+    def anchors(self, pyramid: dict) -> list:
+        """Of every level [n 4]."""
+        return pyramid_anchors(pyramid, self.anchor_sizes, self.encoder.patch / PATCH)
+
     def proposed(self, pyramid: dict, found, size, train: bool):
         """What the head found of the anchors -> boxes [b k 4], bool [b k] whether there is one; no gradient."""
-        places, phase = pyramid_anchors(pyramid, self.anchor_sizes), int(not train)
+        places, phase = self.anchors(pyramid), int(not train)
         options = dict(before=self.before[phase], after=self.after[phase], limit=self.proposal_overlap)
         one = lambda logits, deltas, size: proposals(logits, deltas, places, size, **options)
         boxes, _, there = jax.vmap(one)(*found, size.astype(jnp.float32))
@@ -116,7 +117,7 @@ class Detect(Objective):
     def pooled(self, pyramid: dict, boxes, cells: int):
         """Boxes [b r 4] -> [(b r) cells cells c]."""
         some = {level: pyramid[level] for level in POOLED}
-        found = jax.vmap(lambda maps, boxes: roi_align.pool(maps, boxes, cells))(some, boxes)
+        found = jax.vmap(lambda maps, boxes: roi_align.pool(maps, boxes, cells))(some, boxes * (PATCH / self.encoder.patch))
         return found.reshape(-1, *found.shape[2:])
 
     def staged(self, pyramid: dict, boxes, size):
@@ -138,7 +139,7 @@ class Detect(Objective):
     def __call__(self, inputs: dict, train: bool = False):
         pyramid = self.maps(inputs["images"], train)
         found, size = self.region_proposals(pyramid), inputs["size"]
-        anchors = jnp.concatenate(pyramid_anchors(pyramid, self.anchor_sizes))
+        anchors = jnp.concatenate(self.anchors(pyramid))
         losses = detection_losses.of_proposals(*found, anchors, inputs, self.sampled_anchors)
         boxes, there = self.proposed(pyramid, found, size, train=True)
         losses |= self.region_losses(pyramid, boxes, there, inputs)
@@ -159,7 +160,9 @@ class Detect(Objective):
     def mask_loss(self, pyramid: dict, regions: Regions, inputs: dict):
         """Of the regions of objects, which are the first of an image's."""
         most = min(detection_losses.most_positive(self.sampled_regions), regions.boxes.shape[1])
-        boxes, which, positive, classes = (x[:, :most] for x in (regions.boxes, regions.which, regions.positive, regions.classes))
+        boxes, which, positive, classes = (
+            x[:, :most] for x in (regions.boxes, regions.which, regions.positive, regions.classes)
+        )
         x = self.mask_head(self.pooled(pyramid, boxes, MASK_CELLS)).reshape(*positive.shape, *2 * (2 * MASK_CELLS,), -1)
         width = inputs["images"].shape[2]
         crop = lambda bits, which, boxes: instance_masks.cropped(bits, which, boxes, width, 2 * MASK_CELLS)
@@ -211,6 +214,13 @@ class Detect(Objective):
         masks = convs(196) + flops.dense(196, w, 4 * w) + flops.dense(784, w, self.classes)
         stages = len(OVERLAPS) if self.cascade else 1
         return total + stages * self.sampled_regions * head + detection_losses.most_positive(self.sampled_regions) * masks
+
+
+def anchor_counts(rows: int, columns: int) -> list[int]:
+    """Of every level, of a grid of patches."""
+    half = lambda n: n // 2
+    sides = [[4 * n, 2 * n, n, half(n), -(-half(n) // 2)] for n in (rows, columns)]
+    return [len(RATIOS) * y * x for y, x in zip(*sides)]
 
 
 def clipped(boxes, size):

@@ -14,8 +14,8 @@ LOW, HIGH = 0.3, 0.7  # overlaps below and from which an anchor is background, a
 
 
 class Regions(NamedTuple):
-    """Of each image r regions: `boxes` [b r 4], `which` object int32 [b r] is nearest and `classes` int32 [b r] of what class it
-    is; bool [b r]: `positive`, of that object, which come first when sampled, or else background; `there`, not padding."""
+    """Of each image r regions: `boxes` [b r 4], `which` object int32 [b r] is nearest, `classes` int32 [b r] its class; bool
+    [b r]: `positive`, of that object and not background, which come first when sampled; `there`, not padding."""
 
     boxes: jax.Array
     which: jax.Array

@@ -9,7 +9,7 @@ import numpy as np
 from recorded import Case, Report, capture, from_released
 
 from mim_jax import tree
-from mim_jax.boxes import coding, matching, paste, roi_align
+from mim_jax.boxes import coding, instance_masks, matching, paste, roi_align, suppression
 from mim_jax.convert import detector_names, names
 from mim_jax.convert.layouts import to_ours
 from mim_jax.models import grid_attention, irpe
@@ -19,7 +19,7 @@ from mim_jax.models.pyramid import Pyramid
 from mim_jax.models.region_proposals import RegionProposals, proposals, pyramid_anchors
 from mim_jax.models.vitdet import ViTDet, cut
 from mim_jax.objectives import detection_losses
-from mim_jax.objectives.detect import WEIGHTS, Detect, of_class
+from mim_jax.objectives.detect import WEIGHTS, Detect, clipped, of_class
 
 GAPS = 8  # objects that an image has room for in a recorded case and does not have
 last = lambda x: np.moveaxis(x, 1, -1)
@@ -221,7 +221,9 @@ class ProposalsPort:
         for phase in ("train", "test"):
             before, after = meta["pre_nms_topk"][phase], meta["post_nms_topk"][phase]
             one = functools.partial(proposals, before=before, after=after, limit=meta["nms"])
-            boxes, logits, real = jax.jit(jax.vmap(lambda x, d, s, one=one: one(x, d, places, s)))(*found, size.astype(jnp.float32))
+            boxes, logits, real = jax.jit(jax.vmap(lambda x, d, s, one=one: one(x, d, places, s)))(
+                *found, size.astype(jnp.float32)
+            )
             add_found(report, case, real, {f"out/proposals_{phase}": boxes, f"out/proposal_logits_{phase}": logits})
 
 
@@ -259,3 +261,128 @@ class RoiAlignPort:
             report.add(f"out/roi{out}_sampling2", np.moveaxis(np.asarray(coarse), -1, 1), case[f"out/roi{out}_sampling2"])
         for level, x in gradient.items():
             report.add(f"grad/input/p{level}", np.moveaxis(np.asarray(x), -1, 1), case[f"grad/input/p{level}"])
+
+
+def nearest(inputs: dict, regions):
+    """-> [b r 4]: the object of each region."""
+    return jnp.take_along_axis(inputs["boxes"], regions.which[..., None], axis=1)
+
+
+def add_regions(report: Report, case: Case, boxes, real, inputs: dict, size: int) -> detection_losses.Regions:
+    """The regions that are sampled of proposals [b k 4], by the recorded draws."""
+    (b, k), k_classes = real.shape, case.meta["num_classes"]
+    counts = np.asarray(real).sum(1)
+    own = []
+    for i in range(b):
+        place = lambda index, i=i: np.where(index < counts[i], index, index - counts[i] + k)  # objects come after padding
+        own.append(noise(case, "roi", i, k + inputs["boxes"].shape[1], place))
+        candidates = jnp.concatenate([boxes[i], inputs["boxes"][i]])
+        found = matching.match(candidates, inputs["boxes"][i], inputs["valid"][i], low=0.5, high=0.5)
+        labels = np.where(found.positive, inputs["classes"][i][found.which], k_classes)
+        labels = labels[np.concatenate([real[i], inputs["valid"][i]])]
+        report.add(f"derived/roi/labels_before_{i}", labels, case[f"derived/roi/labels_before_{i}"])
+    inputs["region_noise"] = jnp.asarray(np.stack(own))
+    regions = detection_losses.sampled(boxes, real, inputs, size, 0.5)
+    classes = np.where(regions.positive, regions.classes, k_classes)
+    objects = nearest(inputs, regions)
+    objects = jnp.where(inputs["valid"].any(1)[:, None, None], objects, regions.boxes)  # recorded where there are none
+    for key, x in (("boxes", regions.boxes), ("classes", classes), ("gt_boxes", objects)):
+        if f"derived/roi/{key}" in case:
+            add_found(report, case, regions.there, {f"derived/roi/{key}": x})
+    return regions
+
+
+class HeadsPort:
+    """Box and mask heads on recorded features."""
+
+    def __init__(self, case: Case):
+        self.case, self.rules = case, detector_names.heads("^")
+        self.params = from_released(case.under("param/"), self.rules)
+
+    def compare(self, report: Report):
+        case, meta, inputs = self.case, self.case.meta, objects_of(self.case)
+        parts = per_image(case, "input/proposals")
+        k, size = max(map(len, parts)), meta["batch_size_per_image"]
+        regions = add_regions(report, case, padded(parts, k), there(parts, k), inputs, size)
+        b, r = regions.positive.shape
+        fg = np.flatnonzero(np.asarray(regions.positive).reshape(-1))
+        report.add("derived/roi/fg", fg, case["derived/roi/fg"])
+        box_head = BoxHead(meta["num_classes"], meta["channels"], meta["fc"], meta["class_agnostic"])
+        mask_head = MaskHead(meta["num_classes"], meta["channels"])
+        targets = mask_targets(inputs, regions)
+        report.add("target/masks", targets.reshape(b * r, 28, 28)[fg], case["target/masks"])
+        deltas = coding.encode(nearest(inputs, regions), regions.boxes, WEIGHTS[0]).reshape(-1, 4)
+        report.add("target/box_deltas_fg", deltas[fg], case["target/box_deltas_fg"])
+
+        def loss(params, roi7, roi14):
+            logits, deltas = box_head.apply({"params": params["box_head"]}, roi7)
+            losses = detection_losses.of_boxes(
+                logits.reshape(b, r, -1), deltas.reshape(b, r, -1, 4), regions, inputs, WEIGHTS[0]
+            )
+            masks = mask_head.apply({"params": params["mask_head"]}, roi14)
+            masks = of_class(masks[None], regions.classes.reshape(1, -1)[:, fg])
+            mask = detection_losses.of_masks(masks, targets.reshape(1, b * r, 28, 28)[:, fg], jnp.ones((1, len(fg)), bool))
+            return sum(losses) + mask, (*losses, mask, logits, deltas, masks)
+
+        roi = [jnp.asarray(last(case[f"input/roi{n}"])) for n in (7, 14)]
+        (total, found), (params, *by_roi) = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(self.params, *roi)
+        classes, place, mask, logits, deltas, masks = found
+        for name, x in {"loss_cls": classes, "loss_box_reg": place, "loss_mask": mask, "total": total}.items():
+            report.add(f"loss/{name}", x, case[f"loss/{name}"])
+        report.add("out/scores", logits, case["out/scores"])
+        report.add("out/deltas", deltas.reshape(len(deltas), -1), case["out/deltas"])
+        report.add("out/mask_logits_of_gt_class", masks[0], case["out/mask_logits_of_gt_class"])
+        look = box_head.apply({"params": self.params["box_head"]}, roi[0], capture_intermediates=True)[1]["intermediates"]
+        report.add("out/box_head", np.maximum(capture(look, "fc"), 0), case["out/box_head"])
+        first = {f"roi{n}_first4": np.moveaxis(np.asarray(x[:4]), -1, 1) for n, x in zip((7, 14), by_roi)}
+        add_gradients(report, case, (params, first), self.rules)
+
+
+def mask_targets(inputs: dict, regions) -> np.ndarray:
+    width = 8 * inputs["instance_masks"].shape[-1]
+    crop = lambda bits, which, boxes: instance_masks.cropped(bits, which, boxes, width, 28)
+    return np.asarray(jax.jit(jax.vmap(crop))(inputs["instance_masks"], regions.which, regions.boxes))
+
+
+class DetectionsPort:
+    """From recorded scores and differences to boxes and masks in the image's own size."""
+
+    def __init__(self, case: Case):
+        self.case = case
+
+    def compare(self, report: Report):
+        case, meta = self.case, self.case.meta
+        parts, k = per_image(case, "input/proposals"), meta["num_classes"]
+        n, ends = max(map(len, parts)), np.cumsum(case["input/proposals_count"])[:-1]
+        boxes, real, size = padded(parts, n), there(parts, n), jnp.asarray(case["input/image_sizes"])
+        deltas = padded(np.split(case["input/deltas"].reshape(-1, k, 4), ends), n)
+        probs = jax.nn.softmax(padded(np.split(case["input/scores"], ends), n))
+        decoded = coding.decode(deltas, boxes[:, :, None], WEIGHTS[0]).reshape(*real.shape, -1)
+        add_found(report, case, real, {"out/boxes_all": decoded, "out/probs": probs})
+        made = Detect(ViTDet(grid=(2, 2)), classes=k, score=meta["score_thresh"], overlap=meta["nms"], most=meta["topk"])
+        boxes, scores, classes, found = made.apply({}, boxes, probs[..., :-1], deltas, real, size, method="best")
+        add_found(report, case, found, {"out/boxes": boxes, "out/scores": scores, "out/classes": classes})
+        self.compare_final(report, per_image(case, "out/boxes"))
+        pick = jax.vmap(lambda b, s: suppression.best(b, s, meta["topk"], meta["nms"])[0])
+        decoded = clipped(decoded.reshape(*real.shape, k, 4), size)
+        scores = jnp.where((probs[..., :-1] > meta["score_thresh"]) & real[..., None], probs[..., :-1], -jnp.inf)
+        add_found(report, case, found, {"derived/kept": pick(decoded, scores)})
+
+    def compare_final(self, report: Report, parts):
+        case, ends, final, masks = self.case, np.cumsum(self.case["out/boxes_count"])[:-1], [], []
+        probs, shape = np.split(case["input/mask_probs"], ends), case["derived/final_masks_shape"]
+        labels = [np.split(case[f"out/{name}"], ends) for name in ("scores", "classes")]
+        for i, boxes in enumerate(parts):
+            size = case["input/output_sizes"][i]
+            boxes, real = paste.rescaled(boxes, case["input/image_sizes"][i], size)
+            final.append((boxes[real], labels[0][i][real], labels[1][i][real]))
+            own = paste.pasted(probs[i][real], boxes[real], size)
+            masks.append(np.pad(own, ((0, 0), (0, shape[1] - size[0]), (0, shape[2] - size[1]))))
+        for name, x in zip(("boxes", "scores", "classes"), zip(*final)):
+            report.add(f"out/final_{name}", np.concatenate(x), case[f"out/final_{name}"])
+            report.add(f"out/final_{name}_count", list(map(len, x)), case[f"out/final_{name}_count"])
+        recorded = np.unpackbits(case["out/final_masks_packed"])[: np.prod(shape)].reshape(shape)
+        masks = np.concatenate(masks)
+        report.add("derived/final_masks_shape", masks.shape, shape)
+        differ = (masks != recorded).sum((1, 2))
+        report.add("out/final_masks_packed", differ > 3, np.zeros(len(differ)), absolute=True)  # a few on the threshold
