@@ -1,5 +1,6 @@
 """A plain ViT as the backbone of a detector (ViTDet, arXiv 2203.16527): attention in windows, and global in a few blocks."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mim_jax.config import ConfigError, choice
-from mim_jax.models import flops
+from mim_jax.models import flops, irpe
 from mim_jax.models.encoder import Encoder
 from mim_jax.models.grid_attention import GridAttention
 from mim_jax.models.layers import Dense, DropPath, LayerNorm, Mlp
@@ -103,6 +104,11 @@ class ViTDet(Encoder):
 
     def tables(self) -> dict[str, tuple[int, int]]:
         return {"pos_embed": self.table} if self.position == "decomposed" else {}
+
+    def adopted(self, params: dict) -> dict:
+        """iRPE's tables without the entry of a cls token, the last."""
+        table = re.compile(r"encoder/block_\d+/attn/rpe_k/table")
+        return {path: x[:, : irpe.CLS_BUCKET] if table.fullmatch(path) else x for path, x in params.items()}
 
     def flops(self, kept: int | None = None) -> int:
         rows, columns = self.grid

@@ -88,12 +88,15 @@ class Detect(Objective):
         return {"images": jnp.where(inside[..., None], images, 0), **named, **drawn}
 
     def example(self, batch_size: int = 2) -> dict:
+        batch = {name: jnp.zeros((batch_size, *shape), kind) for name, (shape, kind) in self.batch_shapes().items()}
+        images = jnp.zeros((batch_size, *self.encoder.image_size, self.encoder.channels))
+        return self.inputs(batch | {"images": images}, jax.random.key(0))
+
+    def batch_shapes(self) -> dict:
+        """{key of a batch beside its images: (shape of one image's, type)}."""
         (h, w), g = self.encoder.image_size, self.objects
-        full = lambda shape, kind: jnp.zeros((batch_size, *shape), kind)
-        size = jnp.broadcast_to(jnp.asarray([h, w], jnp.int32), (batch_size, 2))
-        batch = dict(images=full((h, w, self.encoder.channels), jnp.float32), size=size, boxes=full((g, 4), jnp.float32))
-        batch |= dict(classes=full((g,), jnp.int32), valid=full((g,), bool))
-        return self.inputs(batch | dict(instance_masks=full((g, h, -(-w // 8)), jnp.uint8)), jax.random.key(0))
+        found = dict(size=((2,), jnp.int32), boxes=((g, 4), jnp.float32), classes=((g,), jnp.int32), valid=((g,), bool))
+        return found | dict(instance_masks=((g, h, -(-w // 8)), jnp.uint8))
 
     # Parts.
 
