@@ -7,7 +7,7 @@ import re
 import tensorflow as tf
 from absl import logging
 
-from mim_jax.data.augment import DataError, with_pixels
+from mim_jax.data.augment import DataError
 from mim_jax.data.decoding import PLAIN, Decoding
 
 LISTED = 100  # names in one message
@@ -70,7 +70,7 @@ def why(source, example_id, how):
     except Exception as error:  # pylint: disable=broad-except  # TensorFlow and readers raise a dozen kinds
         return reason(error), True
     try:
-        with_pixels(example, source.channels, how)
+        source.decoded(example, how)
     except Exception as error:  # pylint: disable=broad-except
         return reason(error) if example["image"].numpy() else "it is empty", False
     return None
