@@ -179,14 +179,15 @@ def fitted_sides(sides, size) -> tuple[int, int]:
 
 
 def fitted(example, size) -> dict:
-    """Example of an ObjectSource with pixels -> image uint8 [size c], its (h, w) there, "size", and in the file,
-    "original_size", int32 [2]; objects are left behind."""
+    """Example with pixels -> image uint8 [size c], its (h, w) there, "size", and in the file, "original_size", int32 [2].
+    Objects are left behind."""
 
     def see(pixels):
         sides = fitted_sides(pixels.shape[:2], size)
         return padded(pil_bicubic.bilinear(pixels, sides), size), np.array([sides, pixels.shape[:2]], np.int32)
 
-    require_sides(tf.shape(example["image"])[:2], example["sides"])
+    if "sides" in example:
+        require_sides(tf.shape(example["image"])[:2], example["sides"])
     image, sides = tf.numpy_function(see, [example["image"]], [tf.uint8, tf.int32], stateful=False)
     sides = tf.ensure_shape(sides, [2, 2])
     rest = {key: x for key, x in example.items() if key not in ("objects", "sides")}
