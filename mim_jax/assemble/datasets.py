@@ -119,9 +119,31 @@ class FinetuningData(TrainingData):
     randaugment: RandAugmentation = nested(RandAugmentation)
 
 
-class DetectionData(Data):
-    """Images with objects, seen by large-scale jitter (data/scale_jitter.py): `scale` times the size, mirrored with the
-    probability `flip`; at most `objects` of an image are learned from. Evaluation fits the whole image in."""
+class ObjectData(Data):
+    """Images with objects; evaluation fits the whole image into the size."""
+
+    @property
+    def see(self):
+        from mim_jax.data.scale_jitter import fitted
+
+        return fitted
+
+    def opened(self, split: str, channels: int):
+        """-> ObjectSource. Raises DataError, and ConfigError for data without boxes."""
+        source = super().opened(split, channels)
+        if not hasattr(source, "objects_of"):
+            words = "has no boxes: detection learns from data.source=coco (json and images) or scenes (of the embedded sample)"
+            raise ConfigError(f"{self.prefix}source={self.source} {words}")
+        return source
+
+    def images(self, split: str, channels: int):
+        """-> Source, with objects or without. Raises DataError."""
+        return super().opened(split, channels)
+
+
+class DetectionData(ObjectData):
+    """Training sees them by large-scale jitter (data/scale_jitter.py): `scale` times the size, mirrored with the probability
+    `flip`; at most `objects` of an image are learned from."""
 
     changed: Literal["refuse", "continue"] = "refuse"
     train_split: str
@@ -139,22 +161,6 @@ class DetectionData(Data):
             logging.warning("%s '%s': %d of %d images %s", source.name, source.split, more, len(counts), words)
         class_of = {number: k for k, number in enumerate(source.category_ids)}
         return dict(crop=ScaleJitter(class_of, self.scale, self.flip, self.objects))
-
-    @property
-    def see(self):
-        from mim_jax.data.scale_jitter import fitted
-
-        return fitted
-
-    def opened(self, split: str, channels: int):
-        """-> ObjectSource. Raises DataError for one whose images hold no objects."""
-        source = super().opened(split, channels)
-        if not hasattr(source, "objects_of"):
-            raise ConfigError(
-                f"{self.prefix}source={self.source} has no boxes: detection learns from data.source=coco (json and images) or "
-                "scenes (composed of the embedded sample)"
-            )
-        return source
 
 
 class ProbeData(Data):

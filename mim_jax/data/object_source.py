@@ -51,10 +51,6 @@ class ObjectSource(Source):
     def objects_of(self, i: int) -> list[dict]:
         return json.loads(zlib.decompress(self.objects[int(i)]))
 
-    def pixels(self, i: int, how=PLAIN) -> np.ndarray:
-        """The image at place i, uint8 [h w c]."""
-        return self.decoded(self.load(self.lookup(tf.constant(i, tf.int64))), how)["image"].numpy()
-
     def trainable(self) -> "ObjectSource":
         """Those images that hold something other than crowds. Raises DataError where there is none."""
         useful = [any(not o["iscrowd"] for o in self.objects_of(i)) for i in range(self.num_examples)]

@@ -126,6 +126,11 @@ def item_of(source, example_id):
     return tf.ensure_shape(tf.numpy_function(fetch, [example_id], tf.string), [])
 
 
+def image_of(source, example_id: int, how=PLAIN):
+    """-> uint8 [h w c], the whole image of one example. Raises what TensorFlow and PIL do."""
+    return source.decoded(source.load(item_of(source, tf.constant(example_id, tf.int64))), how)["image"].numpy()
+
+
 def first_read(attempts):
     """A dataset of things that may fail -> the first that does not. Raises InvalidArgumentError when all do."""
     return attempts.ignore_errors(log_warning=False).take(1).get_single_element()

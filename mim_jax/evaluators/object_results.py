@@ -87,10 +87,12 @@ def drawer(source, how, pictures: int) -> Callable:
     """-> draw(COCO results, places of the images judged) -> {name: uint8 [h w 3]}: some images, what is there and was found."""
 
     def draw(results, seen):
+        from mim_jax.data.unreadable import image_of
+
         chosen = [seen[k * len(seen) // pictures] for k in range(min(pictures, len(seen)))]
         if not chosen or jax.process_index():
             return {}
-        images = [source.pixels(i, how) for i in chosen]
+        images = [image_of(source, i, how) for i in chosen]
         truths = [known(source, i) for i in chosen]
         grouped = {int(source.image_ids[i]): [] for i in chosen}
         for each in results:
