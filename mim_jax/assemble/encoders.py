@@ -59,7 +59,7 @@ class WithEncoder(Section):
 
     def batches(self, source, batch_size: int, limit: int = 0):
         """-> (batches(), number of examples): padded batches over a split, each example once."""
-        return split_batches(source, self.image_size, self.data.resize_ratio, batch_size, limit, self.data.reading())
+        return split_batches(source, self.image_size, self.data, batch_size, limit)
 
     def made(self, complete: bool = True) -> Encoder:
         """The encoder; `complete`: its section may lack keys, as an old run's does. Raises ConfigError for what cannot be."""

@@ -48,6 +48,14 @@ class RandomCrop:
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise DataError(f"crop ratio {self.ratio}: expected 0 < low <= high (width / height).")
 
+    def cut(self, example, uniforms, size, channels, how=PLAIN, unsized=False):
+        """As `cut_example`."""
+        return cut_example(example, uniforms, self, size, channels, how, unsized)
+
+    def followed(self, example, sides, box, uniforms, size):
+        """As `followed`, of what `cut` gives."""
+        return followed(example, sides, box, uniforms, self, size)
+
 
 def crop_box(crop, height, width, uniforms):
     """Image of h x w pixels, [UNIFORMS] in [0, 1) -> (y, x, h, w): the first of ten tries that fits.

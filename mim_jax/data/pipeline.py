@@ -10,14 +10,14 @@ from absl import logging
 
 from mim_jax.data import augment, unreadable
 from mim_jax.data.augment import DataError, RandomCrop
+from mim_jax.data.scale_jitter import ScaleJitter
 from mim_jax.data.source import Source
 from mim_jax.data.stream import Stream
 from mim_jax.data.unreadable import Reading
 
 FOREVER = np.iinfo(np.int64).max
 ORDER, CROP, AUGMENT, REPLACE = 0, 1, 2, 3  # what a seed is for, so that these are independent
-REPLACEMENTS = 64  # tried for an image that cannot be read
-FETCH = 64  # records per bulk lookup
+REPLACEMENTS, FETCH = 64, 64  # images tried for one that cannot be read; records per bulk lookup
 PADDING = {"label": -1, "label_map": 255, "id": -1}  # of the other keys 0, of label sets too
 _plain = tf.autograph.experimental.do_not_convert  # no function here needs rewriting
 
@@ -26,9 +26,8 @@ def _local(batch_size, size, process):
     """-> how many examples of a batch are this process's. Raises DataError for sizes that do not fit together."""
     index, count = process
     if batch_size < 1 or batch_size % count:
-        raise DataError(
-            f"batch_size={batch_size} (global) cannot be shared by {count} processes: choose a multiple of {count}."
-        )
+        words = f"cannot be shared by {count} processes: choose a multiple of {count}."
+        raise DataError(f"batch_size={batch_size} (global) {words}")
     if not 0 <= index < count:
         raise DataError(f"process={process}: there is no process {index} of {count}.")
     if len(size) != 2 or min(size) < 1:
@@ -59,6 +58,8 @@ def _finish(ds, make, local, prefetch, repeat=1):
     """Dataset of items -> stream of numpy batches in the same order; `repeat`: how many examples are made of an item."""
     ds = ds.map(_plain(make), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     for key, spec in ds.element_spec.items():
+        if spec.dtype == tf.string:
+            raise DataError(f"{key!r} of the examples is text: data with objects is for job=detect.")
         if not spec.shape.is_fully_defined():
             raise DataError(f"{key!r} of the examples is {spec.shape}; a batch needs one shape for all: pad it in Source.load.")
     ds = ds.batch(local // repeat)
@@ -78,11 +79,9 @@ class TrainBatches:
     to start at a step it replays the shuffle of that epoch.
 
     An image that cannot be read is replaced by the first of REPLACEMENTS others that can, in an order drawn from (seed, epoch,
-    id); the crop is that of the image replaced. Nothing else enters, so the batch stays the same function.
-
-    With `repeat` r, r crops of each image stand side by side in a batch (batch augmentation, arXiv 1901.09335): the image of
-    example i is that of number i div r above, so an epoch of N crops sees N / r images, and r epochs see each r times.
-    `unsized` leaves resizing to the device: see data/device_bicubic.py.
+    id); the crop is that of the image replaced. With `repeat` r, r crops of each image stand side by side in a batch (arXiv
+    1901.09335): the image of example i is that of number i div r above, so an epoch of N crops sees N / r images, and r epochs
+    see each r times. `unsized` leaves resizing to the device: see data/device_bicubic.py.
 
     Raises:
       DataError: the sizes do not fit together, or the source holds fewer examples than processes.
@@ -92,7 +91,7 @@ class TrainBatches:
     _: dataclasses.KW_ONLY
     batch_size: int  # global; each process gets its share
     size: tuple[int, int]  # (height, width) of the images
-    crop: RandomCrop
+    crop: RandomCrop | ScaleJitter
     seed: int  # any whole number
     process: tuple[int, int] = (0, 1)  # which one this is, and of how many
     prefetch: int = 2  # batches prepared ahead
@@ -168,8 +167,8 @@ class TrainBatches:
     def _by_stream(self, step):
         low, high = _share(self.source.num_examples, self.process)
         first, skip = divmod(step * (self._local // self.repeat), high - low)
-        words = f"step {step} replays the shuffle of epoch {first} and skips {skip} of its {high - low} records"
-        logging.info("%s, split %s, has no random access: %s", self.source.name, self.source.split, words)
+        words = f"has no random access: step {step} replays the shuffle of epoch {first} and skips {skip} of {high - low}"
+        logging.info("%s, split %s, %s", self.source.name, self.source.split, words)
 
         def epoch_items(epoch):
             seed = _fold(self._seed, ORDER, epoch, tf.constant(self.process[0], tf.int64))
@@ -187,7 +186,7 @@ class TrainBatches:
             example = self.source.load(item)
             if self.repeat > 1:  # decoded once, so all of it
                 example = augment.with_pixels(example, channels, how)
-            see = lambda u: augment.cut_example(example, u, self.crop, self.size, channels, how, self.unsized)
+            see = lambda u: self.crop.cut(example, u, self.size, channels, how, self.unsized)
             return example_id, tuple(map(see, uniforms))
 
         if self._careful:
@@ -196,7 +195,7 @@ class TrainBatches:
             example_id, seen = cut(asked, item)
         named, examples = {"id": example_id, "asked": asked}, []
         for k, inside in enumerate(seen):
-            example = augment.followed(*inside, uniforms[k], self.crop, self.size)
+            example = self.crop.followed(*inside, uniforms[k], self.size)
             examples.append(named | (self.augment(example, again(AUGMENT, k)) if self.augment else example))
         return examples[0] if self.repeat == 1 else {key: tf.stack([e[key] for e in examples]) for key in examples[0]}
 
@@ -212,14 +211,14 @@ class TrainBatches:
         return tf.data.Dataset.from_tensors((asked, item)).concatenate(others)
 
 
-def eval_batches(source, *, batch_size, size, resize_ratio, process=(0, 1), limit=0, reading=None):
+def eval_batches(source, *, batch_size, size, resize_ratio=1.0, process=(0, 1), limit=0, reading=None, see=None):
     """The whole split, or `limit` examples spread evenly over it, exactly once over all processes.
-
-    A source without random access gives its first `limit` examples instead. `process` is (which one, of how many).
-    Yields {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b], "valid": bool [b], ...}: every key of the examples,
-    the same number of batches on every process; padding is what PADDING says, with valid False. So is an image that cannot be
-    read, but for its id. Of label sets "label" is uint8 [b classes], 1 for every class of the example, and padding has none.
-    The shorter side goes to size / resize_ratio, then the centre is cut out; an image of the target size stays as it is.
+    Without random access: its first `limit` examples. `process` is (which one, of how many). Yields {"image": uint8 [b h w c],
+    "label": int32 [b], "id": int64 [b], "valid": bool [b], ...}: every key of the examples, the same number of batches on every
+    process; padding is what PADDING says, with valid False. So is an image that cannot be read, but for its id. Of label sets
+    "label" is uint8 [b classes], 1 for every class of the example, and padding has none. The shorter side goes to size /
+    resize_ratio, then the centre is cut out; an image of the target size stays as it is. Or what is seen is `see`
+    (example with pixels, size) -> example; what that refuses counts as unreadable.
 
     Raises:
       DataError: at once if the sizes do not fit together; while iterating if more images than `reading.limit` cannot be read.
@@ -235,22 +234,24 @@ def eval_batches(source, *, batch_size, size, resize_ratio, process=(0, 1), limi
     else:
         ds = source.stream(*_share(n, process)).map(_plain(lambda i, item: (tf.constant(0, tf.int64), i, item)))
     reading = reading or Reading()
-    make = _Centre(source, size, resize_ratio, reading, careful=bool(reading.met))
+    centre = functools.partial(augment.centre, size=size, resize_ratio=resize_ratio)
+    make = _Seen(source, functools.partial(see, size=size) if see else None, centre, reading, careful=bool(reading.met))
     return _each_once(ds, make, local, -(-n // batch_size))
 
 
 @dataclasses.dataclass(eq=False)
-class _Centre:
+class _Seen:
     """Makes an example of evaluation; once `careful`, one that cannot be read is there without its image, `valid` False."""
 
     source: Source
-    size: tuple[int, int]
-    resize_ratio: float
+    see: Callable | None  # in place of the centre
+    centre: Callable
     reading: Reading
     careful: bool
 
     def __call__(self, _, example_id, item):
-        read = lambda item: augment.with_pixels(self.source.load(item), self.source.channels, self.reading.decoding)
+        see, how = self.see or (lambda example: example), self.reading.decoding
+        read = lambda item: see(augment.with_pixels(self.source.load(item), self.source.channels, how))
         if not self.careful:
             example, valid = read(item), True
         else:
@@ -258,8 +259,7 @@ class _Centre:
             absent = lambda of: tf.zeros([side or 1 for side in of.shape], of.dtype)
             nothing = tf.data.Dataset.from_tensors(tf.nest.map_structure(absent, found.element_spec))
             example, valid = unreadable.first_read(found.concatenate(nothing))
-        example = augment.centre(example, self.size, self.resize_ratio)
-        return {**example, "id": example_id, "valid": valid}
+        return {**(example if self.see else self.centre(example)), "id": example_id, "valid": valid}
 
 
 def _each_once(ds, make, local, count):
