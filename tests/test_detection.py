@@ -9,7 +9,7 @@ import numpy as np
 import parity
 import pytest
 
-from mim_jax import sharding, tree
+from mim_jax import tree
 from mim_jax.boxes import coding, instance_masks, matching, sampling, suppression
 from mim_jax.config import ConfigError
 from mim_jax.convert import detector_names, names
@@ -18,8 +18,6 @@ from mim_jax.models.vitdet import ViTDet
 from mim_jax.objectives.detect import Detect
 from mim_jax.train.optimizer import decays, lr_scale
 from mim_jax.train.schedule import Steps
-from mim_jax.train.state import create, plan
-from mim_jax.train.step import make_step
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = REPO / "tests" / "golden"

@@ -1,8 +1,8 @@
 """A detector whose weights are written by hand, so that it must find objects of two kinds to the pixel.
 
 Its images hold rectangles without their upper left quarter: red ones, wide, and green ones, tall, the patch at whose centre is
-blue too. LayerNorms are made to do nothing: beside every value stands its negative, and two channels are so large that they alone
-decide the deviation.
+blue too. LayerNorms are made to do nothing: beside every value stands its negative, and two channels are so large that they
+alone decide the deviation.
 """
 
 import jax
@@ -26,7 +26,7 @@ MODEL = Detect(
 )  # fmt: skip
 
 
-def identity(width_in: int, positive: bool = False) -> np.ndarray:
+def identity(width_in: int) -> np.ndarray:
     """[width_in, WIDTH]: values and the large channel as they are; negatives made of them, which an activation may have
     taken away."""
     kernel = np.zeros((width_in, WIDTH))
