@@ -15,7 +15,7 @@ from mim_jax.config import ConfigError
 from mim_jax.convert import detector_names, names
 from mim_jax.convert.layouts import our_shape
 from mim_jax.models.vitdet import ViTDet
-from mim_jax.objectives.detect import Detect
+from mim_jax.objectives.mask_rcnn import MaskRCNN
 from mim_jax.train.optimizer import decays, lr_scale
 from mim_jax.train.schedule import Steps
 
@@ -40,7 +40,7 @@ LARGE = dict(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23))
 def test_sizes_and_optimiser_groups_are_the_published_ones(sizes, cascade, count):
     """Every parameter of detectron2's detector has its place here, decays as there, and learns at that layer's rate."""
     e = ViTDet(grid=(64, 64), **sizes)
-    made = Detect(e, cascade=cascade)
+    made = MaskRCNN(e, cascade=cascade)
     params = tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))["params"])
     assert tree.count(params) == count
     if sizes:
@@ -126,6 +126,6 @@ def test_masks_are_unpacked_as_they_were_packed():
 
 
 def test_a_map_that_cannot_be_halved_is_refused():
-    made = Detect(ViTDet(grid=(3, 4), width=8, depth=1, heads=1, global_blocks=()), width=4, hidden=4)
+    made = MaskRCNN(ViTDet(grid=(3, 4), width=8, depth=1, heads=1, global_blocks=()), width=4, hidden=4)
     with pytest.raises(ConfigError, match="3x4 patches"):
         jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))

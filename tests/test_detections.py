@@ -65,7 +65,9 @@ def judged(source, shift=0.0, folder=None, pictures=3):
     variables = {"params": table(source, shift) | {"sums": np.concatenate(sums)}}
     runner = SplitRunner(object_results.finder(Planted(), normalise), sharding.make_mesh(), batches, count)
     draw = object_results.drawer(source, PLAIN, pictures)
-    return object_results.judge(runner, source, "test", draw, folder, type("State", (), {"variables": lambda self: variables})())
+    return object_results.judge(
+        runner, source, "test", draw, folder, type("State", (), {"variables": lambda self: variables})()
+    )
 
 
 def detection_data(**changes):
