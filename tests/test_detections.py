@@ -21,7 +21,7 @@ from mim_jax.data.decoding import PLAIN
 from mim_jax.data.sources import open_source
 from mim_jax.evaluators import coco_ap, object_results
 from mim_jax.evaluators.split_runner import SplitRunner
-from mim_jax.figures.detections import Objects, best, colour, draw_detections, overlay
+from mim_jax.figures.detections import Objects, best, colour, draw_batch, draw_detections, overlay
 from mim_jax.sections import read
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -149,6 +149,8 @@ def test_pictures_show_masks_in_their_colours_and_weak_ones_not():
     for k, (y, x) in enumerate([(80, 100), (160, 250)]):
         assert np.abs(picture[y, x] - (0.55 * 100 + 0.45 * np.array(colour(k)))).max() < 2
     assert (picture[20, 20] == 100).all() and len({colour(k) for k in range(80)}) == 80
+    batch = dict(image=image[None], boxes=found.boxes[None], classes=found.classes[None], valid=np.array([[True, False]]))
+    assert (draw_batch(batch | {"instance_masks": np.packbits(bits, axis=-1)[None]}, ("cat", "cup")) == colour(0)).all(-1).any()
     figure = draw_detections([image] * 3, [None] * 3, [found] * 3, ("cat", "cup"), "own images")
     assert figure.ndim == 3
 

@@ -57,6 +57,20 @@ def overlay(image, objects: Objects, names, side: int = SIDE) -> np.ndarray:
     return np.asarray(picture)
 
 
+def draw_batch(batch: dict, names, most: int = 8) -> np.ndarray:
+    """A batch of training (image, size, boxes, classes, valid, instance_masks) -> uint8 figure [H W 3]: what a step sees of the
+    first images."""
+    panels = []
+    for k, image in enumerate(batch["image"][:most]):
+        there, (h, w) = batch["valid"][k], image.shape[:2]
+        masks = np.unpackbits(batch["instance_masks"][k][there], axis=-1)[:, :h, :w].astype(bool)
+        panels.append(overlay(image, Objects(batch["boxes"][k][there], batch["classes"][k][there], masks), names))
+    across = min(4, len(panels))
+    panels += [np.full_like(panels[-1], 255)] * (-len(panels) % across)
+    rows = [panels[k : k + across] for k in range(0, len(panels), across)]
+    return panel_grid(rows, [""] * across, "what the first step sees", side=0)
+
+
 def draw_detections(images, truths, found, names, title: str) -> np.ndarray:
     """uint8 [h w c] each, what is there (Objects, or None where it is not known) and what was found -> uint8 figure [H W 3].
 

@@ -5,6 +5,8 @@ from etils import epath
 from mim_jax.assemble import datasets, encoders, inheritance, weights
 from mim_jax.assemble.inputs import labelled_inputs
 from mim_jax.config import ConfigDict, ConfigError
+from mim_jax.figures.detections import draw_batch
+from mim_jax.figures.sheet import write_png
 from mim_jax.jobs import training
 from mim_jax.jobs.finetune import LayerwiseAdamW
 from mim_jax.objectives.mask_rcnn import MaskRCNN
@@ -56,6 +58,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     e = training.experiment(
         config, completed, objective=made, inputs=labelled_inputs(made, config.normaliser()), source=images, start=begin,
         mesh=mesh, averaged=config.optim.average > 0, lr_scales=config.optim.scales(made.encoder),
+        preview=lambda folder, batch: write_png(draw_batch(batch, images.class_names), folder / "augmented.png"),
     )  # fmt: skip
     return training.run(e, workdir, settings.to_dict(), defaults(Detection, completed))
 
