@@ -23,7 +23,8 @@ batch = dict(
 )
 made = MaskRCNN(
     ViTDet(grid=(4, 4), width=16, depth=2, heads=2, window=3, global_blocks=(1,), table=(3, 3)), classes=4, objects=g, width=8,
-    hidden=8, anchor_sizes=(8.0, 16.0, 24.0, 32.0, 48.0), sampled_anchors=32, sampled_regions=16, before=(48, 48), after=(24, 24),
+    hidden=8, anchor_sizes=(8.0, 16.0, 24.0, 32.0, 48.0), sampled_anchors=32, sampled_regions=16, before=(48, 48),
+    after=(24, 24),
 )
 found = []
 for devices in (1, 8):
