@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+from recorded import Case, from_released
 
 from mim_jax import tree
 from mim_jax.boxes import coding, instance_masks, matching, sampling, suppression
@@ -29,6 +30,18 @@ CASES = ("vitdet_vit_tiny_nonsquare", "vitdet_irpe_tiny", "roialign_tiny", "infe
 def test_recorded_tensors(case):
     found = parity.compare(str(GOLDEN / f"{case}.npz"))
     assert found["passed"], (found["failed"], found["not_compared"], found["errors"])
+
+
+@pytest.mark.parametrize("case,stages", [("vitdet_full_tiny", 1), ("cascade_tiny", 3)])
+def test_released_names_lead_back(case, stages):
+    """What export writes under detectron2's names is what was read under them, to the bit."""
+    recorded = Case(str(GOLDEN / f"{case}.npz")).under("param/")
+    rules = detector_names.detector(stages) if stages == 1 else detector_names.heads("^", stages)
+    ours = tree.flatten(from_released(recorded, rules))
+    back = names.to_released_state(ours, rules, patch=16)
+    assert back.keys() == recorded.keys()
+    for name, x in back.items():
+        np.testing.assert_array_equal(x, recorded[name], err_msg=name)
 
 
 LARGE = dict(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23))
