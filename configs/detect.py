@@ -88,6 +88,7 @@ def smoke_test(c):
     c.image_size = (64, 64)
     c.remat = False
     c.window = 4
+    c.global_blocks = 1
     c.detector.update(dict(width=16, hidden=32, anchor_sizes=(8.0, 16.0, 32.0, 48.0, 64.0), sampled_anchors=32,
                            sampled_regions=16, before=(64, 64), after=(32, 32), most=10))  # fmt: skip
     c.data.update(dict(source="scenes", objects=8))

@@ -8,18 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+from recorded import Case, from_released
 
-from mim_jax import sharding, tree
+from mim_jax import tree
 from mim_jax.boxes import coding, instance_masks, matching, sampling, suppression
 from mim_jax.config import ConfigError
 from mim_jax.convert import detector_names, names
 from mim_jax.convert.layouts import our_shape
 from mim_jax.models.vitdet import ViTDet
-from mim_jax.objectives.detect import Detect
+from mim_jax.objectives.mask_rcnn import MaskRCNN
 from mim_jax.train.optimizer import decays, lr_scale
 from mim_jax.train.schedule import Steps
-from mim_jax.train.state import create, plan
-from mim_jax.train.step import make_step
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = REPO / "tests" / "golden"
@@ -33,6 +32,18 @@ def test_recorded_tensors(case):
     assert found["passed"], (found["failed"], found["not_compared"], found["errors"])
 
 
+@pytest.mark.parametrize("case,stages", [("vitdet_full_tiny", 1), ("cascade_tiny", 3)])
+def test_released_names_lead_back(case, stages):
+    """What export writes under detectron2's names is what was read under them, to the bit."""
+    recorded = Case(str(GOLDEN / f"{case}.npz")).under("param/")
+    rules = detector_names.detector(stages) if stages == 1 else detector_names.heads("^", stages)
+    ours = tree.flatten(from_released(recorded, rules))
+    back = names.to_released_state(ours, rules, patch=16)
+    assert back.keys() == recorded.keys()
+    for name, x in back.items():
+        np.testing.assert_array_equal(x, recorded[name], err_msg=name)
+
+
 LARGE = dict(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23))
 
 
@@ -42,7 +53,7 @@ LARGE = dict(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23))
 def test_sizes_and_optimiser_groups_are_the_published_ones(sizes, cascade, count):
     """Every parameter of detectron2's detector has its place here, decays as there, and learns at that layer's rate."""
     e = ViTDet(grid=(64, 64), **sizes)
-    made = Detect(e, cascade=cascade)
+    made = MaskRCNN(e, cascade=cascade)
     params = tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))["params"])
     assert tree.count(params) == count
     if sizes:
@@ -128,6 +139,6 @@ def test_masks_are_unpacked_as_they_were_packed():
 
 
 def test_a_map_that_cannot_be_halved_is_refused():
-    made = Detect(ViTDet(grid=(3, 4), width=8, depth=1, heads=1, global_blocks=()), width=4, hidden=4)
+    made = MaskRCNN(ViTDet(grid=(3, 4), width=8, depth=1, heads=1, global_blocks=()), width=4, hidden=4)
     with pytest.raises(ConfigError, match="3x4 patches"):
         jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))

@@ -1,8 +1,8 @@
 """A detector whose weights are written by hand, so that it must find objects of two kinds to the pixel.
 
 Its images hold rectangles without their upper left quarter: red ones, wide, and green ones, tall, the patch at whose centre is
-blue too. LayerNorms are made to do nothing: beside every value stands its negative, and two channels are so large that they alone
-decide the deviation.
+blue too. LayerNorms are made to do nothing: beside every value stands its negative, and two channels are so large that they
+alone decide the deviation.
 """
 
 import jax
@@ -12,7 +12,7 @@ import pytest
 from mim_jax import tree
 from mim_jax.boxes import paste
 from mim_jax.models.vitdet import ViTDet
-from mim_jax.objectives.detect import Detect
+from mim_jax.objectives.mask_rcnn import MaskRCNN
 
 LARGE, WIDTH, D = 1e3, 32, 64
 R, G, B, MORE, LESS = range(5)  # channels of the pyramid; LESS + 1 + i is the negative of i
@@ -20,13 +20,13 @@ KINDS = {"red": (96, 40), "green": (48, 80)}  # width, height
 ANCHOR = 64.0
 OBJECTS = (("red", 80, 48), ("green", 176, 96), ("red", 64, 160))  # centre x, y
 SIZE = (176, 240)  # of the image, inside 192 x 256
-MODEL = Detect(
+MODEL = MaskRCNN(
     ViTDet(grid=(12, 16), width=D, depth=1, heads=2, position="rpe", window=4, global_blocks=()),
     classes=2, objects=1, width=WIDTH, hidden=8, anchor_sizes=(8.0, 8.0, ANCHOR, 8.0, 8.0), after=(3, 3), most=5,
 )  # fmt: skip
 
 
-def identity(width_in: int, positive: bool = False) -> np.ndarray:
+def identity(width_in: int) -> np.ndarray:
     """[width_in, WIDTH]: values and the large channel as they are; negatives made of them, which an activation may have
     taken away."""
     kernel = np.zeros((width_in, WIDTH))

@@ -22,7 +22,7 @@ def inside(images, size):
 
 
 def finder(objective, normalise) -> Callable:
-    """-> fn(variables, batch of evaluation) -> {name: [b ...]}: what Detect.detect gives, and of which image that is."""
+    """-> fn(variables, batch of evaluation) -> {name: [b ...]}: what MaskRCNN.detect gives, and of which image that is."""
 
     def fn(variables, batch):
         images = inside(normalise(batch["image"]), batch["size"])

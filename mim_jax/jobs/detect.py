@@ -9,7 +9,7 @@ from mim_jax.figures.detections import draw_batch
 from mim_jax.figures.sheet import write_png
 from mim_jax.jobs import training
 from mim_jax.jobs.finetune import LayerwiseAdamW
-from mim_jax.objectives.detect import Detect
+from mim_jax.objectives.mask_rcnn import MaskRCNN
 from mim_jax.runs import saved
 from mim_jax.sections import BelowOne, Natural, build, defaults, kept, nested, one_of, read
 from mim_jax.tokens import grid_size
@@ -26,13 +26,13 @@ class DetectionAdamW(LayerwiseAdamW):
 
 class Detection(training.Training):
     """window: of blocks, 0: all are global; global_blocks: how many are, evenly spaced, the last among them. detector: the
-    settings of objectives/detect.py."""
+    settings of objectives/mask_rcnn.py."""
 
     scratch: bool
     window: Natural
     global_blocks: Natural
     drop_path: BelowOne
-    detector: ConfigDict = kept(lambda config: Detect)
+    detector: ConfigDict = kept(lambda config: MaskRCNN)
     data: datasets.DetectionData = nested(datasets.DetectionData)
     optim: DetectionAdamW = one_of("name", {"adamw": DetectionAdamW})
 
@@ -41,10 +41,10 @@ class Detection(training.Training):
         side = 2 * self.encoder.get("patch", 16)
         self.require(not any(s % side for s in self.image_size), "image_size", f"is not divisible by two patches, {side} px")
 
-    def detector_of(self, classes: int) -> Detect:
+    def detector_of(self, classes: int) -> MaskRCNN:
         """Raises ConfigError for settings that cannot be, before any compute."""
         given = dict(encoder=self.made(), classes=classes, objects=self.data.objects, dtype=encoders.dtype(self.compute_dtype))
-        return build(Detect, self.detector, "detector.", **given)
+        return build(MaskRCNN, self.detector, "detector.", **given)
 
 
 def run(settings: ConfigDict, workdir: epath.Path) -> dict:
@@ -92,7 +92,7 @@ def spaced(depth: int, count: int) -> tuple[int, ...]:
     return tuple((k + 1) * depth // count - 1 for k in range(count))
 
 
-def start(config: Detection, source: saved.Saved, made: Detect, mesh) -> Start:
+def start(config: Detection, source: saved.Saved, made: MaskRCNN, mesh) -> Start:
     """The weights of the run at `init_from`, unless all are to be fresh. Raises ConfigError (CheckpointError)."""
     if config.scratch:
         return Start()

@@ -1,6 +1,6 @@
 """The losses of detection, of boxes that were matched and sampled at fixed sizes (detectron2's rules and weights).
 
-`inputs` are those of objectives/detect.py.
+`inputs` are those of objectives/mask_rcnn.py.
 """
 
 from typing import NamedTuple

@@ -19,7 +19,7 @@ from mim_jax.models.pyramid import Pyramid
 from mim_jax.models.region_proposals import RegionProposals, proposals, pyramid_anchors
 from mim_jax.models.vitdet import ViTDet, cut
 from mim_jax.objectives import detection_losses
-from mim_jax.objectives.detect import WEIGHTS, Detect, clipped, of_class
+from mim_jax.objectives.mask_rcnn import WEIGHTS, MaskRCNN, clipped, of_class
 
 GAPS = 8  # objects that an image has room for in a recorded case and does not have
 last = lambda x: np.moveaxis(x, 1, -1)
@@ -359,7 +359,7 @@ class DetectionsPort:
         probs = jax.nn.softmax(padded(np.split(case["input/scores"], ends), n))
         decoded = coding.decode(deltas, boxes[:, :, None], WEIGHTS[0]).reshape(*real.shape, -1)
         add_found(report, case, real, {"out/boxes_all": decoded, "out/probs": probs})
-        made = Detect(ViTDet(grid=(2, 2)), classes=k, score=meta["score_thresh"], overlap=meta["nms"], most=meta["topk"])
+        made = MaskRCNN(ViTDet(grid=(2, 2)), classes=k, score=meta["score_thresh"], overlap=meta["nms"], most=meta["topk"])
         boxes, scores, classes, found = made.apply({}, boxes, probs[..., :-1], deltas, real, size, method="best")
         add_found(report, case, found, {"out/boxes": boxes, "out/scores": scores, "out/classes": classes})
         self.compare_final(report, per_image(case, "out/boxes"))

@@ -11,7 +11,7 @@ from mim_jax.convert import detector_names
 from mim_jax.models.region_proposals import proposals, pyramid_anchors
 from mim_jax.models.vitdet import ViTDet
 from mim_jax.objectives import detection_losses
-from mim_jax.objectives.detect import OVERLAPS, Detect
+from mim_jax.objectives.mask_rcnn import OVERLAPS, MaskRCNN
 from mim_jax.targets.pixels import Normaliser
 from ports.detection import (
     add_found,
@@ -52,7 +52,7 @@ class CascadePort(WholePort):
         self.rules = detector_names.heads("^", stages=3)
         self.params = from_released(case.under("param/"), self.rules)
         h, w = meta["padded"]
-        self.objective = Detect(
+        self.objective = MaskRCNN(
             ViTDet(grid=(h // 16, w // 16)), classes=meta["num_classes"], width=meta["channels"], hidden=meta["fc"],
             cascade=True, sampled_regions=meta["roi_batch"], most=meta["topk"],
         )  # fmt: skip
@@ -108,7 +108,7 @@ class DetectorPort(WholePort):
             global_blocks=tuple(i for i in range(meta["depth"]) if i not in meta["window_block_indexes"]),
         )  # fmt: skip
         both = lambda key: (meta[key]["train"], meta[key]["test"])
-        self.objective = Detect(
+        self.objective = MaskRCNN(
             encoder, classes=meta["num_classes"], width=meta["channels"], hidden=meta["fc"], sampled_anchors=meta["rpn_batch"],
             anchor_sizes=tuple(sizes[0] for sizes in meta["anchor_sizes"]), sampled_regions=meta["roi_batch"],
             before=both("pre_nms"), after=both("post_nms"), score=meta["score_thresh"], most=meta["topk"],

@@ -28,7 +28,7 @@ PATCH = 16  # pixels, of the encoder that levels and sizes are stated for: anoth
 BOX_CELLS, MASK_CELLS = 7, 14  # of what is pooled of a region
 
 
-class Detect(Objective):
+class MaskRCNN(Objective):
     """Encoder, pyramid, region proposals, box head (three with `cascade`, their boxes alike for all classes), mask head. The
     levels have strides of 1/4, 1/2, 1, 2 and 4 patches.
 
