@@ -231,6 +231,8 @@ METHODS = {
 
 
 JOINED = {"lomar": "LoMaR", "localmim": "LocalMIM", "lomar_localmim": "joined: LocalMIM in LoMaR's windows"}
+LATE = {"lomar": "LoMaR, mask tokens from the first block", "mae": "MAE"}
+LATE |= {f"lomar_from{i}": f"LoMaR, mask tokens from block {i}" for i in (1, 2, 3)}
 ALREADY = {"lomar": "quickstart_seed*.json", "localmim": "compare_localmim_seed*.json"}  # at this number of images
 
 
@@ -240,6 +242,10 @@ def baselines() -> str | None:
 
 def joined() -> str | None:
     return methods_compared(JOINED, {m: ALREADY.get(m, f"joined_images_{m}_seed*.json") for m in JOINED}, "joined")
+
+
+def late() -> str | None:
+    return methods_compared(LATE, {m: f"late_images_{m}_seed*.json" for m in LATE}, "late")
 
 
 def methods_compared(methods: dict, same_images: dict, name: str) -> str | None:
@@ -409,6 +415,7 @@ TABLES = {
     "starts": starts,
     "baselines": baselines,
     "joined": joined,
+    "late": late,
     "finetune": finetune,
 }
 
