@@ -3,6 +3,7 @@
 `--check` writes nothing and exits with 1 when a page is not what the files say.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ import re
 import statistics
 import sys
 
-from experiments import data_tables, estimated
+from experiments import data_tables, efficiency, efficiency_chart, estimated
 from mim_jax import provenance
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -403,6 +404,15 @@ def layouts() -> str | None:
     return table(data_tables.LAYOUTS, rows) + f"\n\nESTIMATES, as above. Commits with layouts: {commits(after)}."
 
 
+def cost_by(figure: str) -> str | None:
+    """Of experiments/efficiency.py. None: nothing recorded."""
+    if not (known := efficiency.recorded(figure)):
+        return None
+    comparison, files = efficiency.COMPARISONS[figure], load(f"efficiency_{figure}_*.json")
+    note = f"The paper's ratio: {comparison.paper}. Commits: {commits(files)}."
+    return table(*efficiency_chart.rows(comparison, known)) + f"\n\n{note}"
+
+
 TABLES = {
     "quickstart": quickstart,
     "compare": compare,
@@ -416,6 +426,7 @@ TABLES = {
     "baselines": baselines,
     "joined": joined,
     "late": late,
+    **{f"efficiency_{figure}": functools.partial(cost_by, figure) for figure in efficiency.COMPARISONS},
     "finetune": finetune,
 }
 
