@@ -71,10 +71,7 @@ class ObjectSource(Source):
     def decoded(self, example, how):
         """Outside tf.data; raises DataError for an image of other sides than its objects were drawn on."""
         example = with_pixels(example, self.channels, how)
-        (h, w), (tall, wide) = example["image"].shape[:2], example["sides"].numpy()
-        if (h, w) != (tall, wide):
-            words = f"and its objects were drawn on {tall} x {wide}; data.exif tells whether photos are turned"
-            raise DataError(f"the image is {h} x {w} pixels (height, width), {words}")
+        require_sides(example["image"].shape[:2], example["sides"].numpy())
         return example
 
     def is_broken(self, item) -> bool:
@@ -86,8 +83,11 @@ class ObjectSource(Source):
 
 
 def require_sides(found, wanted):
-    """Raises InvalidArgumentError unless (h, w) of an image, int32 [2], are those of its objects."""
-    tf.debugging.Assert(tf.reduce_all(found == wanted), ["the image is of", found, "and its objects were drawn on", wanted])
+    """Raises DataError unless (h, w) of an image are those that its objects were drawn on."""
+    (h, w), (tall, wide) = found, wanted
+    if (h, w) != (tall, wide):
+        words = f"and its objects were drawn on {tall} x {wide}; data.exif tells whether photos are turned"
+        raise DataError(f"the image is {h} x {w} pixels (height, width), {words}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -122,7 +122,8 @@ def padded(pixels, size) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ScaleJitter:
-    """What training sees of an image with objects; it stands where RandomCrop does in data/pipeline.py.
+    """What training sees of an image with objects, in place of a RandomCrop; `cut` and `followed` stand where those of
+    data/crops.py do.
 
     Raises:
       DataError: an empty range of scales.
@@ -137,26 +138,6 @@ class ScaleJitter:
         if not 0 < self.scale[0] <= self.scale[1]:
             raise DataError(f"data.scale={self.scale}: expected 0 < low <= high (times the size of the result).")
 
-    def cut(self, example, uniforms, size, channels, how=PLAIN, unsized=False):
-        """Example of an ObjectSource, [UNIFORMS] -> the example as `see` makes it, alone in a tuple."""
-        if unsized:
-            raise DataError("data.resize='device' cannot go with boxes and masks: use 'host'.")
-        example = augment.with_pixels(example, channels, how)
-        require_sides(tf.shape(example["image"])[:2], example["sides"])
-        see = lambda pixels, text, uniforms: tuple(self.see(pixels, text, uniforms, size).values())
-        most, rest = self.objects, {key: x for key, x in example.items() if key not in ("image", "objects", "sides")}
-        shapes = {
-            "image": (tf.uint8, [*size, channels]),
-            "size": (tf.int32, [2]),
-            "boxes": (tf.float32, [most, 4]),
-            "classes": (tf.int32, [most]),
-            "valid": (tf.bool, [most]),
-            "instance_masks": (tf.uint8, [most, size[0], -(-size[1] // 8)]),
-        }
-        given = [example["image"], example["objects"], uniforms]
-        seen = tf.numpy_function(see, given, [kind for kind, _ in shapes.values()], stateful=False)
-        return (rest | {key: tf.ensure_shape(x, shape) for x, (key, (_, shape)) in zip(seen, shapes.items())},)
-
     def see(self, pixels, text, uniforms, size) -> dict:
         """uint8 [h w c], the json of its objects -> image uint8 [size c], size int32 [2] of what is not padding, and what
         `moved_objects` gives."""
@@ -168,8 +149,40 @@ class ScaleJitter:
         image = {"image": padded(moved_image(pixels, where), size), "size": np.array(where.kept, np.int32)}
         return image | moved_objects(objects, where, size, self.objects)
 
-    def followed(self, example, uniforms, size):
-        return example
+
+def cut(batch, uniforms, crop: ScaleJitter, size, channels, how=PLAIN, unsized=False):
+    """Examples of an ObjectSource, s of them, [s r UNIFORMS] -> what `ScaleJitter.see` makes of each, [s*r ...], and what else
+    they have: as `crops.cut`, all of it done."""
+    if unsized:
+        raise DataError("data.resize='device' cannot go with boxes and masks: use 'host'.")
+    (count, repeat), most = uniforms.shape[:2], crop.objects
+    shapes = {
+        "image": (tf.uint8, [*size, channels]),
+        "size": (tf.int32, [2]),
+        "boxes": (tf.float32, [most, 4]),
+        "classes": (tf.int32, [most]),
+        "valid": (tf.bool, [most]),
+        "instance_masks": (tf.uint8, [most, size[0], -(-size[1] // 8)]),
+    }
+
+    def see(images, texts, sides, uniforms):
+        found = []
+        for image, text, wanted, draws in zip(images, texts, sides, uniforms):
+            pixels = augment.pixels_of(image, channels, how)
+            require_sides(pixels.shape[:2], wanted)
+            found += [crop.see(pixels, text, u, size) for u in draws]
+        return tuple(np.stack([each[key] for each in found]) for key in shapes)
+
+    given = [batch["image"], batch["objects"], batch["sides"], uniforms]
+    seen = tf.numpy_function(see, given, [kind for kind, _ in shapes.values()], stateful=False)
+    rest = {key: tf.repeat(x, repeat, axis=0) for key, x in batch.items() if key not in ("image", "objects", "sides")}
+    fixed = {key: tf.ensure_shape(x, [count * repeat, *shape]) for x, (key, (_, shape)) in zip(seen, shapes.items())}
+    return (rest | fixed,)
+
+
+def followed(batch, uniforms, crop, size, unsized=False):
+    """What `cut` gives, out of its tuple."""
+    return batch
 
 
 def fitted_sides(sides, size) -> tuple[int, int]:
@@ -182,13 +195,13 @@ def fitted(example, size) -> dict:
     """Example with pixels -> image uint8 [size c], its (h, w) there, "size", and in the file, "original_size", int32 [2].
     Objects are left behind."""
 
-    def see(pixels):
+    def see(pixels, wanted):
+        require_sides(pixels.shape[:2], wanted)
         sides = fitted_sides(pixels.shape[:2], size)
         return padded(pil_bicubic.bilinear(pixels, sides), size), np.array([sides, pixels.shape[:2]], np.int32)
 
-    if "sides" in example:
-        require_sides(tf.shape(example["image"])[:2], example["sides"])
-    image, sides = tf.numpy_function(see, [example["image"]], [tf.uint8, tf.int32], stateful=False)
+    wanted = example.get("sides", tf.shape(example["image"])[:2])
+    image, sides = tf.numpy_function(see, [example["image"], wanted], [tf.uint8, tf.int32], stateful=False)
     sides = tf.ensure_shape(sides, [2, 2])
     rest = {key: x for key, x in example.items() if key not in ("objects", "sides")}
     image = tf.ensure_shape(image, [*size, example["image"].shape[-1]])
