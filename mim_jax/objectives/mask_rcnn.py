@@ -239,5 +239,4 @@ def scaled_gradient(x, share: float):
 
 def of_class(maps, classes):
     """[b r y x k], int32 [b r] -> [b r y x]: of each its class's map; of the background, which has none, any."""
-    index = jnp.minimum(classes, maps.shape[-1] - 1)[:, :, None, None, None]
-    return jnp.take_along_axis(maps, index, axis=-1)[..., 0]
+    return detection_losses.picked(maps, jnp.minimum(classes, maps.shape[-1] - 1)[:, :, None, None], axis=-1)
