@@ -4,7 +4,8 @@
     python -m mim_jax.main --config=configs/detect_sample.py:scratch --config.init_from=... --workdir=runs/detect_scratch
 
 Scenes of 128 px composed of the sample's photographs (mim_jax/data/sample/scenes.py): six photographs are classes, whose pieces
-lie over each other on the others. The encoder is that of configs/lomar_sample.py (8 x 8 patches of 4 px there, 32 x 32 here).
+lie over each other on the others; they are seen at 96 px. The encoder is that of configs/lomar_sample.py (8 x 8 patches of 4 px
+there, 24 x 24 here).
 
 Arguments
     scratch  the same detector from random weights
@@ -27,10 +28,10 @@ def get_config(arg=""):
     c.init_from = ""
     c.scratch = a.scratch
     c.seed = 0
-    c.update(duration("total", steps=600))
-    c.batch_size = 8
+    c.update(duration("total", steps=400))
+    c.batch_size = 4
     c.accumulation = 1
-    c.image_size = (128, 128)
+    c.image_size = (96, 96)
     c.compute_dtype = "float32"
     c.remat = False
     c.fsdp = False
@@ -38,8 +39,8 @@ def get_config(arg=""):
     c.global_blocks = 1
     c.drop_path = 0.0
     c.detector = ConfigDict(dict(
-        cascade=False, width=32, hidden=128, anchor_sizes=(8.0, 16.0, 32.0, 64.0, 128.0),
-        sampled_anchors=64, sampled_regions=64, before=(200, 100), after=(100, 50),
+        cascade=False, width=32, hidden=128, anchor_sizes=(6.0, 12.0, 24.0, 48.0, 96.0),
+        sampled_anchors=64, sampled_regions=32, before=(200, 100), after=(100, 50),
         proposal_overlap=0.7, score=0.05, overlap=0.5, most=20,
     ))  # fmt: skip
     c.data = ConfigDict(dict(

@@ -47,8 +47,9 @@ def outline(rng, h: int, w: int) -> np.ndarray:
     return radius < limit * 0.95
 
 
-def resized(block, side: int) -> np.ndarray:
-    return pil_bicubic.bicubic(np.ascontiguousarray(block)[..., None], (side, side))[..., 0]
+def texture(block, side: int, part) -> np.ndarray:
+    """The part (y, x, h, w) of a block that is brought to `side`."""
+    return pil_bicubic.bicubic(np.ascontiguousarray(block)[..., None], (side, side), part=part)[..., 0]
 
 
 def scene(rng, owned: dict[str, np.ndarray]):
@@ -59,15 +60,15 @@ def scene(rng, owned: dict[str, np.ndarray]):
     for _ in range(rng.integers(1, MOST + 1)):
         k, longer, ratio = rng.integers(len(CLASSES)), rng.uniform(SMALLEST, LARGEST), rng.uniform(0.6, 1)
         h, w = (round(longer * side) for side in ((1, ratio) if rng.random() < 0.5 else (ratio, 1)))
-        scale = rng.uniform(0.75, 1.25)  # of the texture
-        texture = resized(pick(CLASSES[k]), round(SIDE * scale))
-        y, x, top, left = (rng.integers(room + 1) for room in (SIDE - h, SIDE - w, len(texture) - h, len(texture) - w))
+        side = round(SIDE * rng.uniform(0.75, 1.25))
+        block = pick(CLASSES[k])
+        y, x, top, left = (rng.integers(room + 1) for room in (SIDE - h, SIDE - w, side - h, side - w))
         mask = np.zeros((SIDE, SIDE), bool)
         mask[y : y + h, x : x + w] = outline(rng, h, w)
         left_over = [(c, m & ~mask, whole) for c, m, whole in laid]
         if any(m.sum() < VISIBLE * whole for _, m, whole in left_over):
             continue
-        image[mask] = texture[top : top + h, left : left + w][mask[y : y + h, x : x + w]]
+        image[mask] = texture(block, side, (top, left, h, w))[mask[y : y + h, x : x + w]]
         laid = [*left_over, (int(k), mask, int(mask.sum()))]
     return image, [(k, mask) for k, mask, _ in laid]
 
