@@ -60,7 +60,7 @@ class MaskRCNN(Objective):
 
     def setup(self):
         if len(self.anchor_sizes) != len(LEVELS):
-            raise ConfigError(f"detect.anchor_sizes needs one size for each of the {len(LEVELS)} levels, of strides 4 to 64")
+            raise ConfigError(f"detector.anchor_sizes needs one size for each of the {len(LEVELS)} levels, of strides 4 to 64")
         self.pyramid = Pyramid(self.width, self.dtype)
         self.region_proposals = RegionProposals(self.width, dtype=self.dtype)
         head = (self.classes, self.width, self.hidden, self.cascade, self.dtype)
