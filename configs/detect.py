@@ -20,6 +20,7 @@ Sources of the numbers
          clipping, no moving average               detectron2, projects/ViTDet (Apache-2.0): configs/common, mask_rcnn_vitdet_b
     vitdet_b  layer decay .7, drop path .1        vitdet_l  .8, .4        vitdet_h  .9, .5, three quarters as long, all decays
     lomar_b   vitdet_b: the paper names no recipe of its own, and released none
+    H/14      detectron2 brought its patches to 16 px beforehand, which nothing here does: use size=1008
 
 Published, box / mask AP on val2017, Mask R-CNN: detectron2 with MAE's weights B 51.6 / 45.9, L 55.5 / 49.2, H 56.7 / 50.2;
 with cascade 54.0 / 46.7, 57.6 / 50.0, 58.7 / 51.0. LoMaR's table 2, B: LoMaR 51.4 / 45.7, pretrained at 384 px 51.6 / 45.9, MAE
