@@ -11,10 +11,15 @@ import pytest
 from recorded import Case, from_released
 
 from mim_jax import tree
+from mim_jax.assemble import weights
+from mim_jax.assemble.encoders import encoder
 from mim_jax.boxes import coding, instance_masks, matching, sampling, suppression
-from mim_jax.config import ConfigError
+from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.convert import detector_names, names
 from mim_jax.convert.layouts import our_shape
+from mim_jax.jobs import detect
+from mim_jax.models.posembed import sincos_table
+from mim_jax.models.vit import ViT
 from mim_jax.models.vitdet import ViTDet
 from mim_jax.objectives.mask_rcnn import MaskRCNN
 from mim_jax.train.optimizer import decays, lr_scale
@@ -78,6 +83,47 @@ def test_the_schedule_is_detectron2s():
     lr = lr(1.0, facts["max_iter"], facts["warmup_iters"])
     for step, expected in facts["iteration_multiplier"]:
         assert float(lr(step)) == pytest.approx(expected, rel=1e-6), step
+
+
+@pytest.mark.parametrize("position", ["rpe", "absolute", "learned"])
+def test_a_vit_becomes_a_backbone(position):
+    """Every parameter of the new encoder but relative positions per axis is one of the old, as it was."""
+    sizes = dict(patch=4, width=8, depth=4, heads=2, mlp_ratio=4.0)
+    vit = ViT((4, 5), channels=1, position=position, **sizes)
+    own = jax.jit(vit.init)(jax.random.key(0), jnp.zeros((1, 16, 20, 1)))["params"]
+    loaded = {f"encoder/{path}": x for path, x in tree.flatten(own).items()}
+    settings = dict(encoder=dict(kind="vit", position=position, **sizes), image_size=(32, 24))
+    settings = detect.adapt(
+        ConfigDict(settings | dict(window=3, global_blocks=2, drop_path=0.1)), ConfigDict(dict(image_size=(16, 20)))
+    )
+    made = encoder(settings.encoder, (32, 24), 1)
+    assert (made.global_blocks, made.window, made.span) == ((1, 3), 3, 8)
+    fitted, _ = weights.fit_tables(loaded, vit, made)
+    wanted = jax.eval_shape(lambda: made.init(jax.random.key(0), jnp.zeros((1, 32, 24, 1))))["params"]
+    fresh = set()
+    for path, x in tree.flatten(wanted).items():
+        found = fitted.get(f"encoder/{path}")
+        if found is None:
+            fresh.add(path.rsplit("/", 1)[1])
+            continue
+        assert found.shape == x.shape, path
+        before = loaded.get(f"encoder/{path}")
+        if before is not None:
+            np.testing.assert_array_equal(found, before[..., : found.shape[-1]])
+    assert fresh == (set() if position == "rpe" else {"rel_pos_h", "rel_pos_w"})
+    if position == "absolute":
+        np.testing.assert_array_equal(fitted["encoder/pos_embed"][0], sincos_table(8, (4, 5), cls=True))
+
+
+@pytest.mark.parametrize("e", [dict(kind="swin"), dict(kind="vit", position="shared_bias")])
+def test_other_encoders_are_refused(e):
+    with pytest.raises(ConfigError, match="is no such encoder"):
+        detect.adapt(ConfigDict(dict(encoder=e)), ConfigDict())
+
+
+def test_global_blocks_are_spaced_evenly():
+    assert detect.spaced(12, 4) == (2, 5, 8, 11) and detect.spaced(24, 4) == (5, 11, 17, 23)
+    assert detect.spaced(32, 4) == (7, 15, 23, 31) and detect.spaced(4, 0) == () and detect.spaced(3, 3) == (0, 1, 2)
 
 
 def random_boxes(key, n: int):

@@ -22,8 +22,14 @@ OBJECTS = (("red", 80, 48), ("green", 176, 96), ("red", 64, 160))  # centre x, y
 SIZE = (176, 240)  # of the image, inside 192 x 256
 MODEL = MaskRCNN(
     ViTDet(grid=(12, 16), width=D, depth=1, heads=2, position="rpe", window=4, global_blocks=()),
-    classes=2, objects=1, width=WIDTH, hidden=8, anchor_sizes=(8.0, 8.0, ANCHOR, 8.0, 8.0), after=(3, 3), most=5,
-)  # fmt: skip
+    classes=2,
+    objects=1,
+    width=WIDTH,
+    hidden=8,
+    anchor_sizes=(8.0, 8.0, ANCHOR, 8.0, 8.0),
+    after=(3, 3),
+    most=5,
+)
 
 
 def identity(width_in: int) -> np.ndarray:

@@ -56,10 +56,17 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     made = config.detector_of(images.num_classes)
     begin = Start() if saved.has_checkpoint(workdir) else start(config, source, made, mesh)
     e = training.experiment(
-        config, completed, objective=made, inputs=labelled_inputs(made, config.normaliser()), source=images, start=begin,
-        mesh=mesh, averaged=config.optim.average > 0, lr_scales=config.optim.scales(made.encoder),
+        config,
+        completed,
+        objective=made,
+        inputs=labelled_inputs(made, config.normaliser()),
+        source=images,
+        start=begin,
+        mesh=mesh,
+        averaged=config.optim.average > 0,
+        lr_scales=config.optim.scales(made.encoder),
         preview=lambda folder, batch: write_png(draw_batch(batch, images.class_names), folder / "augmented.png"),
-    )  # fmt: skip
+    )
     return training.run(e, workdir, settings.to_dict(), defaults(Detection, completed))
 
 

@@ -78,9 +78,8 @@ def of_boxes(logits, deltas, regions: Regions, inputs: dict, weights):
     differences of objects' regions, by the same count."""
     k, count = logits.shape[-1] - 1, jnp.maximum(regions.there.sum(), 1)
     labels = jnp.where(regions.positive, regions.classes, k)
-    chances = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)[..., 0]
-    own = jnp.minimum(regions.classes, deltas.shape[2] - 1)[..., None, None]
-    deltas = jnp.take_along_axis(deltas, own, axis=2)[:, :, 0]
+    chances = picked(jax.nn.log_softmax(logits), labels, axis=-1)
+    deltas = picked(deltas, jnp.minimum(regions.classes, deltas.shape[2] - 1), axis=2)
     objects = jnp.take_along_axis(inputs["boxes"], regions.which[..., None], axis=1)
     error = jnp.abs(deltas - coding.encode(objects, regions.boxes, weights)).sum(-1)
     return -(chances * regions.there).sum() / count, (error * regions.positive).sum() / count
@@ -90,6 +89,16 @@ def of_masks(logits, targets, positive):
     """[b r y x], bool [b r y x], bool [b r] -> []: the mean over cells of the regions of objects, 0 where there are none."""
     error = cross_entropy(logits, targets.astype(jnp.float32)).mean((-2, -1))
     return (error * positive).sum() / jnp.maximum(positive.sum(), 1)
+
+
+def picked(x, index, axis: int):
+    """[... k ...], int32 [...] that broadcasts against the axes before this one -> the index-th of the k, the axis gone.
+
+    By comparing, not by a gather, whose gradient is a scatter: a TPU takes those one number at a time.
+    """
+    hit = jnp.expand_dims(index, -1) == jnp.arange(x.shape[axis])
+    hit = hit.reshape(*hit.shape, *[1] * (x.ndim - hit.ndim))
+    return jnp.where(hit, x, 0).sum(axis)
 
 
 def cross_entropy(logits, targets):

@@ -60,7 +60,7 @@ class MaskRCNN(Objective):
 
     def setup(self):
         if len(self.anchor_sizes) != len(LEVELS):
-            raise ConfigError(f"detect.anchor_sizes needs one size for each of the {len(LEVELS)} levels, of strides 4 to 64")
+            raise ConfigError(f"detector.anchor_sizes needs one size for each of the {len(LEVELS)} levels, of strides 4 to 64")
         self.pyramid = Pyramid(self.width, self.dtype)
         self.region_proposals = RegionProposals(self.width, dtype=self.dtype)
         head = (self.classes, self.width, self.hidden, self.cascade, self.dtype)
@@ -239,5 +239,4 @@ def scaled_gradient(x, share: float):
 
 def of_class(maps, classes):
     """[b r y x k], int32 [b r] -> [b r y x]: of each its class's map; of the background, which has none, any."""
-    index = jnp.minimum(classes, maps.shape[-1] - 1)[:, :, None, None, None]
-    return jnp.take_along_axis(maps, index, axis=-1)[..., 0]
+    return detection_losses.picked(maps, jnp.minimum(classes, maps.shape[-1] - 1)[:, :, None, None], axis=-1)

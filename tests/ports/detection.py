@@ -86,11 +86,17 @@ class BackbonePort:
         self.params = {"params": from_released(case.under("param/"), self.rules)["encoder"]}
         table = meta.get("pretrain_img_size", 14 * p) // p
         self.encoder = ViTDet(
-            grid=tuple(side // p for side in meta["input"]), patch=p, width=meta["dim"], depth=meta["depth"],
-            heads=meta["heads"], window=meta["window"], table=(table, table), span=meta.get("img_size", 0) // p,
+            grid=tuple(side // p for side in meta["input"]),
+            patch=p,
+            width=meta["dim"],
+            depth=meta["depth"],
+            heads=meta["heads"],
+            window=meta["window"],
+            table=(table, table),
+            span=meta.get("img_size", 0) // p,
             position="rpe" if "derived/buckets_window" in case else "decomposed",
             global_blocks=tuple(i for i in range(meta["depth"]) if i not in meta["window_block_indexes"]),
-        )  # fmt: skip
+        )
 
     def compare(self, report: Report):
         case, e = self.case, self.encoder

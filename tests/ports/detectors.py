@@ -53,9 +53,14 @@ class CascadePort(WholePort):
         self.params = from_released(case.under("param/"), self.rules)
         h, w = meta["padded"]
         self.objective = MaskRCNN(
-            ViTDet(grid=(h // 16, w // 16)), classes=meta["num_classes"], width=meta["channels"], hidden=meta["fc"],
-            cascade=True, sampled_regions=meta["roi_batch"], most=meta["topk"],
-        )  # fmt: skip
+            ViTDet(grid=(h // 16, w // 16)),
+            classes=meta["num_classes"],
+            width=meta["channels"],
+            hidden=meta["fc"],
+            cascade=True,
+            sampled_regions=meta["roi_batch"],
+            most=meta["topk"],
+        )
 
     def compare(self, report: Report):
         case, made, maps, inputs = self.case, self.objective, maps_of(self.case), objects_of(self.case)
@@ -103,16 +108,29 @@ class DetectorPort(WholePort):
         self.params = from_released(case.under("param/"), self.rules)
         table = meta["pretrain_img_size"] // patch
         encoder = ViTDet(
-            grid=(side // patch, side // patch), patch=patch, width=meta["dim"], depth=meta["depth"], heads=meta["heads"],
-            window=meta["window"], table=(table, table),
+            grid=(side // patch, side // patch),
+            patch=patch,
+            width=meta["dim"],
+            depth=meta["depth"],
+            heads=meta["heads"],
+            window=meta["window"],
+            table=(table, table),
             global_blocks=tuple(i for i in range(meta["depth"]) if i not in meta["window_block_indexes"]),
-        )  # fmt: skip
+        )
         both = lambda key: (meta[key]["train"], meta[key]["test"])
         self.objective = MaskRCNN(
-            encoder, classes=meta["num_classes"], width=meta["channels"], hidden=meta["fc"], sampled_anchors=meta["rpn_batch"],
-            anchor_sizes=tuple(sizes[0] for sizes in meta["anchor_sizes"]), sampled_regions=meta["roi_batch"],
-            before=both("pre_nms"), after=both("post_nms"), score=meta["score_thresh"], most=meta["topk"],
-        )  # fmt: skip
+            encoder,
+            classes=meta["num_classes"],
+            width=meta["channels"],
+            hidden=meta["fc"],
+            sampled_anchors=meta["rpn_batch"],
+            anchor_sizes=tuple(sizes[0] for sizes in meta["anchor_sizes"]),
+            sampled_regions=meta["roi_batch"],
+            before=both("pre_nms"),
+            after=both("post_nms"),
+            score=meta["score_thresh"],
+            most=meta["topk"],
+        )
         self.normalise = Normaliser(*(tuple(x / 255 for x in meta[f"pixel_{name}"]) for name in ("mean", "std")))
 
     def inputs(self, report: Report) -> dict:
