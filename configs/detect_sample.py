@@ -12,7 +12,7 @@ Arguments
     toy      two steps of a smaller detector
 
 The recipe is that of configs/detect.py with smaller heads; length, learning rate and jitter are this project's guesses for
-these scenes, not tuned. docs/detection.md has what was measured.
+these scenes, not tuned; no full run was measured yet.
 """
 
 from mim_jax.config import ConfigDict, arguments
