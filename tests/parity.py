@@ -23,6 +23,7 @@ from ports.mae import MaePort
 from ports.maskfeat import MaskfeatPort
 from ports.simmim import SimmimPort
 from ports.swin_classifier import SwinClassifierPort
+from ports.upernet import UPerNetSwinPort, UPerNetVitPort
 from recorded import Case, Report
 from recorded_run import compare_run
 
@@ -44,6 +45,8 @@ PORTS = (
     ("LocalMIM on a ViT", has("param/decoder.0.embed.weight", "param/blocks.0.attn.qkv.weight"), LocalVitPort),
     ("LocalMIM on a Swin", has("param/decoder.0.embed.weight", "param/encoder.patch_embed.norm.weight"), LocalSwinPort),
     ("Swin classifiers", has("param/head.weight", "param/layers.0.blocks.0.attn.qkv.weight"), SwinClassifierPort),
+    ("UPerNet on a ViT", has("param/decode_head.conv_seg.weight", "param/backbone.pos_embed"), UPerNetVitPort),
+    ("UPerNet on a Swin", has("param/decode_head.conv_seg.weight", "param/backbone.norm0.weight"), UPerNetSwinPort),
     ("MaskFeat's HOG", lambda case: any(key.startswith("ambiguous/") for key in case.arrays), MaskfeatHogPort),
     ("HOG", lambda case: any(key.startswith("nbins") for key in case.arrays), HogPort),
 )

@@ -33,6 +33,8 @@ CASES = (
     "maskfeat_hog",
     "greenmim_tiny",
     "traj_localmim_swin_true",
+    "upernet_vit_tiny",
+    "upernet_swin_tiny",
 )
 KINDS = ("grad/", "fixorder/grad/", "final/", "nbins18_bias/pool", "target/64.gauss16")  # of each case one at least
 
