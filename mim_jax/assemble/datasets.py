@@ -15,8 +15,8 @@ from mim_jax.sections import Bound, Count, Natural, NotNegative, Positive, Secti
 from mim_jax.targets.pixels import Normaliser
 
 
-class Data(Section):
-    """Where images are, and how they are seen: evaluation cuts the centre out, `resize_ratio` of the shorter side.
+class Images(Section):
+    """Where images are, and how their values are seen.
 
     Of a folder: `folders` says which of its folders are splits or classes, where the rules of docs/data.md do not; `holdout`
     takes so many percent of the training images for the validation split that is not there.
@@ -32,13 +32,11 @@ class Data(Section):
     normalise: Literal["dataset", "image"]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize_ratio: Positive
     columns: str = ""  # "image=NAME,label=NAME" where a source has them under other names
     exif: Literal["auto", "ignore", "apply"] = "auto"
     bad_limit: Share = 0.1
 
     def check(self):
-        self.require(self.resize_ratio <= 1, "resize_ratio", "is not a share between 0 and 1")
         self.require(min(self.std, default=1) > 0, "std", "must be above 0 in every channel")
         if max((*map(abs, self.mean), *self.std), default=0) > 1:
             raise ConfigError(
@@ -67,6 +65,16 @@ class Data(Section):
         return open_source(self.source, split, channels=channels, **place)
 
 
+class Data(Images):
+    """Evaluation cuts the centre out, `resize_ratio` of the shorter side."""
+
+    resize_ratio: Positive
+
+    def check(self):
+        self.require(self.resize_ratio <= 1, "resize_ratio", "is not a share between 0 and 1")
+        super().check()
+
+
 class TrainingData(Data):
     """Random crops of the training split (RandomResizedCrop): shares of the area, width / height, and a flip.
 
@@ -83,6 +91,13 @@ class TrainingData(Data):
     resize: Literal["host", "device"] = "host"
     repeat: Count = 1
     scaled_decoding: bool = True
+
+    def seen(self, source) -> dict:
+        """-> the options of TrainBatches that say how an image is seen."""
+        from mim_jax.data.augment import RandomCrop
+
+        crop = RandomCrop(scale=self.crop_scale, ratio=self.crop_ratio, flip=self.flip)
+        return dict(crop=crop, repeat=self.repeat, unsized=self.resize == "device")
 
     def reading(self):
         found = super().reading()
@@ -117,6 +132,31 @@ class ProbeData(Data):
     test_split: str
 
 
+class SegmentationData(Images):
+    """Images and their label maps, as data/scaled_crop.py scales, cuts and distorts them: fitted into `short` and `long` px
+    times a factor of `scale`. `changed`: as of TrainingData."""
+
+    changed: Literal["refuse", "continue"] = "refuse"
+    train_split: str
+    short: Natural
+    long: Natural
+    scale: tuple[float, float]
+    class_share: Positive
+    flip: bool
+    photometric: bool
+
+    def check(self):
+        super().check()
+        self.require(self.long >= self.short, "long", f"is below short={self.short}")
+
+    def seen(self, source) -> dict:
+        """As of TrainingData. Raises ConfigError (DataError) for ranges that cannot be."""
+        from mim_jax.data.scaled_crop import ScaledCrop
+
+        keys = ("short", "long", "scale", "class_share", "flip", "photometric")
+        return dict(crop=ScaledCrop(**{key: getattr(self, key) for key in keys}))
+
+
 class FeatureData(Data):
     split: str
 
@@ -136,7 +176,6 @@ def synthetic_batch(size: tuple[int, int], channels: int, batch_size: int, seed:
 
 def training_batches(config, source, augment: RandAugmentation | None = None):
     """The pipeline of training batches of a job: batch(step) is a pure function of (seed, step, process)."""
-    from mim_jax.data.augment import RandomCrop
     from mim_jax.data.pipeline import TrainBatches
     from mim_jax.data.randaugment import RandAugment
 
@@ -144,11 +183,9 @@ def training_batches(config, source, augment: RandAugmentation | None = None):
     if augment and augment.layers:
         fill = tuple(round(255 * m) for m in data.mean)
         policy = RandAugment(layers=augment.layers, magnitude=augment.magnitude, std=augment.std, fill=fill)
-    crop = RandomCrop(scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip)
     process = jax.process_index(), jax.process_count()
     options = dict(batch_size=config.batch_size, size=config.image_size, seed=config.seed, process=process)
-    seen = dict(crop=crop, augment=policy, repeat=data.repeat, unsized=data.resize == "device")
-    return TrainBatches(source, reading=data.reading(), **seen, **options)
+    return TrainBatches(source, reading=data.reading(), augment=policy, **data.seen(source), **options)
 
 
 def split_batches(source, size, resize_ratio: float, batch_size: int, limit: int = 0, reading=None):

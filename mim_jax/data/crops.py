@@ -55,6 +55,15 @@ def cut(batch, uniforms, crop, size, channels, how=PLAIN, unsized=False):
     return rest, tf.ensure_shape(crops, shape), tf.ensure_shape(places, [count * repeat, 10])
 
 
+def each_cut(batch, uniforms, crop, size, channels, how=PLAIN, unsized=False):
+    """As `cut`, by a crop that sees one example at a time and whole: `crop.cut` -> (example,). -> the examples, alone in a
+    tuple."""
+    count, repeat = uniforms.shape[:2]
+    alone = lambda i: {key: values[i] for key, values in batch.items()}
+    found = [crop.cut(alone(i), uniforms[i, k], size, channels, how, unsized)[0] for i in range(count) for k in range(repeat)]
+    return ({key: tf.stack([example[key] for example in found]) for key in found[0]},)
+
+
 def on_canvas(pixels, of, canvas):
     """uint8 [h w c], a box in it, uint8 [CANVAS * size c] to write to -> the box there: for the device to resize.
 

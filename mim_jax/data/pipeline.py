@@ -100,7 +100,7 @@ class TrainBatches:
     _: dataclasses.KW_ONLY
     batch_size: int  # global; each process gets its share
     size: tuple[int, int]  # (height, width) of the images
-    crop: RandomCrop
+    crop: RandomCrop  # or what has its `cut`, as data/scaled_crop.py
     seed: int  # any whole number
     process: tuple[int, int] = (0, 1)  # which one this is, and of how many
     prefetch: int = 2  # batches prepared ahead
@@ -213,11 +213,13 @@ class TrainBatches:
 
     def _cut(self, draws, examples):
         channels, how = self.source.channels, self.reading.decoding
-        return crops.cut(examples, draws["crop"], self.crop, self.size, channels, how, self.unsized)
+        cut = crops.cut if isinstance(self.crop, RandomCrop) else crops.each_cut
+        return cut(examples, draws["crop"], self.crop, self.size, channels, how, self.unsized)
 
     def _finished(self, ids, asked, draws, *seen):
         """Ids [s], what `_draws` gave [s ...] and `_cut` -> a batch of s * repeat."""
-        batch = crops.followed(*seen, draws["crop"], self.crop, self.size, self.unsized)
+        follow = crops.followed if isinstance(self.crop, RandomCrop) else lambda batch, *_: batch
+        batch = follow(*seen, draws["crop"], self.crop, self.size, self.unsized)
         batch |= {key: tf.repeat(of, self.repeat) for key, of in {"id": ids, "asked": asked}.items()}
         return self.augment(batch, tf.reshape(draws["seed"], [-1, WORDS])) if self.augment else batch
 

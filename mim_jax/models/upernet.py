@@ -72,13 +72,6 @@ class UPerHead(nn.Module):
         joined = jnp.concatenate([resized(x, levels[0].shape[1:3]) for x in levels], -1)
         return Classifier(self.classes, self.dropout, self.dtype, name="classifier")(layer(joined, 3, "fuse"), train)
 
-    def flops(self, maps: Sequence[tuple[int, int]]) -> int:
-        """Forward FLOPs of maps of so many (places, width), from fine to coarse; without resizing."""
-        c, (places, width), fine = self.channels, maps[-1], maps[:-1]
-        total = sum(flops.dense(bins**2, width, c) for bins in POOLS) + flops.dense(places, 9 * (width + len(POOLS) * c), c)
-        total += sum(flops.dense(n, d, c) + flops.dense(n, 9 * c, c) for n, d in fine)
-        return total + flops.dense(fine[0][0], 9 * len(maps) * c, c) + flops.dense(fine[0][0], c, self.classes)
-
 
 class FcnHead(nn.Module):
     """[b h w d] -> logits [b h w classes]: a convolution and a linear layer."""
@@ -92,3 +85,16 @@ class FcnHead(nn.Module):
     def __call__(self, x, train: bool = False):
         x = ConvNorm(self.channels, 3, self.dtype, name="hidden")(x, train)
         return Classifier(self.classes, self.dropout, self.dtype, name="classifier")(x, train)
+
+
+def head_flops(maps: Sequence[tuple[int, int]], channels: int, classes: int) -> int:
+    """Forward FLOPs of UPerHead on maps of so many (places, width), from fine to coarse; without resizing."""
+    c, (places, width), fine = channels, maps[-1], maps[:-1]
+    total = sum(flops.dense(bins**2, width, c) for bins in POOLS) + flops.dense(places, 9 * (width + len(POOLS) * c), c)
+    total += sum(flops.dense(n, d, c) + flops.dense(n, 9 * c, c) for n, d in fine)
+    return total + flops.dense(fine[0][0], 9 * len(maps) * c, c) + flops.dense(fine[0][0], c, classes)
+
+
+def auxiliary_flops(places: int, width: int, channels: int, classes: int) -> int:
+    """Forward FLOPs of FcnHead on a map."""
+    return flops.dense(places, 9 * width, channels) + flops.dense(places, channels, classes)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models import flops
+from mim_jax.models import flops, upernet
 from mim_jax.models.bilinear import resized
 from mim_jax.models.heads import BatchNorm
 from mim_jax.models.segmentation_neck import SwinNeck, VitNeck
@@ -69,7 +69,9 @@ class Segment(Segmenter):
 
     def levels(self, images, train: bool = False) -> list:
         """[b h w c] -> four maps [b rows columns d]."""
-        return self.neck(self.encoder.maps(images, self.taps, train), train)
+        taps = sorted(set(self.taps))  # a shallow encoder may give one map to several levels
+        maps = dict(zip(taps, self.encoder.maps(images, taps, train), strict=True))
+        return self.neck([maps[tap] for tap in self.taps], train)
 
     def logits(self, images, train: bool = False) -> dict:
         """[b h w c] -> {"": [b h/4 w/4 classes]}."""
@@ -84,11 +86,12 @@ class Segment(Segmenter):
 
     def flops(self) -> int:
         (h, w), e = self.encoder.image_size, self.encoder
-        maps = [(h * w // side**2, e.tap_shape(tap)[1]) for side, tap in zip((4, 8, 16, 32), self.taps)]
-        (places, width), c = maps[2], self.auxiliary_channels
+        finest = e.patch / 4 if e.kind == "vit" else e.patch
+        maps = [(round(h * w / (finest * 2**i) ** 2), e.tap_shape(tap)[1]) for i, tap in enumerate(self.taps)]
+        places, width = maps[2]
         ups = flops.dense(places, width, 4 * width) * 6 if e.kind == "vit" else 0  # 1 + 4 of the finest level, 1 of the next
-        auxiliary = flops.dense(places, 9 * width, c) + flops.dense(places, c, self.classes)
-        return e.flops() + ups + UPerHead(self.classes, self.channels).flops(maps) + auxiliary
+        heads = upernet.head_flops(maps, self.channels, self.classes)
+        return e.flops() + ups + heads + upernet.auxiliary_flops(places, width, self.auxiliary_channels, self.classes)
 
 
 class DenseProbe(Segmenter):
