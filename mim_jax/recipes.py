@@ -175,18 +175,43 @@ def segmentation(c, *, steps: int, lr: float, layer_decay: float, size: int, dat
     c.data = ConfigDict(
         RUN_DATA | dict(changed="refuse", train_split="train", normalise="run", mean=(), std=(), flip=True) | data
     )
-    c.optim = ConfigDict(dict(
-        name="adamw", base_lr=0.0, lr=lr, b1=0.9, b2=0.999, weight_decay=weight_decay, no_decay=no_decay, decay_vectors=False,
-        clip_norm=0.0, layer_decay=layer_decay, schedule="poly", power=1.0, warmup_start=1e-6, **duration("warmup", steps=1500),
-    ))  # fmt: skip
+    c.optim = ConfigDict(
+        dict(
+            name="adamw",
+            base_lr=0.0,
+            lr=lr,
+            b1=0.9,
+            b2=0.999,
+            weight_decay=weight_decay,
+            no_decay=no_decay,
+            decay_vectors=False,
+            clip_norm=0.0,
+            layer_decay=layer_decay,
+            schedule="poly",
+            power=1.0,
+            warmup_start=1e-6,
+            **duration("warmup", steps=1500),
+        )
+    )
     c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", steps=8000)))
     c.log = ConfigDict(dict(every_steps=50, tensorboard=True))
     c.profile = ConfigDict(PROFILE)
     c.evals = ConfigDict()
     c.evals.validation = dict(
-        type="segment", on=True, split="validation", examples=0, batch_size=8, window=size, stride=size * 2 // 3,
-        short=data["short"], long=data["long"], scales=(1.0,), flip=False, pictures=8, **duration("every", steps=16000),
-    )  # fmt: skip
+        type="segment",
+        on=True,
+        split="validation",
+        examples=0,
+        batch_size=8,
+        window=size,
+        stride=size * 2 // 3,
+        short=data["short"],
+        long=data["long"],
+        scales=(1.0,),
+        flip=False,
+        pictures=8,
+        **duration("every", steps=16000),
+    )
 
 
 def collages(c, steps: int, batch_size: int, lr: float):

@@ -104,15 +104,18 @@ def spoil(folder, what):
         labels.parent.parent.rename(folder / "masks")
 
 
-@pytest.mark.parametrize("what,words", [
-    ("values", r"2\.png: 660 pixels have values that no class has, such as 9; the 3 classes have 0 to 1, 3"),
-    ("size", r"2\.png: the label map is 22x31, its image 22x30"),
-    ("map", r"1 of 4 lack their pair: sub/2 \(no label map\)"),
-    ("image", r"1 of 4 lack their pair: sub/2 \(no image\)"),
-    ("names", r"has no file of the classes .*write .*classes\.csv, a line for each class"),
-    ("twice", r"it names 2 classes, 1 of them different"),
-    ("folder", r"has no folders images/ and labels/ \(or annotations/\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "what,words",
+    [
+        ("values", r"2\.png: 660 pixels have values that no class has, such as 9; the 3 classes have 0 to 1, 3"),
+        ("size", r"2\.png: the label map is 22x31, its image 22x30"),
+        ("map", r"1 of 4 lack their pair: sub/2 \(no label map\)"),
+        ("image", r"1 of 4 lack their pair: sub/2 \(no image\)"),
+        ("names", r"has no file of the classes .*write .*classes\.csv, a line for each class"),
+        ("twice", r"it names 2 classes, 1 of them different"),
+        ("folder", r"has no folders images/ and labels/ \(or annotations/\)"),
+    ],
+)
 def test_what_cannot_be_used_is_said_at_once(folder, what, words):
     spoil(folder, what)
     with pytest.raises(DataError) as error:

@@ -85,11 +85,14 @@ def test_ignored_pixels_are_counted_in_the_mean_and_learn_nothing():
     assert not np.asarray(jax.grad(loss)(logits))[0, 1].any()
 
 
-@pytest.mark.parametrize("changes,words", [
-    (dict(taps=(1, 3, 12, 11)), r"taps=\(1, 3, 12, 11\): four blocks from 0 to 11 are meant"),
-    (dict(image_size=(496, 512)), "UPerNet needs even ones"),
-    (dict(class_weights=(1.0, 2.0)), "class_weights has 2 numbers, the data 150 classes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        (dict(taps=(1, 3, 12, 11)), r"taps=\(1, 3, 12, 11\): four blocks from 0 to 11 are meant"),
+        (dict(image_size=(496, 512)), "UPerNet needs even ones"),
+        (dict(class_weights=(1.0, 2.0)), "class_weights has 2 numbers, the data 150 classes"),
+    ],
+)
 def test_what_cannot_be_is_said(changes, words):
     with pytest.raises(ConfigError, match=words):
         settings("preset=localmim_b", "localmim_vitb", **changes).objective(150)

@@ -23,9 +23,10 @@ from mim_jax.train.optimizer import AdamW, lr_scale
 
 SHOWN, LEVELS = 8, 4  # images of augmented.png; maps of UPerNet
 TAKEN = weights.Taken(
-    "^encoder/", fresh=(r"^(neck|head|auxiliary)/", r"^encoder/block_\d+/(attn/relative_bias|gamma_\d)$"),
+    "^encoder/",
+    fresh=(r"^(neck|head|auxiliary)/", r"^encoder/block_\d+/(attn/relative_bias|gamma_\d)$"),
     left=(r"^encoder/norm/",),
-)  # fmt: skip
+)
 
 
 class SegmentationAdamW(AdamW):
@@ -102,10 +103,16 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
         replace, words = weights.taken_over(source, made, config.encoder, mesh, TAKEN)
         begin = Start(replace, words, source.ancestry())
     e = training.experiment(
-        config, completed, objective=made, inputs=inputs, source=images, start=begin, mesh=mesh,
+        config,
+        completed,
+        objective=made,
+        inputs=inputs,
+        source=images,
+        start=begin,
+        mesh=mesh,
         lr_scales=config.layer_scales(made.encoder),
         preview=lambda folder, batch: save_augmented(folder, config, inputs, batch, images),
-    )  # fmt: skip
+    )
     return training.run(e, workdir, settings.to_dict(), defaults(Segmentation, completed))
 
 

@@ -44,8 +44,8 @@ class UPerNetPort:
 
     def prepare(self, case: Case, encoder, taps, **options):
         self.case = case
-        channels = {key: case[f"param/{name}.bn.weight"].shape[0] for key, name in (
-            ("channels", "decode_head.bottleneck"), ("auxiliary_channels", "auxiliary_head.convs.0"))}  # fmt: skip
+        named = {"channels": "decode_head.bottleneck", "auxiliary_channels": "auxiliary_head.convs.0"}
+        channels = {key: case[f"param/{name}.bn.weight"].shape[0] for key, name in named.items()}
         classes = case["param/decode_head.conv_seg.bias"].shape[0]
         self.objective = Segment(encoder=encoder, taps=taps, classes=classes, dropout=0.0, **channels, **options)
         self.params = from_released(case.under("param/"), self.rules)
@@ -54,8 +54,8 @@ class UPerNetPort:
         case, made = self.case, self.objective
         inputs = {"images": case.images(), "labels": jnp.asarray(case["input/labels"], jnp.int32)}
         stats = {"batch_stats": made.init(jax.random.key(0), inputs)["batch_stats"]}
-        run = jax.jit(lambda p: made.apply({"params": p, **stats}, inputs, True, capture_intermediates=True,
-                                           mutable=["batch_stats", "intermediates"]))  # fmt: skip
+        look = dict(capture_intermediates=True, mutable=["batch_stats", "intermediates"])
+        run = jax.jit(lambda p: made.apply({"params": p, **stats}, inputs, True, **look))
         (loss, metrics), updated = run(self.params)
         seen, after = updated["intermediates"], {"batch_stats": updated["batch_stats"]}
         for key, ours in (
