@@ -150,7 +150,7 @@ def on_the_sample(c):
         judged.update(dict(train_split="train_tiles", test_split="validation"))
 
 
-def segmentation(c, *, steps: int, lr: float, layer_decay: float, size: int, data: dict, weight_decay=0.05, no_decay=()):
+def segmentation(c, *, steps: int, lr: float, layer_decay: float, size: int, data: dict):
     """Fills in what every segmentation here has in common, mmsegmentation's; the config adds what is LocalMIM's or BEiT's.
 
     `data`: how images are brought to size, by short, long, scale, class_share, photometric; and their source, unless the run's.
@@ -175,24 +175,9 @@ def segmentation(c, *, steps: int, lr: float, layer_decay: float, size: int, dat
     c.data = ConfigDict(
         RUN_DATA | dict(changed="refuse", train_split="train", normalise="run", mean=(), std=(), flip=True) | data
     )
-    c.optim = ConfigDict(
-        dict(
-            name="adamw",
-            base_lr=0.0,
-            lr=lr,
-            b1=0.9,
-            b2=0.999,
-            weight_decay=weight_decay,
-            no_decay=no_decay,
-            decay_vectors=False,
-            clip_norm=0.0,
-            layer_decay=layer_decay,
-            schedule="poly",
-            power=1.0,
-            warmup_start=1e-6,
-            **duration("warmup", steps=1500),
-        )
-    )
+    c.optim = adamw(lr=lr, b2=0.999, warmup=duration("warmup", steps=1500))
+    del c.optim["min_lr"]
+    c.optim.update(dict(decay_vectors=False, layer_decay=layer_decay, schedule="poly", power=1.0, warmup_start=1e-6))
     c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", steps=8000)))
     c.log = ConfigDict(dict(every_steps=50, tensorboard=True))
     c.profile = ConfigDict(PROFILE)
