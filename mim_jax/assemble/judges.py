@@ -9,7 +9,7 @@ from absl import logging
 
 from mim_jax import prng
 from mim_jax.assemble.encoders import pooling
-from mim_jax.assemble.evaluation import Evaluation, Judged
+from mim_jax.assemble.judged import Evaluation, Judged
 from mim_jax.assemble.map_scores import MapScores
 from mim_jax.config import ConfigError
 from mim_jax.evaluators import fewshot, knn, nmi, object_results, reconstruct, top_k

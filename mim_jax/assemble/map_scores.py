@@ -5,7 +5,7 @@ from typing import Annotated
 
 import jax
 
-from mim_jax.assemble.evaluation import Evaluation, Judged
+from mim_jax.assemble.judged import Evaluation, Judged
 from mim_jax.config import ConfigError
 from mim_jax.evaluators.mean_iou import Judge, Look
 from mim_jax.sections import Bound, Natural

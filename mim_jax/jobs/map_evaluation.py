@@ -8,7 +8,7 @@ from etils import epath
 
 from mim_jax import logs, provenance, sections, sharding, tree
 from mim_jax.assemble import datasets, encoders, inheritance, weights
-from mim_jax.assemble.evaluation import Judged
+from mim_jax.assemble.judged import Judged
 from mim_jax.assemble.map_scores import MapScores
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.durations import Duration
