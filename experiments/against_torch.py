@@ -1,0 +1,149 @@
+"""`python -m experiments.against_torch --torch_python=.venv-torch/bin/python`: our steps beside twins in PyTorch, in turn.
+
+ViT-B/16, float32, forward + backward + AdamW: LoMaR, MAE and LocalMIM beside ViTs of the same sequences, parameters and
+products (experiments/twins/), in processes of their own that wait for each other on the same cores; the rate of a plain matrix
+product in both; what iRPE is of LoMaR's step, by the step without it; what HOG is of LocalMIM's; and 9 windows at 448 px
+against 4 at 224. Writes results/against_torch_cpu.json. `make test-torch` makes such an environment.
+"""
+
+import argparse
+import functools
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+from experiments.in_turn import Waiting, serve
+
+LOMAR, MAE, LOCALMIM = (f"configs/{name}_vitb.py" for name in ("lomar", "mae", "localmim"))
+WITHOUT_IRPE, LARGE = f"{LOMAR}:pos=absolute", f"{LOMAR}:size=448"
+# (ours, those with a twin beside) of what is measured in turn: few at a time, as each holds a state.
+ROUNDS = (((LOMAR, WITHOUT_IRPE), (LOMAR,)), ((MAE,), (MAE,)), ((LOCALMIM,), (LOCALMIM,)), ((LOMAR, LARGE), ()))
+PRODUCT, TARGETS = "matrix product", " targets"  # turns beside those of configs: FLOP/s; seconds of the targets alone
+
+
+def serve_jax(asked):
+    """This project's steps."""
+    import jax
+
+    from mim_jax.jobs.step_costs import Subject, timed, yardstick_of
+    from mim_jax.jobs.step_program import Setting
+
+    jax.config.update("jax_platforms", "cpu")
+    setting = Setting(asked.batch_size, "float32")
+    subjects = {spec: Subject(spec, setting) for spec in asked.specs}
+    product = yardstick_of(subjects.values())
+    turns = {spec: subject.run for spec, subject in subjects.items()}
+    for spec, s in subjects.items():
+        if s.targets:
+            turns[spec + TARGETS] = lambda s=s: timed(s.targets, s.state, s.images)[1]
+    facts = {spec: subject.costs() for spec, subject in subjects.items()}
+    serve({"facts": facts, "shape": product.shape, "turns": list(turns)}, turns | {PRODUCT: product.run})
+
+
+def serve_torch(asked):
+    """Their twins."""
+    import torch
+
+    from experiments.twins.methods import Step
+
+    torch.set_num_threads(asked.cores)
+    turns = {spec: Step(spec, asked.batch_size).run for spec in asked.specs}
+    product = functools.partial(torch_product, torch, *asked.shape)
+    serve({"torch": torch.__version__, "turns": list(turns)}, turns | {PRODUCT: product})
+
+
+def torch_product(torch, tokens: int, width: int) -> float:
+    """FLOP/s of the two products of an MLP, over and over, as MatrixProduct of jobs/step_costs.py has them."""
+    x, a, b = torch.randn(tokens, width), torch.randn(width, 4 * width), torch.randn(4 * width, width)
+    a, b, between = a * width**-0.5, b * (4 * width) ** -0.5, torch.empty(tokens, 4 * width)
+    pair = 16 * tokens * width**2
+    repeat = max(1, int(1e11 / pair))
+    start = time.perf_counter()
+    for _ in range(repeat):
+        torch.matmul(x, a, out=between)
+        torch.matmul(between, b, out=x)
+    return repeat * pair / (time.perf_counter() - start)
+
+
+def measured(ours, twins, asked) -> dict:
+    """One of ROUNDS -> {"jax", "torch": {turn: what each gave, in order}}, "facts" of our steps and torch's version."""
+    flags = [f"--batch_size={asked.batch_size}", f"--cores={asked.cores}"]
+    start = lambda who, python, *more: Waiting(
+        [python, "-m", "experiments.against_torch", f"--serve={who}", *flags, *more], asked.cores
+    )
+    with start("jax", sys.executable, *ours) as jax:
+        shape = [f"--shape={n}" for n in jax.facts["shape"]]
+        with start("torch", asked.torch_python, *shape, *twins) as torch:
+            both = {"jax": jax, "torch": torch}
+            turns = sorted(((who, turn) for who, one in both.items() for turn in one.facts["turns"]), key=lambda x: x[1])
+            turns += [("jax", PRODUCT), ("torch", PRODUCT)]  # and of a config its two steps one after the other
+            found = {who: {turn: [] for name, turn in turns if name == who} for who in both}
+            for step in range(asked.steps + 1):
+                for who, turn in turns:
+                    value = both[who].turn(turn)
+                    if step:  # the first also allocates
+                        found[who][turn].append(value)
+            return found | {"facts": jax.facts["facts"], "torch_version": torch.facts["torch"]}
+
+
+def ratio(a, b) -> float:
+    """The median of the ratios between neighbours in time."""
+    return float(np.median(np.divide(a, b)))
+
+
+def compared(spec: str, one: dict, batch_size: int) -> dict:
+    """The numbers of a config and its twin from their round."""
+    flops = one["facts"][spec]["flops_per_image"] * batch_size
+    found = {"config": spec, "flops_per_image": flops / batch_size, "jax_of_torch": ratio(one["jax"][spec], one["torch"][spec])}
+    for who in ("jax", "torch"):
+        found[f"{who}_median_s"] = float(np.median(one[who][spec]))
+        found[f"{who}_share_of_matmul_rate"] = flops * ratio(1 / np.array(one[who][spec]), one[who][PRODUCT])
+    if targets := one["jax"].get(spec + TARGETS):
+        found["targets_share_of_step"] = ratio(targets, one["jax"][spec])
+    return found
+
+
+def report(asked) -> dict:
+    named = lambda spec: f"{spec}{',' if ':' in spec else ':'}toy" if asked.toy else spec
+    rounds = [measured(map(named, ours), map(named, twins), asked) for ours, twins in ROUNDS]
+    results = [compared(named(spec), one, asked.batch_size) for one, (_, twins) in zip(rounds, ROUNDS) for spec in twins]
+    first, last = rounds[0]["jax"], rounds[-1]["jax"]
+    return {
+        "results": results,
+        "irpe_share_of_step": 1 - ratio(first[named(WITHOUT_IRPE)], first[named(LOMAR)]),
+        "step_448px_of_224px": ratio(last[named(LARGE)], last[named(LOMAR)]),
+        "matmul_flops_per_second": {
+            who: float(np.median([rate for one in rounds for rate in one[who][PRODUCT]])) for who in ("jax", "torch")
+        },
+        "torch": rounds[0]["torch_version"],
+        "rounds": [{who: one[who] for who in ("jax", "torch")} for one in rounds],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch_python", default=sys.executable, help="the interpreter of an environment with PyTorch")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=7, help="measured rounds, after one that is not")
+    parser.add_argument("--toy", action="store_true", help="tiny models: a smoke test")
+    parser.add_argument("--beside", default="nothing", help="what else the machine does meanwhile, for the record")
+    parser.add_argument("--out", default="results/against_torch_cpu.json")
+    parser.add_argument("--serve", choices=("jax", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--shape", type=int, action="append", help=argparse.SUPPRESS)
+    parser.add_argument("specs", nargs="*", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.serve:
+        return {"jax": serve_jax, "torch": serve_torch}[asked.serve](asked)
+    begun, settings = time.perf_counter(), {name: getattr(asked, name) for name in ("batch_size", "cores", "steps", "beside")}
+    found = report(asked)
+    from mim_jax.provenance import this_run, write_result  # wakes JAX, and nothing else is to run beside
+
+    settings |= {"compute_dtype": "float32", "toy": asked.toy}
+    write_result(pathlib.Path(asked.out), found, this_run(settings, time.perf_counter() - begun))
+
+
+if __name__ == "__main__":
+    main()
