@@ -406,8 +406,8 @@ def against_torch() -> str | None:
     note = (
         f"float32, batch {asked['batch_size']}, {asked['cores']} cores, medians of {asked['steps']} rounds in turn; ratios are "
         f"medians of those within a round. PyTorch {run['torch']}, eager. Matrix rate: {rates} GFLOP/s. Without iRPE LoMaR's "
-        f"step is {run['irpe_share_of_step']:.1%} shorter; 9 windows at 448 px take {run['step_448px_of_224px']:.2f} times 4 at "
-        f"224 px. Meanwhile on the machine: {asked['beside']}. Commits: {commits(runs)}."
+        f"step is {run['irpe_share_of_step']:.1%} shorter; 9 windows at 448 px take {run['step_448px_of_224px']:.2f} times 4 "
+        f"at 224 px. Meanwhile on the machine: {asked['beside']}. Commits: {commits(runs)}."
     )
     return table(data_tables.TORCH, data_tables.of_torch(run)) + "\n\n" + note
 
