@@ -10,6 +10,7 @@ differently from these), and were not tuned any further here: 8x8 patches of 4 p
 of 5x5 with 3 views, 60 % hidden, width 128, depth 4. Measured results: results/quickstart_*.json and the README.
 
 Arguments
+    mask_tokens_from  0 | the block at which hidden patches enter, as mask tokens
     taps      top | block numbers below the last, which then predict too: taps=1
     decouple  no gradient passes a tap from above
     toy       two steps of a smaller model
@@ -20,7 +21,7 @@ from mim_jax.recipes import sample_encoder, sample_pretraining, smoke_test, targ
 
 
 def get_config(arg=""):
-    a = arguments(arg, taps="top", decouple=False, toy=False)
+    a = arguments(arg, mask_tokens_from=0, taps="top", decouple=False, toy=False)
     c = ConfigDict()
     sample_pretraining(c, method="lomar")
 
@@ -32,6 +33,7 @@ def get_config(arg=""):
             mask_ratio=0.6,
             pairing="paper",
             arch="simple",
+            mask_tokens_from=a.mask_tokens_from,
             **target(c),
             decoder_width=64,
             decoder_depth=1,
@@ -42,6 +44,7 @@ def get_config(arg=""):
     )
     if a.toy:
         c.encoder.update(dict(width=48, depth=2, heads=3))
-        c.lomar.taps = c.lomar.taps and (0,)
+        c.lomar.mask_tokens_from = min(c.lomar.mask_tokens_from, 1)
+        c.lomar.taps = (0,) if c.lomar.taps and not c.lomar.mask_tokens_from else ()
         smoke_test(c)
     return c

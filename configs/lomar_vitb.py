@@ -16,6 +16,7 @@ Arguments (default first)
     target    pixels | hog, codes    standardised pixels; histograms of gradients; codes of a tokenizer (see beit_vitb.py)
     tokenizer dalle | trained       with target=codes
     pairing   paper | released      windows per image, or the released code's pairing of images with windows
+    mask_tokens_from  0 | the block at which hidden patches enter, as mask tokens; before it visible patches run alone
     taps      top | block numbers below the last, which then predict too: taps=2-5-8 (LocalMIM's idea, not the paper's)
     decouple  false | true          no gradient passes a tap from above
     epochs    400 | 300, 800, 1600 in the paper
@@ -54,6 +55,7 @@ def get_config(arg=""):
         target="pixels",
         tokenizer="dalle",
         pairing="paper",
+        mask_tokens_from=0,
         taps="top",
         decouple=False,
         epochs=400,
@@ -73,6 +75,7 @@ def get_config(arg=""):
             mask_ratio=a.mask,
             pairing=a.pairing,
             arch=a.arch,
+            mask_tokens_from=a.mask_tokens_from,
             **target(c, a.target, a.norm_pix, a.tokenizer),
             decoder_width=512,
             decoder_depth=8,
@@ -96,7 +99,8 @@ def toy(c):
             decoder_width=32,
             decoder_depth=1,
             decoder_heads=4,
-            taps=c.lomar.taps and (0,),
+            mask_tokens_from=min(c.lomar.mask_tokens_from, 1),
+            taps=(0,) if c.lomar.taps and not c.lomar.mask_tokens_from else (),
         )
     )
     on_the_sample(c)

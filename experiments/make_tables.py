@@ -3,6 +3,7 @@
 `--check` writes nothing and exits with 1 when a page is not what the files say.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ import re
 import statistics
 import sys
 
-from experiments import data_tables, estimated
+from experiments import data_tables, efficiency, efficiency_chart, estimated
 from mim_jax import provenance
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -231,6 +232,8 @@ METHODS = {
 
 
 JOINED = {"lomar": "LoMaR", "localmim": "LocalMIM", "lomar_localmim": "joined: LocalMIM in LoMaR's windows"}
+LATE = {"lomar": "LoMaR, mask tokens from the first block", "mae": "MAE"}
+LATE |= {f"lomar_from{i}": f"LoMaR, mask tokens from block {i}" for i in (1, 2, 3)}
 ALREADY = {"lomar": "quickstart_seed*.json", "localmim": "compare_localmim_seed*.json"}  # at this number of images
 
 
@@ -240,6 +243,10 @@ def baselines() -> str | None:
 
 def joined() -> str | None:
     return methods_compared(JOINED, {m: ALREADY.get(m, f"joined_images_{m}_seed*.json") for m in JOINED}, "joined")
+
+
+def late() -> str | None:
+    return methods_compared(LATE, {m: f"late_images_{m}_seed*.json" for m in LATE}, "late")
 
 
 def methods_compared(methods: dict, same_images: dict, name: str) -> str | None:
@@ -420,6 +427,15 @@ def communication() -> str | None:
     return table(data_tables.SENT, rows) + f"\n\nCommits: {commits(runs)}."
 
 
+def cost_by(figure: str) -> str | None:
+    """Of experiments/efficiency.py. None: nothing recorded."""
+    if not (known := efficiency.recorded(figure)):
+        return None
+    comparison, files = efficiency.COMPARISONS[figure], load(f"efficiency_{figure}_*.json")
+    note = f"The paper's ratio: {comparison.paper}. Commits: {commits(files)}."
+    return table(*efficiency_chart.rows(comparison, known)) + f"\n\n{note}"
+
+
 TABLES = {
     "quickstart": quickstart,
     "compare": compare,
@@ -434,6 +450,8 @@ TABLES = {
     "starts": starts,
     "baselines": baselines,
     "joined": joined,
+    "late": late,
+    **{f"efficiency_{figure}": functools.partial(cost_by, figure) for figure in efficiency.COMPARISONS},
     "finetune": finetune,
 }
 

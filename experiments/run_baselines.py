@@ -6,6 +6,8 @@ steps as take half the time of LoMaR's, by that measurement (NAME_time_*.json), 
 they run does not decide. A run ends with the linear probe and kNN of configs/linprobe.py. Folders: runs/NAME/.
 
 LoMaR and LocalMIM joined, beside both: --name=joined --methods=lomar,localmim,lomar_localmim --seeds=0,1,2.
+LoMaR with mask tokens from each block on, beside MAE: --name=late --methods=lomar,lomar_from1,lomar_from2,lomar_from3,mae
+--seeds=0,1,2 --budgets=images.
 """
 
 import argparse
@@ -24,6 +26,7 @@ SPECS = {"lomar": "configs/lomar_sample.py", "localmim": "configs/localmim_sampl
     for name in ("mae", "simmim", "maskfeat", "beit", "beit_windows", "greenmim")
 }
 BASELINES = tuple(SPECS)
+SPECS |= {f"lomar_from{block}": f"configs/lomar_sample.py:mask_tokens_from={block}" for block in (1, 2, 3)}
 SPECS["lomar_localmim"] = "configs/localmim_sample.py:windows=3"
 TOKENIZER = "runs/tokenizer_sample"  # where configs/baseline_sample.py looks for it
 STEPS, BATCH = 2900, 16  # of configs/lomar_sample.py

@@ -89,6 +89,7 @@ TARGETS = {
     "MAE in windows": ("mae_vitb", "toy,windows=2"),
     "MAE, codes in windows": ("mae_vitb", "toy,target=codes,windows=2"),
     "MaskFeat in windows": ("maskfeat_vitb", "toy,windows=2"),
+    "LoMaR, mask tokens from the second block": ("lomar_vitb", "toy,mask_tokens_from=6"),
     "LoMaR, HOG after two blocks": ("lomar_vitb", "toy,target=hog,taps=0"),
 }
 

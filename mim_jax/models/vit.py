@@ -1,7 +1,7 @@
 """The Vision Transformer: patches in, tokens out. It knows nothing of masking."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -50,6 +50,13 @@ class Block(nn.Module):
             return branch
         init = nn.initializers.constant(self.layer_scale)
         return branch * self.param(name, init, branch.shape[-1:]).astype(branch.dtype)
+
+
+class Late(NamedTuple):
+    """Tokens that enter on the way: before block `block`, `enter` makes of those at `ids` all of the view, [r 1+n d]."""
+
+    block: int
+    enter: Callable[[jax.Array], jax.Array]
 
 
 class ViT(Encoder):
@@ -136,16 +143,18 @@ class ViT(Encoder):
         cls = self.cls_token + (self.pos_embed[:, :1] if self.position == "learned" else 0)
         return jnp.concatenate([jnp.broadcast_to(cls.astype(tokens.dtype), (tokens.shape[0], 1, self.width)), tokens], 1)
 
-    def encode(self, tokens, taps: Sequence[int] = (), *, view=None, ids=None, decouple=False, train: bool = False):
+    def encode(self, tokens, taps: Sequence[int] = (), *, view=None, ids=None, late=None, decouple=False, train=False):
         """[r n d] with cls first -> [r n d] after the final norm, and a list of the outputs of the blocks in `taps`.
 
         The tokens are those of a view of this many (rows, columns), the whole grid by default; or only those at the
-        places `ids` [r k] of that view.
+        places `ids` [r k] of that view, `late` (a Late) saying whether and where the others enter.
         """
         buckets, bias = self.relations(view or self.grid, ids)
         self.sow("intermediates", "tokens_in", tokens)
         tapped = []
         for i in range(self.depth):
+            if late and i == late.block:
+                tokens, (buckets, bias) = late.enter(tokens), self.relations(view or self.grid)
             tokens = getattr(self, f"block_{i:02d}")(tokens, buckets, train, bias)
             if i in taps:
                 tapped.append(tokens)
