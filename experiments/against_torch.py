@@ -7,7 +7,6 @@ against 4 at 224. Writes results/against_torch_cpu.json. `make test-torch` makes
 """
 
 import argparse
-import functools
 import pathlib
 import sys
 import time
@@ -20,7 +19,7 @@ LOMAR, MAE, LOCALMIM = (f"configs/{name}_vitb.py" for name in ("lomar", "mae", "
 WITHOUT_IRPE, LARGE = f"{LOMAR}:pos=absolute", f"{LOMAR}:size=448"
 # (ours, those with a twin beside) of what is measured in turn: few at a time, as each holds a state.
 ROUNDS = (((LOMAR, WITHOUT_IRPE), (LOMAR,)), ((MAE,), (MAE,)), ((LOCALMIM,), (LOCALMIM,)), ((LOMAR, LARGE), ()))
-PRODUCT, TARGETS = "matrix product", " targets"  # turns beside those of configs: FLOP/s; seconds of the targets alone
+PRODUCT, TARGETS = "matrix product", " targets"  # turns beside those of configs; of targets: alone
 
 
 def serve_jax(asked):
@@ -38,8 +37,8 @@ def serve_jax(asked):
     for spec, s in subjects.items():
         if s.targets:
             turns[spec + TARGETS] = lambda s=s: timed(s.targets, s.state, s.images)[1]
-    facts = {spec: subject.costs() for spec, subject in subjects.items()}
-    serve({"facts": facts, "shape": product.shape, "turns": list(turns)}, turns | {PRODUCT: product.run})
+    facts = {"flops": {spec: s.made.training_flops() for spec, s in subjects.items()}, "product_flops": product.flops}
+    serve(facts | {"shape": product.shape, "turns": list(turns)}, turns | {PRODUCT: product.run})
 
 
 def serve_torch(asked):
@@ -50,25 +49,27 @@ def serve_torch(asked):
 
     torch.set_num_threads(asked.cores)
     turns = {spec: Step(spec, asked.batch_size).run for spec in asked.specs}
-    product = functools.partial(torch_product, torch, *asked.shape)
-    serve({"torch": torch.__version__, "turns": list(turns)}, turns | {PRODUCT: product})
+    product, flops = torch_product(torch, *asked.shape)
+    serve({"torch": torch.__version__, "product_flops": flops, "turns": list(turns)}, turns | {PRODUCT: product})
 
 
-def torch_product(torch, tokens: int, width: int) -> float:
-    """FLOP/s of the two products of an MLP, over and over, as MatrixProduct of jobs/step_costs.py has them."""
+def torch_product(torch, tokens: int, width: int):
+    """-> the two products of an MLP, over and over, as MatrixProduct of jobs/step_costs.py has them, and their FLOPs."""
     x, a, b = torch.randn(tokens, width), torch.randn(width, 4 * width), torch.randn(4 * width, width)
     a, b, between = a * width**-0.5, b * (4 * width) ** -0.5, torch.empty(tokens, 4 * width)
     pair = 16 * tokens * width**2
     repeat = max(1, int((1e11 if width > 256 else 1e9) / pair))
-    start = time.perf_counter()
-    for _ in range(repeat):
-        torch.matmul(x, a, out=between)
-        torch.matmul(between, b, out=x)
-    return repeat * pair / (time.perf_counter() - start)
+
+    def product():
+        for _ in range(repeat):
+            torch.matmul(x, a, out=between)
+            torch.matmul(between, b, out=x)
+
+    return product, repeat * pair
 
 
 def measured(ours, twins, asked) -> dict:
-    """One of ROUNDS -> {"jax", "torch": {turn: what each gave, in order}}, "facts" of our steps and torch's version."""
+    """One of ROUNDS -> {"jax", "torch": {turn: {"clock", "cpu": seconds, in order}}}, and "facts" of both."""
     flags = [f"--batch_size={asked.batch_size}", f"--cores={asked.cores}"]
     start = lambda who, python, *more: Waiting(
         [python, "-m", "experiments.against_torch", f"--serve={who}", *flags, *more], asked.cores
@@ -79,13 +80,12 @@ def measured(ours, twins, asked) -> dict:
             both = {"jax": jax, "torch": torch}
             turns = sorted(((who, turn) for who, one in both.items() for turn in one.facts["turns"]), key=lambda x: x[1])
             turns += [("jax", PRODUCT), ("torch", PRODUCT)]  # and of a config its two steps one after the other
-            found = {who: {turn: [] for name, turn in turns if name == who} for who in both}
+            found = {who: {turn: {"clock": [], "cpu": []} for name, turn in turns if name == who} for who in both}
             for step in range(asked.steps + 1):
                 for who, turn in turns:
-                    value = both[who].turn(turn)
-                    if step:  # the first also allocates
-                        found[who][turn].append(value)
-            return found | {"facts": jax.facts["facts"], "torch_version": torch.facts["torch"]}
+                    for kind, seconds in both[who].turn(turn).items():
+                        found[who][turn][kind] += [seconds] if step else []  # the first also allocates
+            return found | {"facts": {who: one.facts for who, one in both.items()}}
 
 
 def ratio(a, b) -> float:
@@ -93,32 +93,33 @@ def ratio(a, b) -> float:
     return float(np.median(np.divide(a, b)))
 
 
-def compared(spec: str, one: dict, batch_size: int) -> dict:
-    """The numbers of a config and its twin from their round."""
-    flops = one["facts"][spec]["flops_per_image"] * batch_size
-    found = {"config": spec, "flops_per_image": flops / batch_size, "jax_of_torch": ratio(one["jax"][spec], one["torch"][spec])}
-    for who in ("jax", "torch"):
-        found[f"{who}_median_s"] = float(np.median(one[who][spec]))
-        found[f"{who}_share_of_matmul_rate"] = flops * ratio(1 / np.array(one[who][spec]), one[who][PRODUCT])
-    if targets := one["jax"].get(spec + TARGETS):
-        found["targets_share_of_step"] = ratio(targets, one["jax"][spec])
+def compared(spec: str, one: dict, batch_size: int, kind: str) -> dict:
+    """The numbers of a config and its twin from their round, by the clock or by CPU seconds."""
+    seconds = {who: one[who][spec][kind] for who in ("jax", "torch")}
+    flops = one["facts"]["jax"]["flops"][spec] * batch_size
+    found = {"config": spec, "seconds": kind, "jax_of_torch": ratio(seconds["jax"], seconds["torch"])}
+    for who in seconds:
+        share = flops / one["facts"][who]["product_flops"]
+        found[f"{who}_median_s"] = float(np.median(seconds[who]))
+        found[f"{who}_share_of_matmul_rate"] = share * ratio(one[who][PRODUCT][kind], seconds[who])
+    found["targets_share_of_step"] = ratio(one["jax"][spec + TARGETS][kind], seconds["jax"])
     return found
 
 
 def report(asked) -> dict:
     named = lambda spec: f"{spec}{',' if ':' in spec else ':'}toy" if asked.toy else spec
-    rounds = [measured(map(named, ours), map(named, twins), asked) for ours, twins in ROUNDS]
-    results = [compared(named(spec), one, asked.batch_size) for one, (_, twins) in zip(rounds, ROUNDS) for spec in twins]
-    first, last = rounds[0]["jax"], rounds[-1]["jax"]
+    rounds = [measured([*map(named, ours)], [*map(named, twins)], asked) for ours, twins in ROUNDS]
+    twins = [(named(spec), one) for one, (_, twins) in zip(rounds, ROUNDS) for spec in twins]
+    first, last, kinds = rounds[0]["jax"], rounds[-1]["jax"], ("clock", "cpu")
+    of = lambda one, a, b: {kind: ratio(one[named(a)][kind], one[named(b)][kind]) for kind in kinds}
+    rate = lambda who: [one["facts"][who]["product_flops"] / s for one in rounds for s in one[who][PRODUCT]["clock"]]
     return {
-        "results": results,
-        "irpe_share_of_step": 1 - ratio(first[named(WITHOUT_IRPE)], first[named(LOMAR)]),
-        "step_448px_of_224px": ratio(last[named(LARGE)], last[named(LOMAR)]),
-        "matmul_flops_per_second": {
-            who: float(np.median([rate for one in rounds for rate in one[who][PRODUCT]])) for who in ("jax", "torch")
-        },
-        "torch": rounds[0]["torch_version"],
-        "rounds": [{who: one[who] for who in ("jax", "torch")} for one in rounds],
+        "results": [compared(spec, one, asked.batch_size, kind) for spec, one in twins for kind in kinds],
+        "step_without_irpe": of(first, WITHOUT_IRPE, LOMAR),
+        "step_448px_of_224px": of(last, LARGE, LOMAR),
+        "matmul_flops_per_second": {who: float(np.median(rate(who))) for who in ("jax", "torch")},
+        "torch": rounds[0]["facts"]["torch"]["torch"],
+        "rounds": rounds,
     }
 
 

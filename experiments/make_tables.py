@@ -410,11 +410,14 @@ def against_torch() -> str | None:
         return None
     (run,), asked = runs, runs[0]["provenance"]["settings"]
     rates = " and ".join(f"{rate / 1e9:.0f} ({who})" for who, rate in run["matmul_flops_per_second"].items())
+    both = lambda numbers, form: f"{format(numbers['clock'], form)} ({format(numbers['cpu'], form)})"
+    irpe = {kind: 1 - share for kind, share in run["step_without_irpe"].items()}
     note = (
         f"float32, batch {asked['batch_size']}, {asked['cores']} cores, medians of {asked['steps']} rounds in turn; ratios are "
-        f"medians of those within a round. PyTorch {run['torch']}, eager. Matrix rate: {rates} GFLOP/s. Without iRPE LoMaR's "
-        f"step is {run['irpe_share_of_step']:.1%} shorter; 9 windows at 448 px take {run['step_448px_of_224px']:.2f} times 4 "
-        f"at 224 px. Meanwhile on the machine: {asked['beside']}. Commits: {commits(runs)}."
+        "medians of those within a round, by the clock and by the CPU's seconds of all threads, which other work changes less. "
+        f"PyTorch {run['torch']}, eager. Matrix rate: {rates} GFLOP/s. iRPE's share of LoMaR's step: {both(irpe, '.1%')}. "
+        f"9 windows at 448 px take {both(run['step_448px_of_224px'], '.2f')} times 4 at 224 px. "
+        f"Meanwhile on the machine: {asked['beside']}. Commits: {commits(runs)}."
     )
     return table(data_tables.TORCH, data_tables.of_torch(run)) + "\n\n" + note
 

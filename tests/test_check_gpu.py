@@ -39,9 +39,9 @@ def test_the_whole_check_at_toy_size(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert list(found) == [*check_gpu.LIMITS, "provenance"] and not [name for name in found if "error" in found[name]]
-    assert sum(check_gpu.LIMITS[name] for name in ("at_224", "layouts", "resume")) < check_gpu.SECONDS < 480
+    assert sum(check_gpu.LIMITS[name] for name in ("base", "layouts", "resume", "large")) < check_gpu.SECONDS < 480
 
-    for name, count in (("at_224", 2), ("at_448", 1)):
+    for name, count in (("base", 2), ("at_448", 1)):
         results = found[name]["results"]
         assert len(results) == count and found[name]["failed"] == {} and found[name]["matmul_flops_per_second"] > 0
         assert all(r["step_median_s"] > 0 and r["recorded_estimates_s"] == {} for r in results)
@@ -58,8 +58,8 @@ def test_the_whole_check_at_toy_size(tmp_path):
 
 
 def test_a_part_that_fails_or_runs_late_is_recorded(tmp_path):
-    assert "ran past 0 s" in check_gpu.run_part("layouts", 0, True, str(tmp_path))["error"]
-    broken = check_gpu.run_part("at_224", 60, False, str(tmp_path))  # at full size, where no card is
+    assert "ran past 0 s" in check_gpu.run_part("layouts", 0, str(tmp_path), ["--toy"])["error"]
+    broken = check_gpu.run_part("base", 60, str(tmp_path))  # at full size, where no card is
     assert "JAX" in broken["error"] and "sees no GPU" in broken["error"] and "Traceback" not in broken["error"]
 
 

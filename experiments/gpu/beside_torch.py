@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from experiments.gpu.steps import AT_224
+from experiments.gpu.steps import BASE, LARGE
 
 WITHOUT = "PyTorch is not installed: nothing is compared with it"
 
@@ -19,7 +19,7 @@ def measure(toy: bool, tell):
     from experiments.twins.methods import Step
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    specs = [AT_224[0] + ":toy"] if toy else [spec for spec in AT_224 if "_vitb" in spec]
+    specs = [BASE[0] + ":toy"] if toy else [spec for spec in (*BASE, *LARGE) if "_vitb" in spec]
     found = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "results": []}
     torch.set_float32_matmul_precision("high")
     for spec in specs:

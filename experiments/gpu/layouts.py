@@ -40,7 +40,7 @@ def for_platform(name: str):
 
 def of_shape(rows: int, side: int, width: int, heads: int, relative: bool, repeat: int) -> dict:
     """{platform: seconds of a block's forward and backward pass, relative errors of its value and gradients in bf16 against
-    the plain block in float32}."""
+    the plain block in float32}, or what went wrong where its layers are for chips alone."""
     buckets = jnp.asarray(irpe.bucket_table((side, side))) if relative else None
     x = jax.random.normal(jax.random.key(0), (rows, 1 + side**2, width))
     fresh = Block(heads, relative=relative).init(jax.random.key(1), x[:1], buckets)
@@ -50,16 +50,21 @@ def of_shape(rows: int, side: int, width: int, heads: int, relative: bool, repea
         exact = jax.jit(of(jnp.float32))(params, x)
     programs, found = {}, {}
     for name in (PLAIN, *platforms.LAYOUTS):
-        with for_platform(name):
-            value = jax.jit(of(jnp.bfloat16))(params, x)
-            found[name] = {"errors": [error(a, b) for a, b in zip(value, exact)]}
-            programs[name] = jax.jit(functools.partial(over_and_over, of(jnp.bfloat16), repeat)).lower(params, x).compile()
-    seconds = {name: [] for name in programs}
+        try:
+            with for_platform(name):
+                value = jax.jit(of(jnp.bfloat16))(params, x)
+                programs[name] = jax.jit(functools.partial(over_and_over, of(jnp.bfloat16), repeat)).lower(params, x).compile()
+            found[name] = {"errors": [error(a, b) for a, b in zip(value, exact)], "seconds": []}
+        except Exception as failed:  # whatever a compiler may raise: the others are still compared
+            found[name] = {"error": f"{type(failed).__name__}: {str(failed)[:300]}"}
+            programs.pop(name, None)
     for turn in range(ROUNDS + 1):
         for name, program in programs.items():
             taken = timed(program, params, x)[1] / repeat
-            seconds[name] += [taken] if turn else []
-    return {name: f | {"seconds": float(np.median(seconds[name]))} for name, f in found.items()}
+            found[name]["seconds"] += [taken] if turn else []
+    for name in programs:
+        found[name]["seconds"] = float(np.median(found[name]["seconds"]))
+    return found
 
 
 def gradients(block, buckets, params, x):

@@ -13,27 +13,22 @@ from mim_jax.jobs.step_costs import Subject, in_turn
 from mim_jax.jobs.step_program import Setting
 
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "results"
-B, L = "configs/{}_vitb.py", "configs/{}_vitb.py:variant=L/16"
-AT_224 = (
-    B.format("lomar"),
-    B.format("mae"),
-    B.format("localmim"),
-    "configs/localmim_swinb.py",
-    L.format("lomar"),
-    L.format("mae"),
-)
+BASE = ("configs/lomar_vitb.py", "configs/mae_vitb.py", "configs/localmim_vitb.py", "configs/localmim_swinb.py")
+LARGE = ("configs/lomar_vitb.py:variant=L/16", "configs/mae_vitb.py:variant=L/16")
 AT_448 = ("configs/lomar_vitb.py:size=448", "configs/mae_vitb.py:size=448")
+TOY = {"base": (BASE[0] + ":toy", BASE[3] + ":toy"), "large": (), "at_448": (AT_448[1] + ",toy",)}
+GROUPS = {"base": (BASE, 64), "large": (LARGE, 64), "at_448": (AT_448, 32)}  # and images a step
 
 
-def at_224(toy: bool, tell):
-    measure(AT_224, 64, 20, tell) if not toy else measure([AT_224[0] + ":toy", AT_224[3] + ":toy"], 8, 1, tell, "float32")
+def group(name: str, toy: bool, tell):
+    """One of GROUPS."""
+    specs, batch_size = GROUPS[name]
+    if toy and not (specs := TOY[name]):
+        return tell({"skipped": "nothing of it is tiny"})
+    tell(measure(specs, *((8, "float32", 1) if toy else (batch_size, "bfloat16", 20))))
 
 
-def at_448(toy: bool, tell):
-    measure(AT_448, 32, 10, tell) if not toy else measure([AT_448[1] + ",toy"], 8, 1, tell, "float32")
-
-
-def measure(specs, batch_size: int, steps: int, tell, dtype: str = "bfloat16"):
+def measure(specs, batch_size: int, dtype: str, steps: int) -> dict:
     """All compiled at once, which takes a card's host many cores and little time, then run in turn."""
     setting = Setting(batch_size, dtype)
     with concurrent.futures.ThreadPoolExecutor(len(specs)) as pool:
@@ -45,7 +40,7 @@ def measure(specs, batch_size: int, steps: int, tell, dtype: str = "bfloat16"):
     report = in_turn(subjects, steps)
     chip = chip_of(jax.devices()[0].device_kind)
     report["results"] = [r | beside_estimates(r, s, chip) for r, s in zip(report["results"], subjects)]
-    tell({"batch_size": batch_size, "compute_dtype": dtype, "failed": failed, **report})
+    return {"batch_size": batch_size, "compute_dtype": dtype, "failed": failed, **report}
 
 
 def chip_of(kind: str):

@@ -87,13 +87,14 @@ def standardised(patches):
 def hog(images, cell: int, bins: int):
     """[b c h w] -> [b rows columns (c bins)]: hard bins of the gradient's direction, cells of length 1 per channel."""
     b, c, h, w = images.shape
-    sobel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], device=images.device)
-    kernel = torch.stack([sobel, sobel.T])[:, None].repeat(c, 1, 1, 1)
-    found = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), kernel, groups=c).view(b, c, 2, h, w)
-    first, second = found.unbind(2)
-    which = (torch.atan2(first, second) / torch.pi * bins).floor().long() % bins
-    sums = torch.zeros(b, c, bins, h, w, device=images.device)
-    sums.scatter_(2, which[:, :, None], torch.hypot(first, second)[:, :, None])
-    sums = F.avg_pool2d(sums.view(b, c * bins, h, w), cell)
-    sums = F.normalize(sums.view(b, c, bins, h // cell, w // cell), dim=2)
+    with torch.autocast(images.device.type, enabled=False):
+        sobel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], device=images.device)
+        kernel = torch.stack([sobel, sobel.T])[:, None].repeat(c, 1, 1, 1)
+        found = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), kernel, groups=c).view(b, c, 2, h, w)
+        first, second = found.unbind(2)
+        which = (torch.atan2(first, second) / torch.pi * bins).floor().long() % bins
+        sums = torch.zeros(b, c, bins, h, w, device=images.device)
+        sums.scatter_(2, which[:, :, None], torch.hypot(first, second)[:, :, None])
+        sums = F.avg_pool2d(sums.view(b, c * bins, h, w), cell)
+        sums = F.normalize(sums.view(b, c, bins, h // cell, w // cell), dim=2)
     return sums.permute(0, 3, 4, 1, 2).flatten(3)
