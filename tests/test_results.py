@@ -233,7 +233,7 @@ def test_the_table_beside_pytorch(record):
     each = dict(jax_of_torch=1.125, jax_median_s=4.5, torch_median_s=4.0, targets_share_of_step=0.031)
     each |= dict(jax_share_of_matmul_rate=0.75, torch_share_of_matmul_rate=0.875)
     rates, both = dict(jax=2e11, torch=1.5e11), lambda clock, cpu: dict(clock=clock, cpu=cpu)
-    shares = dict(step_without_irpe=both(0.9175, 0.95), step_448px_of_224px=both(2.25, 2.0))
+    shares = dict(step_without_irpe=both(0.92, 0.95), step_448px_of_224px=both(2.25, 2.0))
     asked = made_by("a" * 40, batch_size=8, cores=2, steps=5, beside="tests")
     results = [{"config": "configs/mae_vitb.py", "seconds": kind, **each} for kind in ("clock", "cpu")]
     values = dict(results=results, matmul_flops_per_second=rates, torch="2.13.0", **shares, **asked)
@@ -243,7 +243,7 @@ def test_the_table_beside_pytorch(record):
     assert rows[1] == ["`mae_vitb.py`", "of the CPU", *rows[0][2:]]
     for words in (
         "200 (jax) and 150 (torch) GFLOP/s",
-        "8.2% (5.0%)",
+        "8.0% (5.0%)",
         "2.25 (2.00) times",
         "machine: tests. Commits: aaaaaaaaa.",
     ):
