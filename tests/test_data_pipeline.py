@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from mim_jax.data import augment, decoding, placed
+from mim_jax.data import augment, crops, decoding, placed
 from mim_jax.data.augment import DataError
 from mim_jax.data.pipeline import TrainBatches, eval_batches
 from mim_jax.data.sample import photos
@@ -295,9 +295,9 @@ def test_flip_is_a_coin_and_a_mirror(photo):
     whole, still = augment.RandomCrop((1, 1), (1, 1)), augment.RandomCrop((1, 1), (1, 1), flip=False)
     for seed in [(0, k) for k in range(12)]:
         coins.append(tf.random.stateless_uniform([augment.UNIFORMS], seed)[-1] < 0.5)
-        out = augment.train_example(example, seed, whole, (64, 64), 3)["image"]
+        out = crops.train_example(example, seed, whole, (64, 64), 3)["image"]
         np.testing.assert_array_equal(out, photo[:64, 63::-1] if coins[-1] else photo[:64, :64])
-        out = augment.train_example(example, seed, still, (64, 64), 3)["image"]
+        out = crops.train_example(example, seed, still, (64, 64), 3)["image"]
         np.testing.assert_array_equal(out, photo[:64, :64])
     assert any(coins) and not all(coins)
 
@@ -336,7 +336,7 @@ def test_training_crop_matches_pil(photo, fmt):
         u = tf.random.stateless_uniform([augment.UNIFORMS], [3, k])
         y, x, h, w = (int(v) for v in augment.crop_box(crop, *photo.shape[:2], u))
         pil = Image.open(stream).crop((x, y, x + w, y + h)).resize((112, 112), Image.BICUBIC)
-        ours = augment.train_example({"image": tf.constant(stream.getvalue())}, [3, k], crop, (112, 112), 3, whole)["image"]
+        ours = crops.train_example({"image": tf.constant(stream.getvalue())}, [3, k], crop, (112, 112), 3, whole)["image"]
         assert np.abs(ours.numpy().astype(int) - np.asarray(pil)).max() <= 2
 
 

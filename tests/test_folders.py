@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from mim_jax.data import augment, layout, listing, pipeline, slices
+from mim_jax.data import augment, layout, listing, name_hashes, pipeline, slices
 from mim_jax.data.augment import DataError
 from mim_jax.data.image_folder import check_folder
 from mim_jax.data.sources import open_source
@@ -336,6 +336,14 @@ def test_a_slice_keeps_its_images_when_others_come_and_go(make, tmp_path):
 def test_a_share_is_what_it_is_said_to_be():
     said = subprocess.run(["b2sum", "-l", "64"], input=b"a/0.png", capture_output=True, check=True).stdout.split()[0]
     assert slices.share(b"a/0.png") == int(said, 16) / 2**64
+
+
+def test_shares_of_many_names_at_once():
+    rng = np.random.default_rng(0)
+    lengths = [0, 1, 7, 8, 9, 127, 128, 129, 255, 256, 257, 400, *rng.integers(1, 90, 300)]  # blocks are of 128 bytes
+    names = [rng.integers(1, 256, n, np.uint8).tobytes() for n in lengths]
+    found = name_hashes.hashes((b"".join(name + b"\0" for name in part) for part in (names[:5], names[5:])), len(names))
+    assert (found.astype(np.float64) / 2**64).tolist() == [slices.share(name) for name in names]
 
 
 @pytest.mark.parametrize("split", ["train[", "train[a:b]", "train[5]", "", "train[:1.5%]"])

@@ -4,13 +4,15 @@ import io
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 from skimage import data as photographs
 
 from mim_jax.clock import Clock
-from mim_jax.data import augment, decoding, device_bicubic, pil_bicubic
+from mim_jax.data import augment, crops, decoding, device_bicubic, pil_bicubic, pipeline
 from mim_jax.data.augment import DataError, RandomCrop
 from mim_jax.data.pipeline import TrainBatches
+from mim_jax.data.randaugment import RandAugment
 from mim_jax.data.sources import open_source
 from mim_jax.data.unreadable import Reading
 
@@ -75,6 +77,51 @@ def test_compiles_where_nothing_can_be_kept(monkeypatch):
 
     monkeypatch.setattr(pil_bicubic, "njit", njit)
     assert pil_bicubic.compiled("void()")(len) == (len, ("void()",), {"nogil": True})
+
+
+def test_writes_only_where_the_result_fits():
+    pixels = photographs.astronaut()[:50, :40]
+    out = np.zeros((20, 30, 3), np.uint8)
+    assert pil_bicubic.bicubic(pixels, (20, 30), out=out) is out
+    np.testing.assert_array_equal(out, pil(pixels, (20, 30)))
+    for wrong in ((20, 29, 3), (21, 30, 3), (20, 30, 1)):
+        with pytest.raises(ValueError, match="cannot be written"):
+            pil_bicubic.bicubic(pixels, (20, 30), out=np.zeros(wrong, np.uint8))
+
+
+# ---- several images in one call
+
+
+@pytest.mark.parametrize("options", [{}, {"unsized": True}, {"repeat": 2}, {"augment": RandAugment(2, 9.0, 0.5, (9, 9, 9))}])
+def test_how_many_images_a_call_makes_is_of_no_consequence(folder, monkeypatch, options):
+    seen = {}
+    for count in (1, 4, 16):  # of 12
+        monkeypatch.setattr(pipeline, "SLICE", count)
+        run = batches(folder, **options)
+        seen[count] = [run.batch(step) for step in (0, 1)]
+    careful = batches(folder, **options)
+    careful._careful = True
+    seen["careful"] = [careful.batch(step) for step in (0, 1)]
+    for others in seen.values():
+        for batch, first in zip(others, seen[1]):
+            assert batch.keys() == first.keys()
+            for key in first:
+                np.testing.assert_array_equal(batch[key], first[key], err_msg=key)
+
+
+def test_the_order_is_tensorflows_shuffle_of_each_epoch(folder):
+    run, n = batches(folder), folder.num_examples
+    for step in (0, 1, 4):
+        for place, found in enumerate(run.batch(step)["id"]):
+            epoch, i = divmod(step * 12 + place, n)
+            seed = pipeline._fold(3, pipeline.ORDER, np.int64(epoch))
+            assert found == tf.random.experimental.index_shuffle(np.int64(i), seed, np.int64(n - 1))
+
+
+def test_arrays_are_taken_over_without_a_copy():
+    for _ in range(5):
+        made = crops.aligned((3, 7, 5, 3))
+        assert made.shape == (3, 7, 5, 3) and made.ctypes.data % crops.ALIGNED == 0 and made.flags.c_contiguous
 
 
 # ---- scaled decoding

@@ -12,7 +12,7 @@ import tensorflow as tf
 from absl import logging
 
 from mim_jax.config import ConfigError
-from mim_jax.data import decoding, pil_bicubic, placed
+from mim_jax.data import decoding, placed
 from mim_jax.data.decoding import PLAIN
 
 try:
@@ -22,7 +22,6 @@ except RuntimeError:  # somebody ran a TensorFlow op before the data was importe
 
 TRIES = 10
 UNIFORMS = 2 * TRIES + 3  # area and ratio of each try, the corner, the flip
-CANVAS = 2  # times the size of the result: what is sent to a device that resizes
 THIN = 8  # times longer than the centre that evaluation keeps: from there on only that is resized
 
 
@@ -55,7 +54,7 @@ def crop_box(crop, height, width, uniforms):
     When none fits, the box is the largest centred one whose ratio is allowed.
     """
     (least, most), (low, high) = crop.scale, map(math.log, crop.ratio)
-    draws = [float(u) for u in uniforms]
+    draws = np.asarray(uniforms).tolist()
     for share, skew in zip(draws[:TRIES], draws[TRIES : 2 * TRIES]):
         area, ratio = height * width * (least + share * (most - least)), math.exp(low + skew * (high - low))
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
@@ -76,9 +75,16 @@ def to_channels(pixels, channels):
     return ((luma + 32768) >> 16).astype(np.uint8)[..., None]
 
 
+def pixels_of(image, channels, how=PLAIN):
+    """Encoded bytes, or pixels already -> uint8 [h w c]."""
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        return image
+    return to_channels(decoding.pixels_of(decoding.in_bytes(image), how), channels)
+
+
 def decode(data, channels, how=PLAIN):
     """Tensors: encoded bytes of any kind in docs/data.md -> uint8 [h w c]."""
-    read = lambda data: np.ascontiguousarray(to_channels(decoding.pixels_of(decoding.in_bytes(data), how), channels))
+    read = lambda data: np.ascontiguousarray(pixels_of(data, channels, how))
     return tf.ensure_shape(tf.numpy_function(read, [data], tf.uint8, stateful=False), [None, None, channels])
 
 
@@ -92,63 +98,6 @@ def cut_image(image, channels, choose, how=PLAIN, size=None):
         return image[y : y + h, x : x + w], (0, 0, h, w), image.shape[:2], box
     pixels, of, sides, box = decoding.cut(decoding.in_bytes(image), choose, how, size)
     return to_channels(pixels, channels), of, sides, box
-
-
-def cut_example(example, uniforms, crop, size, channels, how=PLAIN, unsized=False):
-    """Example, [UNIFORMS] -> the example with its image, uint8 [size c], as the crop sees it; the (h, w) it had, the box.
-
-    The image is mirrored already, if it is to be. Unsized, it is left for the device to resize: see `on_canvas`.
-    """
-
-    def see(image, uniforms):
-        choose = lambda h, w: crop_box(crop, h, w, uniforms)
-        pixels, of, sides, box = cut_image(image, channels, choose, how, size)
-        if unsized:
-            pixels, of = on_canvas(pixels, of, size)
-        else:
-            pixels = pil_bicubic.bicubic(pixels, size, of, mirror=crop.flip and uniforms[-1] < 0.5)
-        return pixels, np.array([*of, *sides, *box], np.float32)
-
-    pixels, places = tf.numpy_function(see, [example["image"], uniforms], [tf.uint8, tf.float32], stateful=False)
-    shape, places = [CANVAS * side if unsized else side for side in size], tf.ensure_shape(places, [10])
-    image = {"image": tf.ensure_shape(pixels, [*shape, channels])}
-    if unsized:
-        image |= {"crop": places[:4], "mirror": tf.convert_to_tensor(crop.flip and uniforms[-1] < 0.5)}
-    whole = tf.cast(places[4:], tf.int32)
-    return {**example, **image}, whole[:2], tuple(tf.unstack(whole[2:]))
-
-
-def on_canvas(pixels, of, size):
-    """uint8 [h w c], a box in it -> uint8 [CANVAS * size c], the box there: for the device to resize.
-
-    The pixels are in the upper left corner; what is larger is brought to fit first.
-    """
-    canvas = np.zeros([*(CANVAS * side for side in size), pixels.shape[-1]], np.uint8)
-    height, width = sides = [min(pair) for pair in zip(pixels.shape, canvas.shape[:2])]
-    if pixels.shape[:2] != (height, width):
-        of = np.array(of) * np.tile(np.array(sides) / pixels.shape[:2], 2)
-        pixels = pil_bicubic.bicubic(pixels, sides)
-    canvas[:height, :width] = pixels
-    return canvas, of
-
-
-def followed(example, sides, box, uniforms, crop, size):
-    """What `cut_example` gives -> the example with all that has a place where the image now has it."""
-    rest = {key: values for key, values in example.items() if key != "image"}
-    if not rest.keys() & placed.PLACED.keys():
-        return example
-    placed.check(rest, sides)
-    seen = placed.moved(rest, lambda kind, values: kind.resize(kind.cut(values, box), box[2:], size))
-    if crop.flip:
-        mirrored = lambda: placed.moved(seen, lambda kind, values: kind.mirror(values, size))
-        seen = tf.cond(uniforms[-1] < 0.5, mirrored, lambda: seen)
-    return {"image": example["image"], **seen}
-
-
-def train_example(example, seed, crop, size, channels, how=PLAIN):
-    """Example, seed [2] -> example of the given size, the image uint8: a random crop, resized, perhaps mirrored."""
-    uniforms = tf.random.stateless_uniform([UNIFORMS], seed)
-    return followed(*cut_example(example, uniforms, crop, size, channels, how), uniforms, crop, size)
 
 
 def with_pixels(example, channels, how=PLAIN):

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from mim_jax.data import augment, decoding
+from mim_jax.data import augment, crops, decoding
 from mim_jax.data.augment import RandomCrop
 from mim_jax.data.pipeline import TrainBatches
 from mim_jax.data.randaugment import RandAugment
@@ -102,7 +102,10 @@ def _parts(held: Held, size: int) -> dict:
     crop, out = RandomCrop(), (size, size)
     drawn = lambda i: tf.random.stateless_uniform([augment.UNIFORMS], [i, 0])
     recipe = RandAugment(layers=2, magnitude=9.0, std=0.5, fill=(124, 116, 104))
-    seen = lambda i: augment.train_example(held.load(i), [i, 0], crop, out, held.channels)
+    seen = lambda i: crops.train_example(held.load(i), [i, 0], crop, out, held.channels)
+
+    def augmented(i):
+        return recipe({"image": seen(i)["image"][None]}, tf.cast(tf.stack([i, 0]), tf.uint32)[None])
 
     def cut(i):
         def see(data, uniforms):
@@ -120,7 +123,7 @@ def _parts(held: Held, size: int) -> dict:
         "crop": lambda i: cut(i)[0, 0],
         "crop_resize": lambda i: seen(i)["image"][0, 0],
         "crop_resize_by_tensorflow": lambda i: by_tensorflow(i)[0, 0],
-        "crop_resize_randaugment": lambda i: recipe(seen(i), tf.stack([i, 0]))["image"][0, 0],
+        "crop_resize_randaugment": lambda i: augmented(i)["image"][0, 0, 0],
     }
 
     def timed(part):

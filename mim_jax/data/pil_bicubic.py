@@ -101,8 +101,8 @@ def _transpose(source, rows, columns, channels, out):
                     there += c
 
 
-@compiled(IMAGE(PART, types.float64[::1], types.int64[::1], types.int64[::1], types.boolean))
-def _bicubic(pixels, of, size, part, mirror):
+@compiled(types.void(PART, types.float64[::1], types.int64[::1], types.int64[::1], types.boolean, IMAGE))
+def _bicubic(pixels, of, size, part, mirror, out):
     height, width, channels = pixels.shape
     (top, left, tall, wide), (y, x, h, w) = of, part
     across = size[1] != width or left != 0 or wide != width
@@ -124,20 +124,24 @@ def _bicubic(pixels, of, size, part, mirror):
         _transpose(narrow, w, rows, channels, source)
     else:
         source = pixels[low:high, x : x + w][:, :: -1 if mirror else 1].copy().reshape(-1)
-    if not down:
-        return source.reshape(h, w, channels)
-    out = np.empty(h * w * channels, np.uint8)
-    _weigh(source, w * channels, vertical[0] - low, vertical[1], vertical[2], out)
-    return out.reshape(h, w, channels)
+    if down:
+        _weigh(source, w * channels, vertical[0] - low, vertical[1], vertical[2], out.reshape(-1))
+    else:
+        out[:] = source.reshape(h, w, channels)
 
 
-def bicubic(pixels, size, of=None, part=None, mirror=False) -> np.ndarray:
+def bicubic(pixels, size, of=None, part=None, mirror=False, out=None) -> np.ndarray:
     """uint8 [h w c] -> uint8 [size c]. A function of whole numbers: the same on every machine.
 
     of: the part of the image to resize, (y, x, h, w) in pixels and fractions; part: the part of the result to make, before
-    it is mirrored.
+    it is mirrored; out: where to write it, contiguous.
     """
     size = np.array(size, np.int64)
     of = np.array((0, 0, *pixels.shape[:2]) if of is None else of, np.float64)
     part = np.array((0, 0, *size) if part is None else part, np.int64)
-    return _bicubic(pixels, of, size, part, bool(mirror))
+    shape = (*part[2:].tolist(), pixels.shape[2])
+    out = np.empty(shape, np.uint8) if out is None else out
+    if out.shape != shape:
+        raise ValueError(f"{shape} cannot be written to {out.shape}")
+    _bicubic(pixels, of, size, part, bool(mirror), out)
+    return out

@@ -8,17 +8,20 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from mim_jax.data import augment, unreadable
+from mim_jax.data import augment, crops, unreadable
 from mim_jax.data.augment import DataError, RandomCrop
+from mim_jax.data.evaluation import Centre, each_once
 from mim_jax.data.source import Source
-from mim_jax.data.stream import Stream
+from mim_jax.data.stream import Stream, alike, mapped
 from mim_jax.data.unreadable import Reading
 
 FOREVER = np.iinfo(np.int64).max
 ORDER, CROP, AUGMENT, REPLACE = 0, 1, 2, 3  # what a seed is for, so that these are independent
 REPLACEMENTS = 64  # tried for an image that cannot be read
-FETCH = 64  # records per bulk lookup
-PADDING = {"label": -1, "label_map": 255, "id": -1}  # of the other keys 0, of label sets too
+FETCH = 64  # records per lookup
+WORDS = 4  # of 32 bits, in a seed of two numbers of 64 (or of 32: what repeated crops fold in is)
+INDEX_SHUFFLE = 498_247_692  # what TensorFlow's function puts before a seed
+SLICE = 16  # crops made in one call
 _plain = tf.autograph.experimental.do_not_convert  # no function here needs rewriting
 
 
@@ -41,6 +44,21 @@ def _fold(seed, purpose, *numbers):
     return functools.reduce(tf.random.experimental.stateless_fold_in, numbers, tf.constant([seed, purpose], tf.int64))
 
 
+def _words(seed):
+    """A seed [2] of whole numbers -> uint32 [WORDS]; to numpy zeros at the end say nothing."""
+    words = tf.reshape(tf.bitcast(seed, tf.uint32), [-1])
+    return tf.pad(words, [[0, WORDS - words.shape[0]]])
+
+
+def _shuffled(places, seeds, n):
+    """Places [b] in permutations of n, their seeds [b 2] -> what stands there: tf.random.experimental.index_shuffle of each.
+
+    That takes one seed alone (it pads the wrong side of several), so this calls what it calls.
+    """
+    words = tf.pad(seeds, [[0, 0], [1, 0]], constant_values=INDEX_SHUFFLE)
+    return tf.raw_ops.RandomIndexShuffle(index=places, seed=words, max_index=tf.constant(n - 1, tf.int64), rounds=4)
+
+
 def _share(n, process):
     """The contiguous range of a stream that belongs to one process: low, high."""
     index, count = process
@@ -48,24 +66,14 @@ def _share(n, process):
 
 
 def _with_items(ds, source):
-    """Dataset of (epoch, id) -> dataset of (epoch, id, item)."""
+    """Dataset of (epoch, id) [FETCH] -> dataset of (epoch, id, item), of one each."""
     look_up = lambda epoch, i: (epoch, i, source.lookup(i))
-    if not source.bulk:
-        return ds.map(_plain(look_up))
-    return ds.batch(FETCH).map(_plain(look_up), num_parallel_calls=4, deterministic=True).unbatch()
+    return ds.map(_plain(look_up), num_parallel_calls=4, deterministic=True).unbatch()
 
 
-def _finish(ds, make, local, prefetch, repeat=1):
-    """Dataset of items -> stream of numpy batches in the same order; `repeat`: how many examples are made of an item."""
-    ds = ds.map(_plain(make), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    for key, spec in ds.element_spec.items():
-        if not spec.shape.is_fully_defined():
-            raise DataError(f"{key!r} of the examples is {spec.shape}; a batch needs one shape for all: pad it in Source.load.")
-    ds = ds.batch(local // repeat)
-    if repeat > 1:
-        flat = lambda values: tf.reshape(values, [-1, *values.shape[2:]])
-        ds = ds.map(_plain(lambda batch: {key: flat(values) for key, values in batch.items()}))
-    return Stream(ds.prefetch(prefetch))
+def _several(tree):
+    """An example, or a structure of them -> the same as a batch of one."""
+    return tf.nest.map_structure(lambda x: x[None], tree)
 
 
 @dataclasses.dataclass(eq=False)
@@ -96,7 +104,7 @@ class TrainBatches:
     seed: int  # any whole number
     process: tuple[int, int] = (0, 1)  # which one this is, and of how many
     prefetch: int = 2  # batches prepared ahead
-    augment: Callable | None = None  # (example, seed [2]) -> example, of the cropped and flipped one
+    augment: Callable | None = None  # (examples [n ...], seeds uint32 [n WORDS]) -> examples, of those cropped and flipped
     reading: Reading = dataclasses.field(default_factory=Reading)
     repeat: int = 1
     unsized: bool = False
@@ -128,7 +136,7 @@ class TrainBatches:
         """
         if self._stream is None or step != self._next_step:
             self.close()
-            self._stream = _finish(self._items(step), self._make, self._local, self.prefetch, self.repeat)
+            self._stream = Stream(self._batches(step).prefetch(self.prefetch))
         self._next_step = step + 1
         try:
             batch = self._stream.next()
@@ -155,15 +163,15 @@ class TrainBatches:
 
     def _by_id(self, step):
         n, local = self.source.num_examples, self._local // self.repeat
+        start = _fold(self._seed, ORDER, tf.constant(0, tf.int64))[0]  # what is folded in last is the second number as it is
 
-        def order(k):  # k-th image of this process -> epoch, id
+        def order(k):  # k-th images of this process [b] -> epochs, ids
             i = k // local * (self.batch_size // self.repeat) + self.process[0] * local + k % local
             epoch = i // n
-            seed = _fold(self._seed, ORDER, epoch)
-            return epoch, tf.random.experimental.index_shuffle(i % n, seed, tf.constant(n - 1, tf.int64))
+            return epoch, _shuffled(i % n, tf.stack([tf.broadcast_to(start, tf.shape(epoch)), epoch], axis=-1), n)
 
-        ds = tf.data.Dataset.range(step * local, FOREVER)
-        return _with_items(ds.map(_plain(order), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True), self.source)
+        ds = tf.data.Dataset.range(step * local, FOREVER).batch(FETCH, drop_remainder=True)
+        return _with_items(mapped(ds, order), self.source)
 
     def _by_stream(self, step):
         low, high = _share(self.source.num_examples, self.process)
@@ -178,27 +186,47 @@ class TrainBatches:
 
         return tf.data.Dataset.range(first, FOREVER).flat_map(_plain(epoch_items))
 
-    def _make(self, epoch, asked, item):
-        again = lambda purpose, k: _fold(self._seed, purpose, epoch, asked, *([k] if k else []))
-        uniforms = [tf.random.stateless_uniform([augment.UNIFORMS], again(CROP, k)) for k in range(self.repeat)]
-        channels, how = self.source.channels, self.reading.decoding
-
-        def cut(example_id, item):
-            example = self.source.load(item)
-            if self.repeat > 1:  # decoded once, so all of it
-                example = augment.with_pixels(example, channels, how)
-            see = lambda u: augment.cut_example(example, u, self.crop, self.size, channels, how, self.unsized)
-            return example_id, tuple(map(see, uniforms))
-
+    def _batches(self, step):
+        """Dataset of batches, made in slices of as many images as divide one."""
+        images, items = self._local // self.repeat, self._items(step)
         if self._careful:
-            example_id, seen = unreadable.first_read(self._attempts(epoch, asked, item).map(_plain(cut)))
+            count, ds = 1, mapped(items, self._replaced)
         else:
-            example_id, seen = cut(asked, item)
-        named, examples = {"id": example_id, "asked": asked}, []
-        for k, inside in enumerate(seen):
-            example = augment.followed(*inside, uniforms[k], self.crop, self.size)
-            examples.append(named | (self.augment(example, again(AUGMENT, k)) if self.augment else example))
-        return examples[0] if self.repeat == 1 else {key: tf.stack([e[key] for e in examples]) for key in examples[0]}
+            loaded = mapped(items, lambda epoch, i, item: (i, self._draws(epoch, i), self.source.load(item)))
+            regular = all(of.shape.is_fully_defined() for of in tf.nest.flatten(loaded.element_spec))
+            most = max(1, SLICE // self.repeat) if regular else 1
+            count = max(k for k in range(1, min(images, most) + 1) if images % k == 0)
+            several = lambda *one: _several(one)
+            ds = loaded.batch(count, drop_remainder=True) if regular else loaded.map(_plain(several))
+            ds = mapped(ds, lambda ids, draws, examples: self._finished(ids, ids, draws, *self._cut(draws, examples)))
+        ds = alike(ds, 1)
+        if count == images:
+            return ds
+        flat = lambda values: tf.reshape(values, [-1, *values.shape[2:]])
+        return ds.batch(images // count, drop_remainder=True).map(_plain(lambda batch: tf.nest.map_structure(flat, batch)))
+
+    def _draws(self, epoch, asked):
+        """-> "crop" [r UNIFORMS], and for `augment` "seed" [r WORDS]."""
+        again = lambda purpose: [_fold(self._seed, purpose, epoch, asked, *([k] if k else [])) for k in range(self.repeat)]
+        uniforms = tf.stack([tf.random.stateless_uniform([augment.UNIFORMS], seed) for seed in again(CROP)])
+        return {"crop": uniforms} | ({"seed": tf.stack([_words(s) for s in again(AUGMENT)])} if self.augment else {})
+
+    def _cut(self, draws, examples):
+        channels, how = self.source.channels, self.reading.decoding
+        return crops.cut(examples, draws["crop"], self.crop, self.size, channels, how, self.unsized)
+
+    def _finished(self, ids, asked, draws, *seen):
+        """Ids [s], what `_draws` gave [s ...] and `_cut` -> a batch of s * repeat."""
+        batch = crops.followed(*seen, draws["crop"], self.crop, self.size, self.unsized)
+        batch |= {key: tf.repeat(of, self.repeat) for key, of in {"id": ids, "asked": asked}.items()}
+        return self.augment(batch, tf.reshape(draws["seed"], [-1, WORDS])) if self.augment else batch
+
+    def _replaced(self, epoch, asked, item):
+        """One example, or what stands in its place if it cannot be read."""
+        draws = _several(self._draws(epoch, asked))
+        see = lambda i, item: (i, self._cut(draws, _several(self.source.load(item))))
+        i, seen = unreadable.first_read(self._attempts(epoch, asked, item).map(_plain(see)))
+        return self._finished(i[None], asked[None], draws, *seen)
 
     def _attempts(self, epoch, asked, item):
         """Dataset of (id, item): the example, and then what may stand in its place."""
@@ -231,70 +259,9 @@ def eval_batches(source, *, batch_size, size, resize_ratio, process=(0, 1), limi
         places = np.arange(n, dtype=np.int64)
         mine = places[places // local % process[1] == process[0]]
         mine = mine * source.num_examples // n  # folders are sorted by class, so the first `limit` would be one class
-        ds = _with_items(tf.data.Dataset.from_tensor_slices((np.zeros_like(mine), mine)), source)
+        ds = _with_items(tf.data.Dataset.from_tensor_slices((np.zeros_like(mine), mine)).batch(FETCH), source)
     else:
         ds = source.stream(*_share(n, process)).map(_plain(lambda i, item: (tf.constant(0, tf.int64), i, item)))
     reading = reading or Reading()
-    make = _Centre(source, size, resize_ratio, reading, careful=bool(reading.met))
-    return _each_once(ds, make, local, -(-n // batch_size))
-
-
-@dataclasses.dataclass(eq=False)
-class _Centre:
-    """Makes an example of evaluation; once `careful`, one that cannot be read is there without its image, `valid` False."""
-
-    source: Source
-    size: tuple[int, int]
-    resize_ratio: float
-    reading: Reading
-    careful: bool
-
-    def __call__(self, _, example_id, item):
-        read = lambda item: augment.with_pixels(self.source.load(item), self.source.channels, self.reading.decoding)
-        if not self.careful:
-            example, valid = read(item), True
-        else:
-            found = tf.data.Dataset.from_tensors(item).map(_plain(lambda item: (read(item), True)))
-            absent = lambda of: tf.zeros([side or 1 for side in of.shape], of.dtype)
-            nothing = tf.data.Dataset.from_tensors(tf.nest.map_structure(absent, found.element_spec))
-            example, valid = unreadable.first_read(found.concatenate(nothing))
-        example = augment.centre(example, self.size, self.resize_ratio)
-        return {**example, "id": example_id, "valid": valid}
-
-
-def _each_once(ds, make, local, count):
-    """Yields `count` padded batches of a dataset of items, and says how many images could not be read."""
-    source, reading, missing = make.source, make.reading, 0
-    stream, k = _finish(ds, make, local, 2), 0
-    try:
-        while k < count:
-            try:
-                batch = _pad(stream.next() or {}, stream.spec, local, source)
-            except tf.errors.OpError as error:
-                here = ds.skip(k * local)
-                if make.careful:
-                    raise unreadable.explain(error, source, here.take(local), reading.decoding) from error
-                stream.close()
-                make.careful = True
-                stream = _finish(here, make, local, 2)
-                continue
-            unread = batch["id"][~batch["valid"] & (batch["id"] >= 0)]
-            reading.note(source, unread.tolist(), local)
-            missing, k = missing + len(unread), k + 1
-            yield batch
-        if missing:
-            words = "images could not be read and count as not there"
-            logging.warning("%s, split %s: %d %s", source.name, source.split, missing, words)
-    finally:
-        stream.close()
-
-
-def _pad(batch, spec, local, source):
-    """A batch of at most `local` examples, perhaps none -> a batch of `local`; `spec` says what keys it has."""
-    values = {**PADDING, "label": 0} if source.label_sets else PADDING
-    full = lambda key, shape, dtype: np.full((local, *shape[1:]), values.get(key, 0), dtype.as_numpy_dtype)
-    padded = {key: full(key, of.shape, of.dtype) for key, of in spec.items()}
-    for key, found in batch.items():
-        there = np.flatnonzero(batch["valid"] | (key == "id"))
-        padded[key][there] = found[there]
-    return padded
+    make = Centre(source, size, resize_ratio, reading, careful=bool(reading.met))
+    return each_once(ds, make, local, -(-n // batch_size))

@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from mim_jax.data import pil_bicubic
-
 
 def bicubic(pixels, size, box=None):
     """uint8 [h w c] -> uint8 [size c]: PIL's bicubic, antialiased; untouched where the size is right already.
 
     With a box (y, x, h, w) of the result only that, in the memory of that.
     """
+    from mim_jax.data import pil_bicubic  # here, for numba and what it compiles take 100 MB
+
     box = (0, 0, *size) if box is None else box
     resize = lambda pixels, size, part: pil_bicubic.bicubic(pixels, size, part=part)
     resized = tf.numpy_function(resize, [pixels, tf.stack(size), tf.stack(box)], tf.uint8, stateful=False)

@@ -130,15 +130,15 @@ class RandAugment:
             raise DataError(f"data.randaugment fills with {self.fill}, but images have {pixels.shape[-1]} channels.")
         return apply(pixels, self.draw(seed), self.fill)
 
-    def __call__(self, example, seed):
-        """Example with an image uint8 [h w c], int64 [2] -> example: the same inside tf.data, of static shape if it was.
+    def __call__(self, batch, seeds):
+        """Examples with images uint8 [n h w c], uint32 [n words] -> examples, each a function of its seed: inside tf.data.
 
         Raises:
-          DataError: something else in the example has a place in the image; it would stay while the image turns.
+          DataError: something else in the examples has a place in the image; it would stay while the image turns.
         """
-        if left := sorted(PLACED.keys() & example.keys() - {"image"}):
+        if left := sorted(PLACED.keys() & batch.keys() - {"image"}):
             words = "set data.randaugment.layers=0, or leave the key out of the source."
             raise DataError(f"data.randaugment moves the image alone, and examples have {', '.join(left)}: {words}")
-        pixels, run = example["image"], lambda pixels, seed: self.change(pixels, seed.view(np.uint32))  # no negative numbers
-        changed = tf.numpy_function(run, [pixels, seed], tf.uint8, stateful=False)
-        return {**example, "image": tf.ensure_shape(changed, pixels.shape)}
+        run = lambda images, seeds: np.stack([self.change(*one) for one in zip(images, seeds)])
+        changed = tf.numpy_function(run, [batch["image"], seeds], tf.uint8, stateful=False)
+        return {**batch, "image": tf.ensure_shape(changed, batch["image"].shape)}

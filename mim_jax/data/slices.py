@@ -35,8 +35,9 @@ def cut(names: Names, low: str, high: str, bounds=(0.0, 1.0)) -> np.ndarray | sl
     of them as a slice."""
     if not low and not high and bounds == (0.0, 1.0):
         return slice(None)
-    hashes = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names)
-    shares = np.frombuffer(hashes, ">u8").astype(np.float64) / 2**64
+    from mim_jax.data import name_hashes  # here, for numba and what it compiles take 100 MB
+
+    shares = name_hashes.hashes(names.pieces(), len(names)).astype(np.float64) / 2**64
     inside = (bounds[0] <= shares) & (shares < bounds[1])
     places, shares = np.flatnonzero(inside), shares[inside]
     order = np.sort(shares)

@@ -6,11 +6,17 @@ from absl import logging
 from mim_jax.data.augment import DataError
 from mim_jax.data.image_folder import open_folder
 from mim_jax.data.list_source import open_list
-from mim_jax.data.parquet_source import open_parquet
 from mim_jax.data.sample import photos
 from mim_jax.data.source import ArraySource
 from mim_jax.data.subset import sliced
 from mim_jax.data.tar_source import open_tar
+
+
+def open_parquet(*args):
+    from mim_jax.data import parquet_source  # here, for pyarrow takes 40 MB
+
+    return parquet_source.open_parquet(*args)
+
 
 WITH_COLUMNS = {"parquet": open_parquet, "webdataset": open_tar, "list": open_list}
 WITH_PATH = ("folder", *WITH_COLUMNS, "prepared")

@@ -10,10 +10,28 @@ import queue
 import threading
 import weakref
 
+import tensorflow as tf
+
+from mim_jax.data.augment import DataError
+
 _retired = queue.SimpleQueue()  # its put may be called from the garbage collector
 _live = weakref.WeakSet()
 _lock = threading.Lock()
 _undertaker = None
+
+
+def mapped(ds, make):
+    """In parallel, in the same order; `make` is not rewritten."""
+    return ds.map(tf.autograph.experimental.do_not_convert(make), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def alike(ds, skip=0):
+    """The dataset. Raises DataError unless its examples, after `skip` leading dimensions, are of one shape."""
+    for key, of in ds.element_spec.items():
+        if not of.shape[skip:].is_fully_defined():
+            words = "a batch needs one shape for all: pad it in Source.load"
+            raise DataError(f"{key!r} of the examples is {of.shape[skip:]}; {words}.")
+    return ds
 
 
 def _bury():
