@@ -11,7 +11,7 @@ STAMP = $(VENV)/.requirements-installed
 TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_CPP_MIN_LOG_LEVEL
 
-.PHONY: env test test-torch torch-tests test-targets targets-tests quickstart compare costs clean
+.PHONY: env test test-torch torch-tests test-targets targets-tests quickstart detect compare costs clean
 
 env: $(STAMP)
 
@@ -58,6 +58,14 @@ quickstart: env
 	$(PY) -m mim_jax.visualise --workdir="$(RUN)/pretrain"
 	$(PY) -m mim_jax.main --config=configs/linprobe.py --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/probe"
 	$(PY) -m experiments.summarise "$(RUN)"
+
+# Detection on scenes of the embedded sample, from the quickstart's weights and from random ones.
+detect: env
+	$(PY) -m mim_jax.main --config=configs/lomar_sample.py --config.seed=$(SEED) --workdir="$(RUN)/pretrain"
+	$(PY) -m mim_jax.main --config=configs/detect_sample.py --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/detect"
+	$(PY) -m mim_jax.main --config=configs/detect_sample.py:scratch --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/detect_scratch"
+	$(PY) -m mim_jax.visualise --workdir="$(RUN)/detect" --split=test
+	$(PY) -m experiments.summarise_detect "$(RUN)"
 
 # What stands beside the quickstart's LoMaR in the table of results/README.md, at the same number of images: LocalMIM, both with
 # stages decoupled, and LocalMIM from the top alone.

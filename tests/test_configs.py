@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mim_jax import sharding
-from mim_jax.config import load
+from mim_jax.config import ConfigError, load
 from mim_jax.jobs.pictures import visualise
 from mim_jax.jobs.run import run
 from mim_jax.runs.saved import find
@@ -18,7 +18,7 @@ from mim_jax.train.state import create, plan
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (REPO / "configs").glob("*.py"))
-STARTED_FROM_A_RUN = ("linprobe", "finetune", "eval", "features")
+STARTED_FROM_A_RUN = ("linprobe", "finetune", "detect", "detect_sample", "eval", "features")
 
 
 def toy(name: str, steps: int, *, arguments="toy", **overrides):
@@ -50,6 +50,36 @@ def pretrained(tmp_path_factory):
     workdir = str(tmp_path_factory.mktemp("pretrained"))
     run(toy("lomar_sample", 2), workdir)
     return workdir
+
+
+def test_a_detector_is_trained_resumed_judged_and_drawn(pretrained, tmp_path, monkeypatch):
+    workdir = str(tmp_path / "run")
+
+    def config():
+        made = toy("detect_sample", 3, init_from=pretrained)
+        made.evals.test.on = False
+        return made
+
+    interrupted(monkeypatch, config(), workdir, at=2)
+    results = run(config(), workdir)
+    assert [row["step"] for row in rows(workdir) if "loss" in row] == [1, 2, 3]
+    losses = [row for row in rows(workdir) if "loss" in row][-1]
+    parts = ("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask")
+    assert losses["loss"] == pytest.approx(sum(losses[name] for name in parts), rel=1e-5)
+    assert 0 <= results["validation/box/AP"] <= 1 and 0 <= results["validation/mask/AP"] <= 1
+    assert np.asarray(Image.open(tmp_path / "run/augmented.png")).shape[1] > 4 * 384
+    judged = toy("eval", 0, arguments="toy,detect", init_from=workdir)
+    judged.evals.validation.update(dict(examples=16, batch_size=8))
+    again = run(judged, str(tmp_path / "eval"))
+    scores = {name for name in results if name.startswith("validation/")}
+    assert len(scores) == 25 and all(again[name] == results[name] for name in scores)
+    assert len(json.loads((tmp_path / "eval/detections_validation.json").read_text())) == again["validation/detections"]
+    (tmp_path / "own").mkdir()
+    Image.new("L", (60, 40)).save(tmp_path / "own/one.png")
+    (own,) = visualise(workdir, str(tmp_path / "figures"), (), 3, "", 0, ("folder", str(tmp_path / "own"), ""))
+    assert np.asarray(Image.open(own)).shape[1] > 384
+    with pytest.raises(ConfigError, match="is of a detector: use configs/eval.py:detect"):
+        run(toy("eval", 0, init_from=workdir), str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in STARTED_FROM_A_RUN])

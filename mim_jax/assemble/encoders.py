@@ -11,12 +11,13 @@ from mim_jax.models.codebook import Tokenizer
 from mim_jax.models.encoder import Encoder
 from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT
+from mim_jax.models.vitdet import ViTDet
 from mim_jax.paths import Place
 from mim_jax.sections import Count, Section, build, fit, kept
 from mim_jax.targets.pixels import Normaliser
 from mim_jax.tokens import grid_size
 
-ENCODERS = {"vit": ViT, "swin": Swin, "tokenizer": Tokenizer}
+ENCODERS = {"vit": ViT, "swin": Swin, "tokenizer": Tokenizer, "vitdet": ViTDet}
 
 
 def encoder_class(config) -> type[Encoder]:
@@ -58,7 +59,7 @@ class WithEncoder(Section):
 
     def batches(self, source, batch_size: int, limit: int = 0):
         """-> (batches(), number of examples): padded batches over a split, each example once."""
-        return split_batches(source, self.image_size, self.data.resize_ratio, batch_size, limit, self.data.reading())
+        return split_batches(source, self.image_size, self.data, batch_size, limit)
 
     def made(self, complete: bool = True) -> Encoder:
         """The encoder; `complete`: its section may lack keys, as an old run's does. Raises ConfigError for what cannot be."""

@@ -7,12 +7,13 @@ from typing import Literal
 
 import jax
 from absl import logging
+from etils import epath
 
 from mim_jax import prng
 from mim_jax.assemble.encoders import WithEncoder, pooling
 from mim_jax.config import ConfigError
 from mim_jax.durations import Duration, stated
-from mim_jax.evaluators import fewshot, knn, nmi, reconstruct, top_k
+from mim_jax.evaluators import fewshot, knn, nmi, object_results, reconstruct, top_k
 from mim_jax.evaluators.panels import drawing
 from mim_jax.evaluators.split_runner import SplitRunner
 from mim_jax.objectives.objective import Objective
@@ -26,7 +27,7 @@ IMAGENET_CLASSES = 1000
 @dataclasses.dataclass(frozen=True)
 class Judged:
     """What is judged, on which data. class_names: those it was trained on, where they are known; averaged: whether the run
-    keeps a moving average of its weights."""
+    keeps a moving average of its weights; folder: where files of results go, None: there are none."""
 
     objective: Objective
     config: WithEncoder
@@ -34,6 +35,7 @@ class Judged:
     seed: int = 0
     class_names: tuple[str, ...] = ()
     averaged: bool = False
+    folder: epath.Path | None = None
 
     @functools.cached_property
     def normalise(self) -> Normaliser:
@@ -230,7 +232,34 @@ class Classify(Evaluation):
         return found
 
 
-EVALUATORS = {"nmi": Nmi, "knn": Knn, "fewshot": Fewshot, "reconstruct": Reconstruct, "classify": Classify}
+class Detections(Evaluation):
+    """AP of boxes and masks on a split whose images hold objects, and `pictures` of them."""
+
+    split: str
+    examples: Natural
+    pictures: Natural
+
+    def made(self, judged: Judged):
+        source, names = self.opened(judged, "split"), judged.class_names
+        if names and source.class_names != names:
+            raise ConfigError(
+                f"{source.name} '{self.split}' has the classes {', '.join(source.class_names[:5])}, ..., "
+                f"{source.num_classes} in all, and the detector learned {', '.join(names[:5])}, ..., {len(names)} in all"
+            )
+        find = object_results.finder(judged.objective, judged.normalise)
+        runner = judged.runner(find, source, self.batch_size, self.examples)
+        draw = object_results.drawer(source, judged.config.data.reading().decoding, self.pictures)
+        return functools.partial(object_results.judge, runner, source, self.split, draw, judged.folder)
+
+
+EVALUATORS = {
+    "nmi": Nmi,
+    "knn": Knn,
+    "fewshot": Fewshot,
+    "reconstruct": Reconstruct,
+    "classify": Classify,
+    "detections": Detections,
+}
 
 
 def evaluators(evals: dict[str, Evaluation], judged: Judged, steps: Callable) -> tuple[ScheduledEvaluator, ...]:

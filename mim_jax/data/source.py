@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
-from mim_jax.data.augment import DataError, decoded
+from mim_jax.data.augment import DataError, decoded, with_pixels
 from mim_jax.data.packed_names import Names
 
 WAYS = """provide data in one of these ways:
@@ -17,7 +17,10 @@ WAYS = """provide data in one of these ways:
   tar shards:    data.source=webdataset data.path=DIR, or a pattern such as DIR/train-{000..146}.tar
   array_record:  data.source=prepared data.path=DIR, made once from any of these by python -m mim_jax.prepare
   list of files: data.source=list data.path=FILE.csv (.tsv, .jsonl), with columns path and label
-  sample:        data.source=sample (a few photographs bundled with scikit-image and scikit-learn)"""
+  sample:        data.source=sample (a few photographs bundled with scikit-image and scikit-learn)
+with boxes and masks, for job=detect:
+  COCO:          data.source=coco data.path=DIR, with annotations/instances_*.json and folders of images, or any such set
+  scenes:        data.source=scenes, composed of the sample's photographs"""
 
 
 class NotPrepared(DataError):
@@ -92,6 +95,10 @@ class Source:
     def stream(self, low, high, seed=None):
         """The examples low .. high - 1 as a tf.data.Dataset of (id, item), shuffled if there is a seed [2]."""
         raise NotImplementedError(f"{self.name} has random access")
+
+    def decoded(self, example, how):
+        """What `load` gives -> the same with pixels. Raises what TensorFlow does for an image that cannot be used."""
+        return with_pixels(example, self.channels, how)
 
     def is_broken(self, item) -> bool:
         """Whether an item cannot be read or decoded, or has something that does not fit its image; tries to."""

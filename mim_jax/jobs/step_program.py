@@ -5,11 +5,13 @@ import time
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from mim_jax import sharding, tree
 from mim_jax.assemble import datasets, encoders, inheritance, inputs, methods
 from mim_jax.chips import estimates
 from mim_jax.config import ConfigDict, ConfigError, choice, load
+from mim_jax.jobs import detect
 from mim_jax.jobs.finetune import Finetune, adapt
 from mim_jax.jobs.pretrain import Pretrain
 from mim_jax.jobs.streamed_probe import StreamedProbe
@@ -21,7 +23,7 @@ from mim_jax.train.schedule import warmup_cosine
 from mim_jax.train.state import plan
 from mim_jax.train.step import make_step
 
-CLASSES = 1000  # of a head: no data set is opened that could tell
+CLASSES, DETECTED = 1000, 80  # of a head, of a detector: no data set is opened that could tell
 
 
 @dataclasses.dataclass
@@ -58,6 +60,7 @@ class Parts:
     objective: Objective
     inputs: Callable
     lr_scales: Callable | None = None
+    batch: dict | None = None  # shapes beyond image and label, {key: (shape of one image's, type)}
 
 
 def pretraining(settings: ConfigDict) -> Parts:
@@ -69,7 +72,15 @@ def pretraining(settings: ConfigDict) -> Parts:
 def finetuning(settings: ConfigDict) -> Parts:
     config = read(Finetune, adapt(inheritance.inherit(settings, source(settings))))
     made = config.classifier(CLASSES)
-    return Parts(config, made, config.inputs(CLASSES), config.layer_scales(made.encoder))
+    return Parts(config, made, config.inputs(CLASSES), config.optim.scales(made.encoder))
+
+
+def detecting(settings: ConfigDict) -> Parts:
+    there = source(settings)
+    config = read(detect.Detection, detect.adapt(inheritance.inherit(settings, there), there))
+    made = config.detector_of(DETECTED)
+    prepare = inputs.labelled_inputs(made, config.normaliser())
+    return Parts(config, made, prepare, config.optim.scales(made.encoder), made.batch_shapes())
 
 
 def probing(settings: ConfigDict) -> Parts:
@@ -91,7 +102,7 @@ def source(settings: ConfigDict) -> ConfigDict:
     return load(place) if place.partition(":")[0].endswith(".py") else saved.open(place).config
 
 
-JOBS = {"pretrain": pretraining, "finetune": finetuning, "linprobe": probing}
+JOBS = {"pretrain": pretraining, "finetune": finetuning, "linprobe": probing, "detect": detecting}
 
 
 class Program:
@@ -111,7 +122,7 @@ class Program:
             parts = build(config)
         except ConfigError as error:
             raise ConfigError(f"{spec}: {error}") from error
-        self.config, self.made, self.prepare = parts.config, parts.objective, parts.inputs
+        self.config, self.made, self.prepare, self.more = parts.config, parts.objective, parts.inputs, parts.batch or {}
         self.dtype, mesh = encoders.dtype(setting.compute_dtype), setting.mesh
         lr = warmup_cosine(1e-4, 1000, 10)
         tx = self.config.optim.transform(lr, parts.lr_scales)
@@ -122,13 +133,17 @@ class Program:
 
     def batch(self) -> dict:
         """Random images and labels in place of a pipeline's, on the host."""
-        return datasets.synthetic_batch(self.config.image_size, self.config.channels, self.setting.batch_size)
+        size = self.setting.batch_size
+        batch = datasets.synthetic_batch(self.config.image_size, self.config.channels, size)
+        return batch | {key: np.zeros((size, *shape), kind) for key, (shape, kind) in self.more.items()}
 
     def compile(self):
         """Makes `step` and `compile_seconds` from shapes and shardings."""
         struct = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         state, split = jax.tree.map(struct, self.shapes, self.shardings), sharding.batch_sharding(self.setting.mesh)
         shapes = datasets.batch_shapes(self.config.image_size, self.config.channels, self.setting.batch_size)
+        size = self.setting.batch_size
+        shapes |= {key: jax.ShapeDtypeStruct((size, *shape), kind) for key, (shape, kind) in self.more.items()}
         batch = {key: struct(x, split) for key, x in shapes.items()}
         start = time.perf_counter()
         self.step = self._step.lower(state, batch).compile()
