@@ -9,6 +9,7 @@ import numpy as np
 
 from mim_jax import sharding, tree
 from mim_jax.assemble import datasets, encoders, inheritance, inputs, methods
+from mim_jax.chips import estimates
 from mim_jax.config import ConfigDict, ConfigError, choice, load
 from mim_jax.jobs import detect, segmentation
 from mim_jax.jobs.finetune import Finetune, adapt
@@ -171,6 +172,7 @@ class Program:
             "argument_bytes": argument,
             "activation_bytes_per_image": temp * devices / batch_size if memory else None,
             "step_memory_bytes": temp + argument if memory else None,
+            "communication": estimates.communication(self.step.as_text(), devices),
             "compile_s": self.compile_seconds,
         }
 
