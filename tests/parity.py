@@ -27,6 +27,7 @@ from ports.maskfeat import MaskfeatPort
 from ports.scale_jitter import ScaleJitterPort
 from ports.simmim import SimmimPort
 from ports.swin_classifier import SwinClassifierPort
+from ports.upernet import UPerNetSwinPort, UPerNetVitPort
 from recorded import Case, Report
 from recorded_run import compare_run
 
@@ -50,6 +51,8 @@ PORTS = (
     ("Swin classifiers", has("param/head.weight", "param/layers.0.blocks.0.attn.qkv.weight"), SwinClassifierPort),
     ("large-scale jitter", has("input/polygons_0", "out/kept_polygon_0"), ScaleJitterPort),
     ("COCO's AP", has("out/bbox/stats", "out/segm/stats"), CocoApPort),
+    ("UPerNet on a ViT", has("param/decode_head.conv_seg.weight", "param/backbone.pos_embed"), UPerNetVitPort),
+    ("UPerNet on a Swin", has("param/decode_head.conv_seg.weight", "param/backbone.norm0.weight"), UPerNetSwinPort),
     ("MaskFeat's HOG", lambda case: any(key.startswith("ambiguous/") for key in case.arrays), MaskfeatHogPort),
     ("detectors on a ViT", has("param/backbone.net.patch_embed.proj.weight"), DetectorPort),
     ("a detector's cascade", has("param/box_head.0.conv1.weight"), CascadePort),

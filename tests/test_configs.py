@@ -18,7 +18,10 @@ from mim_jax.train.state import create, plan
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (REPO / "configs").glob("*.py"))
-STARTED_FROM_A_RUN = ("linprobe", "finetune", "detect", "detect_sample", "eval", "features")
+STARTED_FROM_A_RUN = (
+    *("linprobe", "finetune", "eval", "features"),
+    *("detect", "detect_sample", "segment", "segment_sample", "segment_eval"),
+)
 
 
 def toy(name: str, steps: int, *, arguments="toy", **overrides):
@@ -164,6 +167,33 @@ def test_streamed_probe_trains_the_head_alone_and_resumes(pretrained, tmp_path, 
     assert frozen and all(source[f"params/{key}"] == x for key, x in frozen.items())
     assert not [key for key in saved if key.startswith("opt_state") and "encoder" in key]
     assert "stats/batch_stats/head_tap1_linear_0/norm/mean" in saved
+
+
+def test_segmentation_trains_evaluates_and_resumes(pretrained, tmp_path, monkeypatch):
+    config = lambda: toy("segment", 3, init_from=pretrained)
+    workdir = str(tmp_path / "run")
+    interrupted(monkeypatch, config(), workdir, at=2)
+    results = run(config(), workdir)
+    assert [row["step"] for row in rows(workdir) if "loss" in row] == [1, 2, 3]
+    for split in ("validation", "test"):
+        assert 0 <= results[f"{split}/miou"] <= 1 and results[f"{split}/images"] == 8
+    assert Image.open(tmp_path / "run" / "augmented.png").size[0] > 100
+    saved = built.meta(workdir)["fingerprints"]
+    assert "stats/batch_stats/head/pyramid/norm/mean" in saved and "params/neck/level_1_up/kernel" in saved
+    again = toy("segment_eval", 0, arguments="toy,splits=test", init_from=workdir)
+    assert run(again, str(tmp_path / "again"))["test/miou"] == pytest.approx(results["test/miou"], abs=1e-12)
+    assert (tmp_path / "again" / "predictions_test.png").exists()
+    both = toy("segment_eval", 0, arguments="toy,splits=test,scales=1-1.5,flip", init_from=workdir)
+    assert 0 <= run(both, str(tmp_path / "both"))["test/miou"] <= 1
+
+
+def test_a_linear_layer_on_the_frozen_map_of_the_sample(pretrained, tmp_path):
+    workdir = str(tmp_path / "run")
+    results = run(toy("segment_sample", 2, arguments="toy,head=linear", init_from=pretrained), workdir)
+    assert 0 <= results["test/miou"] <= 1
+    saved, source = built.meta(workdir)["fingerprints"], built.meta(pretrained)["fingerprints"]
+    frozen = {key.removeprefix("frozen/"): x for key, x in saved.items() if key.startswith("frozen/")}
+    assert frozen and all(source[f"params/{key}"] == x for key, x in frozen.items())
 
 
 @pytest.mark.parametrize("format", ["npy", "parquet"])

@@ -35,6 +35,8 @@ CASES = (
     "traj_localmim_swin_true",
     "lsj_tiny",
     "coco_ap_tiny",
+    "upernet_vit_tiny",
+    "upernet_swin_tiny",
 )
 KINDS = (  # of each case one at least
     *("grad/", "fixorder/grad/", "final/", "nbins18_bias/pool", "target/64.gauss16"),

@@ -16,8 +16,8 @@ from mim_jax.sections import Bound, Count, Natural, NotNegative, Positive, Secti
 from mim_jax.targets.pixels import Normaliser
 
 
-class Data(Section):
-    """Where images are, and how they are seen: evaluation cuts the centre out, `resize_ratio` of the shorter side.
+class Images(Section):
+    """Where images are, and how their values are seen.
 
     Of a folder: `folders` says which of its folders are splits or classes, where the rules of docs/data.md do not; `holdout`
     takes so many percent of the training images for the validation split that is not there.
@@ -33,7 +33,6 @@ class Data(Section):
     normalise: Literal["dataset", "image"]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize_ratio: Positive
     columns: str = ""  # "image=NAME,label=NAME" where a source has them under other names
     exif: Literal["auto", "ignore", "apply"] = "auto"
     bad_limit: Share = 0.1
@@ -41,7 +40,6 @@ class Data(Section):
     see = None  # what evaluation sees in place of the centre: (example with pixels, size) -> example
 
     def check(self):
-        self.require(self.resize_ratio <= 1, "resize_ratio", "is not a share between 0 and 1")
         self.require(min(self.std, default=1) > 0, "std", "must be above 0 in every channel")
         if max((*map(abs, self.mean), *self.std), default=0) > 1:
             raise ConfigError(
@@ -68,6 +66,16 @@ class Data(Section):
 
         place = {key: getattr(self, key) for key in ("path", "data_dir", "columns", "folders", "holdout")}
         return open_source(self.source, split, channels=channels, **place)
+
+
+class Data(Images):
+    """Evaluation cuts the centre out, `resize_ratio` of the shorter side."""
+
+    resize_ratio: Positive
+
+    def check(self):
+        self.require(self.resize_ratio <= 1, "resize_ratio", "is not a share between 0 and 1")
+        super().check()
 
 
 class TrainingData(Data):
@@ -169,6 +177,31 @@ class ProbeData(Data):
     train_split: str
     validation_split: str
     test_split: str
+
+
+class SegmentationData(Images):
+    """Images and their label maps, as data/scaled_crop.py scales, cuts and distorts them: fitted into `short` and `long` px
+    times a factor of `scale`. `changed`: as of TrainingData."""
+
+    changed: Literal["refuse", "continue"] = "refuse"
+    train_split: str
+    short: Natural
+    long: Natural
+    scale: tuple[float, float]
+    class_share: Positive
+    flip: bool
+    photometric: bool
+
+    def check(self):
+        super().check()
+        self.require(self.long >= self.short, "long", f"is below short={self.short}")
+
+    def seen(self, source) -> dict:
+        """As of TrainingData. Raises ConfigError (DataError) for ranges that cannot be."""
+        from mim_jax.data.scaled_crop import ScaledCrop
+
+        keys = ("short", "long", "scale", "class_share", "flip", "photometric")
+        return dict(crop=ScaledCrop(**{key: getattr(self, key) for key in keys}))
 
 
 class FeatureData(Data):

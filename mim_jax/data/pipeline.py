@@ -8,10 +8,11 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from mim_jax.data import augment, crops, scale_jitter, unreadable
+from mim_jax.data import augment, crops, scale_jitter, scaled_crop, unreadable
 from mim_jax.data.augment import DataError, RandomCrop
 from mim_jax.data.evaluation import Seen, each_once
 from mim_jax.data.scale_jitter import ScaleJitter
+from mim_jax.data.scaled_crop import ScaledCrop
 from mim_jax.data.source import Source
 from mim_jax.data.stream import Stream, alike, mapped
 from mim_jax.data.unreadable import Reading
@@ -23,7 +24,7 @@ FETCH = 64  # records per lookup
 WORDS = 4  # of 32 bits, in a seed of two numbers of 64 (or of 32: what repeated crops fold in is)
 INDEX_SHUFFLE = 498_247_692  # what TensorFlow's function puts before a seed
 SLICE = 16  # crops made in one call
-SEEN = {RandomCrop: crops, ScaleJitter: scale_jitter}  # what cuts; whose masks are too large for several in one call
+SEEN = {RandomCrop: crops, ScaleJitter: scale_jitter, ScaledCrop: scaled_crop}  # what cuts and what follows
 _plain = tf.autograph.experimental.do_not_convert  # no function here needs rewriting
 
 
@@ -102,7 +103,7 @@ class TrainBatches:
     _: dataclasses.KW_ONLY
     batch_size: int  # global; each process gets its share
     size: tuple[int, int]  # (height, width) of the images
-    crop: RandomCrop | ScaleJitter
+    crop: RandomCrop | ScaleJitter | ScaledCrop
     seed: int  # any whole number
     process: tuple[int, int] = (0, 1)  # which one this is, and of how many
     prefetch: int = 2  # batches prepared ahead

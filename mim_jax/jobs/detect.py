@@ -21,7 +21,7 @@ FROM_A_VIT = weights.Taken("^encoder/", fresh=(r"^(?!encoder/)", r"/rel_pos_[hw]
 class DetectionAdamW(LayerwiseAdamW):
     """AdamW of detectron2's ViTDet: biases, channel norms and relative positions decay as all else, but for `no_decay`."""
 
-    vectors = True
+    decay_vectors = True
 
 
 class Detection(training.Training):

@@ -9,8 +9,9 @@ import numpy as np
 
 from mim_jax import sharding, tree
 from mim_jax.assemble import datasets, encoders, inheritance, inputs, methods
+from mim_jax.chips import estimates
 from mim_jax.config import ConfigDict, ConfigError, choice, load
-from mim_jax.jobs import detect
+from mim_jax.jobs import detect, segmentation
 from mim_jax.jobs.finetune import Finetune, adapt
 from mim_jax.jobs.pretrain import Pretrain
 from mim_jax.jobs.streamed_probe import StreamedProbe
@@ -22,7 +23,7 @@ from mim_jax.train.schedule import warmup_cosine
 from mim_jax.train.state import plan
 from mim_jax.train.step import make_step
 
-CLASSES, DETECTED = 1000, 80  # of a head, of a detector: no data set is opened that could tell
+CLASSES, DETECTED, SEGMENTED = 1000, 80, 150  # of a head, a detector, a segmentation: no data set is opened that could tell
 
 
 @dataclasses.dataclass
@@ -90,6 +91,13 @@ def probing(settings: ConfigDict) -> Parts:
     return Parts(config, made, inputs.labelled_inputs(made, config.normaliser()), made.lr_scales)
 
 
+def segmenting(settings: ConfigDict) -> Parts:
+    config = read(segmentation.Segmentation, segmentation.adapt(inheritance.inherit(settings, source(settings))))
+    made = config.objective(SEGMENTED)
+    batch = {"label_map": (config.image_size, np.uint8), "shown": ((2,), np.int32)}
+    return Parts(config, made, inputs.segmentation_inputs(config.normaliser()), config.layer_scales(made.encoder), batch)
+
+
 def source(settings: ConfigDict) -> ConfigDict:
     """The config of the run that is started from. Raises ConfigError (CheckpointError) where none is said, or none is there."""
     place = settings.init_from
@@ -101,7 +109,7 @@ def source(settings: ConfigDict) -> ConfigDict:
     return load(place) if place.partition(":")[0].endswith(".py") else saved.open(place).config
 
 
-JOBS = {"pretrain": pretraining, "finetune": finetuning, "linprobe": probing, "detect": detecting}
+JOBS = {"pretrain": pretraining, "finetune": finetuning, "linprobe": probing, "detect": detecting, "segment": segmenting}
 
 
 class Program:
@@ -164,6 +172,7 @@ class Program:
             "argument_bytes": argument,
             "activation_bytes_per_image": temp * devices / batch_size if memory else None,
             "step_memory_bytes": temp + argument if memory else None,
+            "communication": estimates.communication(self.step.as_text(), devices),
             "compile_s": self.compile_seconds,
         }
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,7 @@ class AdamW(Optim):
     b2: BelowOne
     no_decay: tuple[str, ...]
     clip_norm: NotNegative
-
-    vectors = False  # whether what has one axis decays too
+    decay_vectors: ClassVar[bool] = False  # whether biases and norms, which have one axis, decay too
 
     def check(self):
         super().check()
@@ -59,7 +58,7 @@ class AdamW(Optim):
     def transform(self, lr, lr_scales=None) -> optax.GradientTransformation:
         """`lr` a function of the step; `lr_scales`: path -> what the learning rate of this parameter is multiplied by."""
         return adamw(lr, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay, no_decay=self.no_decay,
-                     clip_norm=self.clip_norm, lr_scales=lr_scales, vectors=self.vectors)  # fmt: skip
+                     clip_norm=self.clip_norm, lr_scales=lr_scales, vectors=self.decay_vectors)  # fmt: skip
 
 
 class Lars(Optim):
