@@ -12,7 +12,7 @@ from mim_jax.models import irpe
 from mim_jax.models.layers import lean_gelu
 from mim_jax.models.vit import Block
 
-TOKENS, WIDTH = 10, 24
+TOKENS = 10
 
 
 def mesh_of(platform):
@@ -21,10 +21,13 @@ def mesh_of(platform):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("qkv_bias, relative", [("all", True), ("qv", False), ("none", False)])
-def test_a_block_is_the_same_on_every_platform(platform, qkv_bias, relative):
-    block = Block(heads=3, relative=relative, qkv_bias=qkv_bias)
-    x = jax.random.normal(jax.random.key(0), (2, TOKENS, WIDTH))
+@pytest.mark.parametrize(
+    "heads, width, qkv_bias, relative",
+    [(3, 24, "all", True), (4, 128, "all", True), (2, 128, "qv", False), (3, 24, "none", False)],
+)
+def test_a_block_is_the_same_on_every_platform(platform, heads, width, qkv_bias, relative):
+    block = Block(heads=heads, relative=relative, qkv_bias=qkv_bias)
+    x = jax.random.normal(jax.random.key(0), (2, TOKENS, width))
     buckets = jnp.asarray(np.random.default_rng(0).integers(0, irpe.BUCKETS, (TOKENS, TOKENS))) if relative else None
 
     def of(where):
