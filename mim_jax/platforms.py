@@ -6,7 +6,7 @@ import contextvars
 import jax
 
 LAYOUTS = {
-    "tpu": "queries, keys and values by three products, each to its heads",
+    "tpu": "heads of short sequences in one product, attention and GELU keep little for their gradients",
     "gpu": "GELU keeps one array for its gradient",
 }
 _compiled_for = contextvars.ContextVar("compiled_for", default="")

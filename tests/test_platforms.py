@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from mim_jax import platforms
-from mim_jax.models import irpe
+from mim_jax.models import irpe, lane_attention
 from mim_jax.models.layers import lean_gelu
 from mim_jax.models.vit import Block
 
-TOKENS, WIDTH = 10, 24
+TOKENS = 10
 
 
 def mesh_of(platform):
@@ -21,10 +21,13 @@ def mesh_of(platform):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("qkv_bias, relative", [("all", True), ("qv", False), ("none", False)])
-def test_a_block_is_the_same_on_every_platform(platform, qkv_bias, relative):
-    block = Block(heads=3, relative=relative, qkv_bias=qkv_bias)
-    x = jax.random.normal(jax.random.key(0), (2, TOKENS, WIDTH))
+@pytest.mark.parametrize(
+    "heads, width, qkv_bias, relative",
+    [(3, 24, "all", True), (4, 128, "all", True), (2, 128, "qv", False), (3, 24, "none", False)],
+)
+def test_a_block_is_the_same_on_every_platform(platform, heads, width, qkv_bias, relative):
+    block = Block(heads=heads, relative=relative, qkv_bias=qkv_bias)
+    x = jax.random.normal(jax.random.key(0), (2, TOKENS, width))
     buckets = jnp.asarray(np.random.default_rng(0).integers(0, irpe.BUCKETS, (TOKENS, TOKENS))) if relative else None
 
     def of(where):
@@ -40,6 +43,27 @@ def test_a_block_is_the_same_on_every_platform(platform, qkv_bias, relative):
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6 * float(jnp.abs(theirs).max()))
     assert text != other  # another program, or nothing was compared
+
+
+@pytest.mark.parametrize("rows", [(), (2,)])
+def test_a_bias_of_the_logits_is_the_same_on_a_tpu(rows):
+    x = jax.random.normal(jax.random.key(0), (2, TOKENS, 24))
+    bias = jax.random.normal(jax.random.key(1), (*rows, 3, TOKENS, TOKENS))
+    block = Block(heads=3)
+    params = block.init(jax.random.key(2), x)
+
+    def of(where):
+        with platforms.compiled_for(mesh_of(where)):
+            return jax.grad(lambda bias: jnp.square(block.apply(params, x, bias=bias)).sum())(bias)
+
+    np.testing.assert_allclose(of("tpu"), of("cpu"), rtol=1e-5, atol=1e-5)
+
+
+def test_heads_share_a_product_that_fits_the_lanes():
+    sharing = lane_attention.heads_of_a_product
+    assert sharing(12, 64, 50) == 2 and sharing(16, 32, 32) == 4
+    assert sharing(12, 64, 197) == 1  # the keys of two do not fit
+    assert sharing(3, 64, 50) == 1 and sharing(6, 24, 10) == 1  # nor do three heads in pairs, nor does 24 divide the lanes
 
 
 def test_what_is_traced_is_for_the_mesh_and_afterwards_for_this_process():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 
 from mim_jax.models import flops, vit
-from mim_jax.models.layers import Dense, LayerNorm, token_init
+from mim_jax.models.layers import Dense, LayerNorm, gelu, token_init
 from mim_jax.tokens import Visible, spread
 
 fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(+-1/sqrt(fan_in)), as convolutions have it
@@ -83,7 +83,7 @@ class Rescale(nn.Module):
             return reduce(x, "r (y i) (x j) d -> r y x d", "mean", i=side, j=side)
         for i in range(doublings(self.scale)):
             if i:
-                x = nn.gelu(LayerNorm(self.dtype, name=f"norm_{i - 1}")(x), approximate=False)
+                x = gelu(LayerNorm(self.dtype, name=f"norm_{i - 1}")(x))
             x = Upsample(x.shape[-1] // 2, self.dtype, name=f"up_{i}")(x)
         return x
 

@@ -10,7 +10,7 @@ from einops import rearrange
 
 from mim_jax import platforms
 from mim_jax.config import ConfigError
-from mim_jax.models import irpe, relative_bias
+from mim_jax.models import irpe, lane_attention, relative_bias
 from mim_jax.models.layers import Dense
 
 
@@ -34,37 +34,53 @@ class Attention(nn.Module):
         if width % self.heads:
             raise ConfigError(f"width {width} is not divisible by {self.heads} heads")
         head_dim = width // self.heads
-        by_heads = platforms.current() == "tpu"
-        q, k, v = self.projected(x, by_heads)
+        if platforms.current() == "tpu" and self.takes_lanes(buckets):
+            return self.by_lanes(x, buckets, bias)
+        q, k, v = self.projected(x)
         logits = jnp.einsum("rhie,rhje->rhij", q * head_dim**-0.5, k, preferred_element_type=jnp.float32)
         if self.relative:
-            logits = logits + RelativeKeys(self.dtype, name="rpe_k")(q, buckets)
-        if self.own_bias:
-            shape = (relative_bias.entries(bias.grid), self.heads)
-            bias = bias.of(self.param("relative_bias", nn.initializers.zeros, shape))
+            logits = logits + RelativeKeys(head_dim, self.dtype, name="rpe_k")(q, buckets)
+        bias = self.table_of(bias)
         if bias is not None:
             logits = logits + bias
         weights = jax.nn.softmax(logits, axis=-1)  # float32 until here
         self.sow("intermediates", "weights", weights)
         out = jnp.einsum("rhij,rhje->rhie", weights.astype(self.dtype), v)
-        if by_heads:
-            return Dense(width, self.dtype, name="proj")(out, _from_heads, width)
         return Dense(width, self.dtype, name="proj")(rearrange(out, "r h n e -> r n (h e)"))
 
-    def projected(self, x, by_heads: bool):
-        """[r n d] -> queries, keys, values [r h n e].
+    def table_of(self, bias):
+        """What is added to the logits: `bias` or, of how to make it, the matrix of this layer's own table."""
+        if not self.own_bias:
+            return bias
+        return bias.of(self.param("relative_bias", nn.initializers.zeros, (relative_bias.entries(bias.grid), self.heads)))
 
-        By heads: as three products to that layout from the same kernel, without a transpose of the results. On a TPU that
-        saves a third of the copies; elsewhere one product of all three is faster.
+    def takes_lanes(self, buckets) -> bool:
+        """Not where the weights are asked for, which are never there, nor with a table of buckets per row."""
+        return not self.is_mutable_collection("intermediates") and (buckets is None or buckets.ndim == 2)
+
+    def by_lanes(self, x, buckets, bias):
+        """The same on a TPU: the products give and take the layouts that lane_attention wants, without a transpose."""
+        n = x.shape[1]
+        bias = self.table_of(bias)
+        group = 1 if bias is not None else lane_attention.heads_of_a_product(self.heads, x.shape[-1] // self.heads, n)
+        q, k, v = self.projected(x, self.heads // group)
+        keys = RelativeKeys(x.shape[-1] // self.heads, self.dtype, name="rpe_k")(None, buckets) if self.relative else None
+        out = lane_attention.attention(q, k, v, keys, bias, group)
+        return Dense(x.shape[-1], self.dtype, name="proj")(out, _from_heads, x.shape[-1])
+
+    def projected(self, x, groups: int = 0):
+        """[r n d] -> queries, keys, values [r h n e], or of `groups` of heads [r groups n x].
+
+        Of groups: as three products to that layout from the same kernel, without a transpose of the results.
         """
         width = x.shape[-1]
         dense = Dense(3 * width, self.dtype, use_bias=self.qkv_bias == "all", name="qkv")
-        qkv = dense(x, functools.partial(_to_heads, self.heads)) if by_heads else dense(x)
+        qkv = dense(x, functools.partial(_to_heads, groups)) if groups else dense(x)
         if self.qkv_bias == "qv":
             q, v = (self.param(name, nn.initializers.zeros, (width,)) for name in ("q_bias", "v_bias"))
             bias = jnp.concatenate([q, jnp.zeros_like(q), v]).astype(self.dtype)
-            qkv = [y + b for y, b in zip(qkv, _of_heads(bias, self.heads))] if by_heads else qkv + bias
-        return qkv if by_heads else rearrange(qkv, "r n (three h e) -> three r h n e", three=3, h=self.heads)
+            qkv = [y + b for y, b in zip(qkv, _of_heads(bias, groups))] if groups else qkv + bias
+        return qkv if groups else rearrange(qkv, "r n (three h e) -> three r h n e", three=3, h=self.heads)
 
 
 def _of_heads(bias, heads: int):
@@ -84,13 +100,19 @@ def _from_heads(x, kernel, bias):
 
 
 class RelativeKeys(nn.Module):
-    """[r h n e], buckets -> [r h n n] float32: q . table[:, bucket(i, j)], one table shared by the heads."""
+    """[r h n e], buckets -> [r h n n] float32: q . table[:, bucket(i, j)], one table shared by the heads.
 
+    Without q: the keys themselves [e n n], of one table of buckets for all rows.
+    """
+
+    head_dim: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, q, buckets):
-        table = self.param("table", nn.initializers.zeros, (q.shape[-1], irpe.BUCKETS)).astype(self.dtype)
+        table = self.param("table", nn.initializers.zeros, (self.head_dim, irpe.BUCKETS)).astype(self.dtype)
+        if q is None:
+            return pair_keys(table, buckets)
         if buckets.ndim == 2:
             # A key per pair, the same for all rows and heads: one matrix product per query position. Twice as fast
             # on a CPU as picking from the 50 products q . table.
