@@ -48,7 +48,7 @@ class Attention(nn.Module):
         self.sow("intermediates", "weights", weights)
         out = jnp.einsum("rhij,rhje->rhie", weights.astype(self.dtype), v)
         if by_heads:
-            return Dense(width, self.dtype, name="proj")(out, from_heads, width)
+            return Dense(width, self.dtype, name="proj")(out, _from_heads, width)
         return Dense(width, self.dtype, name="proj")(rearrange(out, "r h n e -> r n (h e)"))
 
     def projected(self, x, by_heads: bool):
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         """
         width = x.shape[-1]
         dense = Dense(3 * width, self.dtype, use_bias=self.qkv_bias == "all", name="qkv")
-        qkv = dense(x, functools.partial(to_heads, self.heads)) if by_heads else dense(x)
+        qkv = dense(x, functools.partial(_to_heads, self.heads)) if by_heads else dense(x)
         if self.qkv_bias == "qv":
             q, v = (self.param(name, nn.initializers.zeros, (width,)) for name in ("q_bias", "v_bias"))
             bias = jnp.concatenate([q, jnp.zeros_like(q), v]).astype(self.dtype)
@@ -71,14 +71,14 @@ def _of_heads(bias, heads: int):
     return rearrange(bias, "(three h e) -> three h 1 e", three=3, h=heads)
 
 
-def to_heads(heads: int, x, kernel, bias):
+def _to_heads(heads: int, x, kernel, bias):
     """[r n d], [d 3d] -> three times [r h n e]."""
     kernels = rearrange(kernel, "d (three h e) -> three d h e", three=3, h=heads)
     found = [jnp.einsum("rnd,dhe->rhne", x, each) for each in kernels]
     return found if bias is None else [y + b for y, b in zip(found, _of_heads(bias, heads))]
 
 
-def from_heads(x, kernel, bias):
+def _from_heads(x, kernel, bias):
     """[r h n e], [d d] -> [r n d]."""
     return jnp.einsum("rhne,hed->rnd", x, rearrange(kernel, "(h e) d -> h e d", h=x.shape[1])) + bias
 

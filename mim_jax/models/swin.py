@@ -168,7 +168,7 @@ class Swin(Encoder):
         return found
 
     def flops(self, kept: int | None = None) -> int:
-        """As the contract says; windows are multiplied whole, see WindowAttention."""
+        """As the contract says; of attention what whole windows take, however it is computed (see WindowAttention)."""
         units = math.prod(self.units)
         kept = kept if kept and self.sparse else units
         total = flops.dense(kept * self.side**2, self.patch**2 * self.channels, self.width)

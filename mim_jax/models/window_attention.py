@@ -14,7 +14,7 @@ from mim_jax import platforms
 from mim_jax.config import ConfigError
 from mim_jax.models.layers import Dense, token_init
 from mim_jax.models.relative_bias import bias_matrix, offsets
-from mim_jax.models.self_attention import from_heads, to_heads
+from mim_jax.models.self_attention import _from_heads, _to_heads
 from mim_jax.tokens import Visible, keep, spread
 
 EXACT = jax.lax.Precision.HIGHEST  # of products that only pick: in float32 they are no less exact than a gather
@@ -88,28 +88,36 @@ class WindowLayout:
         flat = lambda x: x.reshape(ids.shape[0], -1)
         return flat(rows // h * across + columns // w), flat(rows % h * w + columns % w)
 
-    def apart(self) -> np.ndarray | None:
-        """-> [m n n] bool: pairs that a rolled window holds though the image's border lies between them, or None."""
-        if not any(self.shift):
+    @property
+    def group(self) -> int:
+        """Windows of one product: on a TPU, whose tiles are 128 wide, as many as one holds; the pairs of two are masked."""
+        most = 128 // (self.window[0] * self.window[1]) if platforms.current() == "tpu" else 1
+        return max(g for g in range(1, max(most, 1) + 1) if self.windows % g == 0)
+
+    def apart(self, group: int = 1) -> np.ndarray | None:
+        """-> [m n n] bool of m groups of windows: pairs of two windows, and pairs that a rolled window holds though the image's
+        border lies between them; or None where there are none."""
+        if group == 1 and not any(self.shift):
             return None
-        bands = lambda g, w, s: np.searchsorted([g - w, g - s], np.arange(g), "right")
+        bands = lambda g, w, s: np.searchsorted([g - w, g - s] if s else [g], np.arange(g), "right")
         rows, columns = map(bands, self.grid, self.window, self.shift)
         piece = rows[:, None] * 3 + columns  # of the rolled grid
         piece = rearrange(piece, "(y r) (x c) -> (y x) (r c)", r=self.window[0], c=self.window[1])
+        piece = rearrange(piece + 9 * np.arange(self.windows)[:, None], "(m g) n -> m (g n)", g=group)
         return piece[:, :, None] != piece[:, None, :]
 
 
 def split_heads(dense: Dense, x, heads: int):
     """[r n d] -> queries, keys, values [r h n e], in the layout that suits what is compiled for (see self_attention.py)."""
     if platforms.current() == "tpu":
-        return dense(x, functools.partial(to_heads, heads))
+        return dense(x, functools.partial(_to_heads, heads))
     return rearrange(dense(x), "r n (three h e) -> three r h n e", three=3, h=heads)
 
 
 def joined_heads(dense: Dense, x):
     """[r h n e] -> [r n d]."""
     if platforms.current() == "tpu":
-        return dense(x, from_heads, x.shape[1] * x.shape[3])
+        return dense(x, _from_heads, x.shape[1] * x.shape[3])
     return dense(rearrange(x, "r h n e -> r n (h e)"))
 
 
@@ -134,28 +142,30 @@ class WindowAttention(nn.Module):
         table = self.param("relative_bias", token_init, (offsets(layout.window), self.heads))
         compact = visible is not None and x.shape[1] == visible.ids.shape[1]
         qkv, proj = Dense(3 * width, self.dtype, name="qkv"), Dense(width, self.dtype, name="proj")
-        if (compact or visible is None) and layout.in_sequence(x.shape[1]):
-            ids = visible.ids if compact else jnp.arange(x.shape[1])[None]
+        if compact and layout.in_sequence(x.shape[1]):
             tokens = rearrange(x, "b u i j d -> b (u i j) d")
-            out = self.of_sequence(*split_heads(qkv, tokens, self.heads), table, ids)
+            out = self.of_sequence(*split_heads(qkv, tokens, self.heads), table, visible.ids)
             return joined_heads(proj, out).reshape(x.shape)
+        # who looks at weights sees those of single windows
+        group = 1 if self.is_mutable_collection("intermediates") else layout.group
+        together = lambda windows: rearrange(windows, "b (m g) n d -> (b m) (g n) d", g=group)
+        singly = lambda groups: rearrange(groups, "(b m) (g n) d -> b (m g) n d", b=x.shape[0], g=group)
         if compact:
-            windows = layout.cut(spread(qkv(x), visible))
-            q, k, v = rearrange(windows, "b m n (three h e) -> three (b m) h n e", three=3, h=self.heads)
+            windows = together(layout.cut(spread(qkv(x), visible)))
+            q, k, v = rearrange(windows, "r n (three h e) -> three r h n e", three=3, h=self.heads)
         else:
-            q, k, v = split_heads(qkv, rearrange(layout.cut(x), "b m n d -> (b m) n d"), self.heads)
-        out = self.of_windows(q, k, v, table, visible)
+            q, k, v = split_heads(qkv, together(layout.cut(x)), self.heads)
+        out = self.of_windows(q, k, v, table, visible, group)
         if compact:
-            out = rearrange(out, "(b m) h n e -> b m n (h e)", b=x.shape[0])
-            return proj(keep(layout.join(out), visible))
-        return layout.join(rearrange(joined_heads(proj, out), "(b m) n d -> b m n d", b=x.shape[0]))
+            return proj(keep(layout.join(singly(rearrange(out, "r h n e -> r n (h e)"))), visible))
+        return layout.join(singly(joined_heads(proj, out)))
 
-    def of_windows(self, q, k, v, table, visible):
-        """[r h n e] of r = b x m windows three times -> [r h n e]."""
+    def of_windows(self, q, k, v, table, visible, group: int):
+        """[r h n e] of r = b x m groups of windows three times -> [r h n e]."""
         logits = jnp.einsum("rhie,rhje->rhij", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-        logits = logits + bias_matrix(table, self.layout.window)
-        logits = rearrange(logits, "(b m) h i j -> b m h i j", m=self.layout.windows)
-        logits = jnp.where(self.blocked(visible), jnp.finfo(jnp.float32).min, logits)
+        logits = logits + jnp.tile(bias_matrix(table, self.layout.window), (1, group, group))
+        logits = rearrange(logits, "(b m) h i j -> b m h i j", m=self.layout.windows // group)
+        logits = jnp.where(self.blocked(visible, group), jnp.finfo(jnp.float32).min, logits)
         weights = jax.nn.softmax(logits, axis=-1)  # a window without visible tokens: no matter what, but finite
         self.sow("intermediates", "weights", weights)
         weights = rearrange(weights.astype(self.dtype), "b m h i j -> (b m) h i j")
@@ -182,12 +192,14 @@ class WindowAttention(nn.Module):
         out = jnp.einsum("bhij,bhje->bhie", weights.astype(self.dtype), v, preferred_element_type=jnp.float32)
         return (out / weights.sum(-1)[..., None]).astype(self.dtype)
 
-    def blocked(self, visible: Visible | None):
-        """-> bool that broadcasts against [b m h n n]: keys that are hidden, or beyond the border of the image."""
-        apart = self.layout.apart()
+    def blocked(self, visible: Visible | None, group: int = 1):
+        """-> bool that broadcasts against [b m h n n]: keys that are hidden, or in another window, or beyond the border of the
+        image."""
+        apart = self.layout.apart(group)
         blocked = jnp.asarray(False if apart is None else apart[None, :, None])
         if visible is None:
             return blocked
         side = self.layout.side
         hidden = jnp.broadcast_to(visible.hidden[:, :, None, None, None], (*visible.hidden.shape, side, side, 1))
-        return blocked | self.layout.cut(hidden)[..., 0][:, :, None, None, :]
+        hidden = rearrange(self.layout.cut(hidden), "b (m g) n 1 -> b m 1 1 (g n)", g=group)
+        return blocked | hidden

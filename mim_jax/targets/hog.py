@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from mim_jax import platforms
 from mim_jax.config import ConfigError
 from mim_jax.targets.target import Target, in_cells, in_rows
 
@@ -41,38 +42,56 @@ def gradients(images):
     return tuple(jnp.where(jnp.abs(g) < SMALLEST, 0.0, g) for g in (first, second))
 
 
-def bins(first, second, nbins: int):
-    """[...], [...] -> int32 [...]: floor(atan2(first, second) / pi * nbins) mod nbins.
+def edges_passed(first, second, nbins: int):
+    """[...], [...] -> [bool [...]] of nbins - 1: whether the angle of a gradient has passed the edge between two bins.
 
-    Counted, not computed: the gradient is turned into the half plane first >= 0, where angles are in [0, pi), and has
+    Compared, not computed: the gradient is turned into the half plane first >= 0, where angles are in [0, pi), and has
     passed the edge between bins k - 1 and k when second <= first * cot(k pi / nbins). That is several times cheaper
     than atan2, and at pi there is no rounding that could give the last bin.
     """
     second = jnp.where(first == 0, jnp.inf, jnp.where(first < 0, -second, second))  # 0, pi, -pi, no gradient: bin 0
     first = jnp.abs(first)
-    found = jnp.zeros(first.shape, jnp.int32)
-    for k in range(1, nbins):
-        cotangent = 0.0 if 2 * k == nbins else 1 / math.tan(k * math.pi / nbins)
-        found += second <= first * cotangent
-    return found
+    angles = (k * math.pi / nbins for k in range(1, nbins))
+    return [second <= first * (0.0 if 2 * k == nbins else 1 / math.tan(a)) for k, a in enumerate(angles, 1)]
+
+
+def bins(first, second, nbins: int):
+    """[...], [...] -> int32 [...]: floor(atan2(first, second) / pi * nbins) mod nbins."""
+    return sum((passed.astype(jnp.int32) for passed in edges_passed(first, second, nbins)), jnp.zeros(first.shape, jnp.int32))
 
 
 def cell_sums(first, second, nbins: int, cell: int, c: int, weight=None):
     """[b h (w c)] twice -> [b rows columns c nbins]: each bin's sum of gradient magnitudes over cells.
 
-    `weight` broadcasts against the magnitudes.
+    `weight` broadcasts against the magnitudes. Rows of pixels are added elementwise, columns by a product: cells and
+    channels are too short for vector units.
     """
-    magnitude = jnp.sqrt(first * first + second * second)
-    if weight is not None:
-        magnitude *= weight
-    rows = max(k for k in range(1, FOLD + 1) if cell % k == 0)
-    split = lambda x: rearrange(x, "b (r p) w -> p b r w", p=rows)
-    # One `where` per bin and row, added elementwise: a one-hot image is nbins times the image, and reducing it row by
-    # row is slower than this on a CPU.
-    pairs = list(zip(split(bins(first, second, nbins)), split(magnitude)))
-    sums = jnp.stack([sum(jnp.where(b == k, m, 0) for b, m in pairs) for k in range(nbins)])
-    sums = rearrange(sums, "k b (r p) (s q c) -> k b r p s q c", p=cell // rows, q=cell, c=c)
-    return rearrange(sums.sum(5).sum(3), "k b r s c -> b r s c k")
+    magnitude = lambda: jnp.sqrt(first * first + second * second) * (1 if weight is None else weight)
+    if platforms.current() == "cpu":
+        rows = max(k for k in range(1, FOLD + 1) if cell % k == 0)
+        split = lambda x: rearrange(x, "b (r p) w -> p b r w", p=rows)
+        # One `where` per bin and row, added elementwise: a one-hot image is nbins times the image, and reducing it row
+        # by row is slower than this on a CPU.
+        pairs = list(zip(split(bins(first, second, nbins)), split(magnitude())))
+        sums = jnp.stack([sum(jnp.where(b == k, m, 0) for b, m in pairs) for k in range(nbins)])
+        sums = rearrange(sums, "k b (r p) w -> k p b r w", p=cell // rows).sum(1)
+    else:
+        sums = jnp.stack(row_sums(first, second, magnitude(), nbins, cell))
+    columns = np.eye(sums.shape[-1] // (cell * c), dtype=np.float32).repeat(cell, 0)
+    columns = np.kron(columns, np.eye(c, dtype=np.float32))  # [(w c) (columns c)]
+    sums = jnp.einsum("kbrx,xy->kbry", sums, columns, precision=jax.lax.Precision.HIGHEST)
+    return rearrange(sums, "k b r (s c) -> b r s c k", c=c)
+
+
+def row_sums(first, second, magnitude, nbins: int, cell: int):
+    """[b h x] three times -> nbins times [b rows x]: all bins in one pass over the pixels, which are read once."""
+    split = lambda x: rearrange(x, "b (r p) x -> p b r x", p=cell)
+    # Without the barrier a compiler makes the bins' images first, shared by cells of all sizes, and reads them again.
+    first, second, magnitude = jax.lax.optimization_barrier((split(first), split(second), split(magnitude)))
+    beyond = [jnp.where(passed, magnitude, 0) for passed in edges_passed(first, second, nbins)]
+    values = [a - b for a, b in zip([magnitude, *beyond], [*beyond, jnp.zeros_like(magnitude)])]  # exactly 0 or the magnitude
+    add = lambda xs, ys: tuple(x + y for x, y in zip(xs, ys))
+    return jax.lax.reduce(tuple(values), (np.float32(0),) * nbins, add, (0,))
 
 
 def unit(histograms):
