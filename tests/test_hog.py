@@ -12,12 +12,16 @@ from ports.hog import maskfeat_hog
 
 from mim_jax import platforms
 from mim_jax.config import ConfigError
-from mim_jax.targets.hog import bins, gaussian_window, gradients, hog
+from mim_jax.targets.hog import edges_passed, gaussian_window, gradients, hog
 
 RNG = np.random.default_rng(0)
 CELLS = (4, 8, 16, 32)
 jit_hog = jax.jit(hog, static_argnums=(1, 2))
 jit_maskfeat = jax.jit(maskfeat_hog, static_argnums=(1, 2, 3, 4))
+
+
+def bins(first, second, nbins):
+    return sum(passed.astype(int) for passed in edges_passed(first, second, nbins))
 
 
 def last(images):
