@@ -67,15 +67,17 @@ def by_bin(first, second, nbins: int, weight=None):
 def cell_sums(first, second, nbins: int, cell: int, c: int, weight=None, bias=(0.0, 0.0)):
     """[b h (w c)] twice -> [b rows columns c nbins]: each bin's sum of gradient magnitudes over cells.
 
-    `weight` broadcasts against the magnitudes, `bias` is added to the two. Rows of pixels are added elementwise, columns by
-    a product: a cell is too short for vector units.
+    `weight` broadcasts against the magnitudes, `bias` is added to the two. On accelerators columns are
+    added by a product: a cell is too short for vector units.
     """
     rows = max(k for k in range(1, FOLD + 1) if cell % k == 0) if platforms.current() == "cpu" else cell
     split = lambda x: rearrange(x, "b (r p) x -> p b r x", p=rows)
     sums = row_sums(split(first), split(second), nbins, None if weight is None else split(weight[None]), bias)
     sums = rearrange(jnp.stack(sums), "k b (r p) x -> k p b r x", p=cell // rows).sum(1)
-    columns = np.eye(sums.shape[-1] // (cell * c), dtype=np.float32).repeat(cell, 0)
-    columns = np.kron(columns, np.eye(c, dtype=np.float32))  # [(w c) (columns c)]
+    if platforms.current() == "cpu":
+        sums = rearrange(sums, "k b r (s q c) -> k b r s q c", q=cell, c=c).sum(4)
+        return rearrange(sums, "k b r s c -> b r s c k")
+    columns = np.kron(np.eye(sums.shape[-1] // (cell * c), dtype=np.float32).repeat(cell, 0), np.eye(c, dtype=np.float32))
     sums = jnp.einsum("kbrx,xy->kbry", sums, columns, precision=jax.lax.Precision.HIGHEST)
     return rearrange(sums, "k b r (s c) -> b r s c k", c=c)
 
