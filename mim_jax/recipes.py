@@ -69,7 +69,8 @@ SAMPLE_TOKENIZER = dict(width=64, depth=2, levels=(8, 8, 8))  # what configs/tok
 def tokenizer_settings(kind: str, **sizes) -> ConfigDict:
     """`c.tokenizer` of what predicts codes: "dalle"; or "trained" by configs/tokenizer.py, "untrained" for smoke tests, of
     these sizes."""
-    sizes = {} if choice("tokenizer", kind, ("dalle", "trained", "untrained")) == "dalle" else TOKENIZER | sizes
+    dalle = choice("tokenizer", kind, ("dalle", "trained", "untrained")) == "dalle"
+    sizes = dict(dtype="float32") if dalle else TOKENIZER | sizes
     return ConfigDict(dict(kind=kind, weights="", **sizes))
 
 

@@ -102,6 +102,15 @@ def test_logits_and_codes_are_numpys():
     assert len(np.unique(codes)) > 2
 
 
+def test_bfloat16_multiplies_and_sums_stay_float32():
+    options, pixels = dict(TINY, width=16, classes=64), RNG.uniform(0.1, 0.9, (2, 16, 24, 3)).astype(np.float32)
+    params = random_params(**options)
+    logits = lambda dtype: DalleEncoder((2, 3), **options, dtype=dtype).apply({"params": params}, pixels, method="logits")
+    want, found = (np.asarray(jit(logits, static_argnums=0)(dtype)) for dtype in (jnp.float32, jnp.bfloat16))
+    assert found.dtype == np.float32 and (jnp.asarray(found).astype(jnp.bfloat16) != found).mean() > 0.9
+    assert 0 < np.linalg.norm(found - want) < 0.02 * np.linalg.norm(want)
+
+
 def test_pixels_are_those_of_pil():
     """Un-normalised, Lanczos along rows and then columns, each kept in [0, 1], then .8x + .1; PIL rounds to bytes too."""
     tile = np.kron(RNG.integers(0, 2, (6, 8, 3)), np.ones((8, 8, 1))) * 255  # edges: Lanczos overshoots

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,18 @@ import numpy as np
 import pytest
 from ports.hog import maskfeat_hog
 
+from mim_jax import platforms
 from mim_jax.config import ConfigError
-from mim_jax.targets.hog import bins, gaussian_window, gradients, hog
+from mim_jax.targets.hog import edges_passed, gaussian_window, gradients, hog
 
 RNG = np.random.default_rng(0)
 CELLS = (4, 8, 16, 32)
 jit_hog = jax.jit(hog, static_argnums=(1, 2))
 jit_maskfeat = jax.jit(maskfeat_hog, static_argnums=(1, 2, 3, 4))
+
+
+def bins(first, second, nbins):
+    return sum(passed.astype(int) for passed in edges_passed(first, second, nbins))
 
 
 def last(images):
@@ -140,6 +146,16 @@ def test_hog_is_brute_force(size, channels, cells, nbins):
             close(found[b], brute_hog(images[b], cell, nbins))
             close(found_moved[b], brute_hog(images[b], cell, nbins, bias))
     assert found.shape == (2, size[0] // cell, size[1] // cell, channels * nbins)
+
+
+@pytest.mark.parametrize("window", [0, 16])
+def test_hog_is_the_same_on_every_platform(window):
+    images = jnp.asarray(RNG.normal(size=(2, 32, 48, 3)).astype(np.float32).round(1))  # with gradients of 0
+    biases = None if window else list(RNG.uniform(-1 / 3, 1 / 3, (2, 2)).astype(np.float32))
+    plain = jax.jit(lambda x: hog(x, (4, 16), 18, biases, window))(images)
+    with platforms.compiled_for(types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="tpu")]))):
+        for found, want in zip(jax.jit(lambda x: hog(x, (4, 16), 18, biases, window))(images), plain, strict=True):
+            close(found, np.asarray(want))
 
 
 @pytest.mark.parametrize(

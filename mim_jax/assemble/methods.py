@@ -1,6 +1,7 @@
 """From a config to the pretraining objective. The literal dict METHODS is the whole name service."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 from absl import logging
@@ -32,10 +33,11 @@ def method_class(config) -> type[Objective]:
 
 
 class Dalle(Section):
-    """`tokenizer.kind=dalle`: DALL-E's dVAE, from its released file."""
+    """`tokenizer.kind=dalle`: DALL-E's dVAE, from its released file; `dtype` is what its convolutions multiply."""
 
     kind: str
     weights: Place
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def made(self, config) -> DalleEncoder:
         """Raises ConfigError for images that have lost their true pixels."""
@@ -46,7 +48,8 @@ class Dalle(Section):
                 "or a tokenizer trained on such images (tokenizer=trained)"
             )
         patch = config.encoder.patch
-        return DalleEncoder(grid=grid_size(config.image_size, patch), patch=patch, mean=data.mean, std=data.std)
+        sizes = dict(grid=grid_size(config.image_size, patch), patch=patch)
+        return DalleEncoder(**sizes, mean=data.mean, std=data.std, dtype=dtype(self.dtype))
 
 
 class OwnTokenizer(Section):

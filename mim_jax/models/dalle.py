@@ -3,6 +3,7 @@
 It is used frozen and there is no decoder here. Released weights are read by convert/reading/dalle_weights.py.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -24,12 +25,14 @@ PLASTIC = 1.2207440846057596  # the root of x^4 = x + 1
 # A class is the largest of 8192 logits, and the runner-up is often close: what TF32 and bfloat16 round away would change
 # targets with the hardware. So float32 means float32 here, whatever the device does by default.
 PRECISION = jax.lax.Precision.HIGHEST
+SUMS_IN_FLOAT32 = functools.partial(jax.lax.conv_general_dilated, preferred_element_type=jnp.float32)
 fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 def conv(features: int, size: int, dtype, name: str | None = None) -> nn.Conv:
-    """[b h w c] -> [b h w features]: stride 1, zeros around, with bias."""
-    return nn.Conv(features, (size, size), padding="SAME", dtype=dtype, precision=PRECISION, kernel_init=fan_in, name=name)
+    """[b h w c] -> float32 [b h w features]: stride 1, zeros around, with bias; `dtype` is what is multiplied."""
+    options = dict(padding="SAME", dtype=dtype, precision=PRECISION, kernel_init=fan_in, name=name)
+    return nn.Conv(features, (size, size), **options, conv_general_dilated=SUMS_IN_FLOAT32)
 
 
 class Block(nn.Module):
@@ -64,7 +67,7 @@ class DalleEncoder(nn.Module):
 
     `mean` and `std` are those of the dataset's normalisation: images come as the other models see them, and are brought
     back to [0, 1]. Images of another grid than `grid` have codes too. `width` is that of the first group. A `dtype` of
-    bfloat16 is faster and changes some codes.
+    bfloat16, with sums in float32, is faster and changes some codes.
     """
 
     grid: tuple[int, int]  # rows, columns

@@ -176,14 +176,15 @@ class Swin(Encoder):
         return found
 
     def flops(self, kept: int | None = None) -> int:
-        """As the contract says; windows are multiplied whole, see WindowAttention."""
+        """As the contract says; of attention what whole windows take, or all pairs of visible tokens where they are fewer."""
         units = math.prod(self.units)
         kept = kept if kept and self.sparse else units
         total = flops.dense(kept * self.side**2, self.patch**2 * self.channels, self.width)
         for i, depth in enumerate(self.depths):
             side, width = self.side >> i, self.width * 2**i
             window = [min(self.window, u * side) for u in self.units]
-            attention = 4 * units * side * side * window[0] * window[1] * width
+            pairs = min(units * side * side * window[0] * window[1], (kept * side * side) ** 2)
+            attention = 4 * pairs * width
             linear = flops.dense(kept * side * side, width, round(width * (4 + 2 * self.mlp_ratio)))
             total += depth * (linear + attention)
             if side > 1:

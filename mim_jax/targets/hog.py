@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from mim_jax import platforms
 from mim_jax.config import ConfigError
 from mim_jax.targets.target import Target, in_cells, in_rows
 
@@ -41,38 +42,56 @@ def gradients(images):
     return tuple(jnp.where(jnp.abs(g) < SMALLEST, 0.0, g) for g in (first, second))
 
 
-def bins(first, second, nbins: int):
-    """[...], [...] -> int32 [...]: floor(atan2(first, second) / pi * nbins) mod nbins.
+def edges_passed(first, second, nbins: int):
+    """[...], [...] -> [bool [...]] of nbins - 1: whether the angle of a gradient has passed the edge between two bins.
 
-    Counted, not computed: the gradient is turned into the half plane first >= 0, where angles are in [0, pi), and has
+    Compared, not computed: the gradient is turned into the half plane first >= 0, where angles are in [0, pi), and has
     passed the edge between bins k - 1 and k when second <= first * cot(k pi / nbins). That is several times cheaper
     than atan2, and at pi there is no rounding that could give the last bin.
     """
     second = jnp.where(first == 0, jnp.inf, jnp.where(first < 0, -second, second))  # 0, pi, -pi, no gradient: bin 0
     first = jnp.abs(first)
-    found = jnp.zeros(first.shape, jnp.int32)
-    for k in range(1, nbins):
-        cotangent = 0.0 if 2 * k == nbins else 1 / math.tan(k * math.pi / nbins)
-        found += second <= first * cotangent
-    return found
+    angles = (k * math.pi / nbins for k in range(1, nbins))
+    return [second <= first * (0.0 if 2 * k == nbins else 1 / math.tan(a)) for k, a in enumerate(angles, 1)]
 
 
-def cell_sums(first, second, nbins: int, cell: int, c: int, weight=None):
+def by_bin(first, second, nbins: int, weight=None):
+    """[...], [...] -> nbins arrays [...]: the magnitude of each gradient where its bin is that one, else 0; the bin is
+    floor(atan2(first, second) / pi * nbins) mod nbins."""
+    magnitude = jnp.sqrt(first * first + second * second)
+    magnitude = magnitude if weight is None else magnitude * weight
+    beyond = [magnitude, *(jnp.where(passed, magnitude, 0) for passed in edges_passed(first, second, nbins))]
+    return [x - y for x, y in zip(beyond, [*beyond[1:], jnp.zeros_like(magnitude)])]  # exactly the magnitude or 0
+
+
+def cell_sums(first, second, nbins: int, cell: int, c: int, weight=None, bias=(0.0, 0.0)):
     """[b h (w c)] twice -> [b rows columns c nbins]: each bin's sum of gradient magnitudes over cells.
 
-    `weight` broadcasts against the magnitudes.
+    `weight` broadcasts against the magnitudes, `bias` is added to the two. On accelerators columns are
+    added by a product: a cell is too short for vector units.
     """
-    magnitude = jnp.sqrt(first * first + second * second)
-    if weight is not None:
-        magnitude *= weight
-    rows = max(k for k in range(1, FOLD + 1) if cell % k == 0)
-    split = lambda x: rearrange(x, "b (r p) w -> p b r w", p=rows)
-    # One `where` per bin and row, added elementwise: a one-hot image is nbins times the image, and reducing it row by
-    # row is slower than this on a CPU.
-    pairs = list(zip(split(bins(first, second, nbins)), split(magnitude)))
-    sums = jnp.stack([sum(jnp.where(b == k, m, 0) for b, m in pairs) for k in range(nbins)])
-    sums = rearrange(sums, "k b (r p) (s q c) -> k b r p s q c", p=cell // rows, q=cell, c=c)
-    return rearrange(sums.sum(5).sum(3), "k b r s c -> b r s c k")
+    rows = max(k for k in range(1, FOLD + 1) if cell % k == 0) if platforms.current() == "cpu" else cell
+    split = lambda x: rearrange(x, "b (r p) x -> p b r x", p=rows)
+    sums = row_sums(split(first), split(second), nbins, None if weight is None else split(weight[None]), bias)
+    sums = rearrange(jnp.stack(sums), "k b (r p) x -> k p b r x", p=cell // rows).sum(1)
+    if platforms.current() == "cpu":
+        sums = rearrange(sums, "k b r (s q c) -> k b r s q c", q=cell, c=c).sum(4)
+        return rearrange(sums, "k b r s c -> b r s c k")
+    columns = np.kron(np.eye(sums.shape[-1] // (cell * c), dtype=np.float32).repeat(cell, 0), np.eye(c, dtype=np.float32))
+    sums = jnp.einsum("kbrx,xy->kbry", sums, columns, precision=jax.lax.Precision.HIGHEST)
+    return rearrange(sums, "k b r (s c) -> b r s c k", c=c)
+
+
+def row_sums(first, second, nbins: int, weight, bias):
+    """[p b r x] twice -> nbins times [b r x]: sums over p, all bins in one pass over the pixels."""
+    if platforms.current() == "cpu":  # elementwise: a reduction of many results is no loop of vectors there
+        rows = zip(first + bias[0], second + bias[1], [None] * len(first) if weight is None else weight)
+        return [sum(of_bin) for of_bin in zip(*(by_bin(f, s, nbins, w) for f, s, w in rows))]
+    # Without the barrier a compiler makes the images of the bins first, shared by cells of all sizes, and reads them again.
+    first, second = jax.lax.optimization_barrier((first, second))
+    values = by_bin(first + bias[0], second + bias[1], nbins, weight)
+    add = lambda xs, ys: tuple(x + y for x, y in zip(xs, ys))
+    return jax.lax.reduce(tuple(values), (np.float32(0),) * nbins, add, (0,))
 
 
 def unit(histograms):
@@ -102,7 +121,9 @@ def hog(images, cells, nbins: int = 9, biases=None, window: int = 0):
     check_cells(images, (*cells, *filter(None, (window,))))
     if biases is not None and len(biases) != len(cells):
         raise ConfigError(f"HOG has {len(biases)} biases for {len(cells)} cells {tuple(cells)}: give one pair per cell")
-    h, w, c = images.shape[1:]
+    b, h, w, c = images.shape
+    if platforms.current() != "cpu":  # as images of their own: pixels lie on the lanes, and columns are next to each other
+        images, c = rearrange(images, "b h w c -> (b c) h w 1"), 1
     weight = np.tile(gaussian_window(window), (h // window, w // window)).repeat(c, 1) if window else None
     first, second = gradients(jax.lax.stop_gradient(images).astype(jnp.float32))
     if biases is None:
@@ -117,7 +138,8 @@ def hog(images, cells, nbins: int = 9, biases=None, window: int = 0):
         sums = [sums[cell] for cell in cells]
     else:
         biases = [jax.lax.stop_gradient(jnp.asarray(bias, jnp.float32)) for bias in biases]
-        sums = [cell_sums(first + u, second + v, nbins, cell, c) for cell, (u, v) in zip(cells, biases)]
+        sums = [cell_sums(first, second, nbins, cell, c, bias=bias) for cell, bias in zip(cells, biases)]
+    sums = [rearrange(s, "(b i) r s c k -> b r s (i c) k", b=b) for s in sums]
     return [rearrange(unit(s / cell**2), "b r s c k -> b r s (c k)") for s, cell in zip(sums, cells)]
 
 
