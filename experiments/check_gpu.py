@@ -107,11 +107,30 @@ def check(names: list[str], asked) -> list[str]:
             found[name] = run_part(name, min(LIMITS[name], left), folder, flags)
             told = dict.fromkeys(provenance.KEYS, provenance.UNKNOWN) | {"git": provenance.git_hash() or asked.commit}
             origins[name] = found[name].pop("provenance", told)
-            words = found[name].get("error", found[name].get("skipped", "done"))
+            wrong = faults(found[name])
+            words = "; ".join(wrong) or found[name].get("skipped", "done")
             print(f"{name}: {found[name]['wall_s']:.0f} s, {words.splitlines()[-1][:200]}", flush=True)
             provenance.write_result(pathlib.Path(asked.out), found, origins)
     print(asked.out)
-    return [name for name in names if "error" in found[name]]
+    return [name for name in names if faults(found[name])]
+
+
+def faults(found: dict, place: str = "") -> list[str]:
+    """What went wrong in a part: errors anywhere in it, configs that could not be compiled, bits that differ. Layouts that are
+    for another platform than this may fail."""
+    wrong = [f"{place}{found['error']}"] if "error" in found else []
+    wrong += [f"{place}{spec}: {words}" for spec, words in found.get("failed", {}).items()]
+    wrong += [f"{place}{found['differ']} arrays differ"] * (found.get("same_bits") is False)
+    others = {"tpu", "gpu"} - {found.get("current")} if "current" in found else set()
+    for name, part in found.items():
+        if name == "failed":
+            continue
+        parts = part if isinstance(part, list) else [part]
+        for each in (x for x in parts if isinstance(x, dict)):
+            if name == "blocks":
+                each = {block: {k: v for k, v in kinds.items() if k not in others} for block, kinds in each.items()}
+            wrong += faults(each, f"{place}{each.get('config', name)}: ")
+    return wrong
 
 
 if __name__ == "__main__":

@@ -150,22 +150,25 @@ def recorded(figure: str) -> dict[str, dict[str, float]]:
     for measure, (group, cases) in itertools.product(MEASURES, COMPARISONS[figure].groups.items()):
         if (path := file_of(figure, group, measure)).exists():
             results = {result["config"]: result for result in json.loads(path.read_text())["results"]}
-            found.setdefault(measure, {}).update({case.config: cost(results[case.config], measure) for case in cases})
+            there = {case.config: cost(results[case.config], measure) for case in cases if case.config in results}
+            found.setdefault(measure, {}).update(there)
     return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figures", default=",".join(COMPARISONS))
-    parser.add_argument("--by", default="", help="flops, cpu, a target of docs/targets.md; default: what the figure shows")
+    parser.add_argument("--by", default="", help=f"of {', '.join(MEASURES)}; default: what the figure shows")
     flags = parser.parse_args()
-    figures = flags.figures.split(",")
+    figures, by = flags.figures.split(","), flags.by.split(",") if flags.by else []
+    if unknown := set(by) - set(MEASURES):
+        parser.error(f"--by={','.join(sorted(unknown))}: there are {', '.join(MEASURES)}")
     if unknown := set(figures) - set(COMPARISONS):
         parser.error(f"--figures={','.join(sorted(unknown))}: there are {', '.join(COMPARISONS)}")
     for figure in figures:
         comparison = COMPARISONS[figure]
         for group in comparison.groups:
-            for measure in flags.by.split(",") if flags.by else comparison.measures:
+            for measure in by or comparison.measures:
                 record(figure, group, measure)
         with open(RESULTS / f"efficiency_{figure}.png", "wb") as file:
             efficiency_chart.draw(comparison, recorded(figure), file)

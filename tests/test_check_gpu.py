@@ -57,6 +57,19 @@ def test_the_whole_check_at_toy_size(tmp_path):
         assert origin.keys() == set(provenance.KEYS) and origin["settings"] == {"part": name, "toy": True}
 
 
+def test_faults_are_found_wherever_a_part_tells_of_them():
+    good = {"in_another": {"same_bits": True, "differ": 0}, "results": [{"config": "a"}], "failed": {}, "provenance": {}}
+    assert check_gpu.faults(good) == []
+    assert check_gpu.faults({"error": "late"}) == ["late"]
+    assert check_gpu.faults({"failed": {"a.py": "no room"}}) == ["a.py: no room"]
+    assert check_gpu.faults({"results": [{"config": "a.py", "error": "no"}]}) == ["a.py: no"]
+    assert check_gpu.faults({"in_another": {"same_bits": False, "differ": 3}}) == ["in_another: 3 arrays differ"]
+    kinds = {"cpu": {"seconds": 1}, "tpu": {"error": "for chips alone"}, "gpu": {"seconds": 1}}
+    assert check_gpu.faults({"current": "gpu", "blocks": {"small": kinds}}) == []
+    wrong = {"small": kinds | {"gpu": {"error": "no"}}}
+    assert check_gpu.faults({"current": "gpu", "blocks": wrong}) == ["blocks: small: gpu: no"]
+
+
 def test_a_part_that_fails_or_runs_late_is_recorded(tmp_path):
     assert "ran past 0 s" in check_gpu.run_part("layouts", 0, str(tmp_path), ["--toy"])["error"]
     broken = check_gpu.run_part("base", 60, str(tmp_path))  # at full size, where no card is

@@ -16,6 +16,9 @@ def measure(toy: bool, tell):
         return tell({"skipped": WITHOUT})
     import torch
 
+    if not toy and not torch.cuda.is_available():
+        return tell({"skipped": f"PyTorch {torch.__version__} sees no GPU: nothing is compared with it"})
+
     from experiments.twins.methods import Step
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,13 +26,14 @@ def measure(toy: bool, tell):
     found = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "results": []}
     torch.set_float32_matmul_precision("high")
     for spec in specs:
-        begun = time.perf_counter()
+        begun, step = time.perf_counter(), None
         try:
             step = Step(spec, 8 if toy else 64, device, compiled=not toy)
             found["results"].append({"config": spec, **of_step(step, begun)})
-            del step
         except Exception as error:  # whatever a compiler may raise: the others are still measured
             found["results"].append({"config": spec, "error": f"{type(error).__name__}: {str(error)[:300]}"})
+        finally:
+            del step  # with what it has of the card's memory
         tell(found)
         torch.compiler.reset()  # or its cache keeps the model
 
