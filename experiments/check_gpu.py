@@ -120,7 +120,8 @@ def faults(found: dict, place: str = "") -> list[str]:
     for another platform than this may fail."""
     wrong = [f"{place}{found['error']}"] if "error" in found else []
     wrong += [f"{place}{spec}: {words}" for spec, words in found.get("failed", {}).items()]
-    wrong += [f"{place}{found['differ']} arrays differ"] * (found.get("same_bits") is False)
+    if found.get("same_bits") is False:
+        wrong.append(f"{place}{found['differ']} arrays differ")
     others = {"tpu", "gpu"} - {found.get("current")} if "current" in found else set()
     for name, part in found.items():
         if name == "failed":
