@@ -11,7 +11,7 @@ STAMP = $(VENV)/.requirements-installed
 TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_CPP_MIN_LOG_LEVEL
 
-.PHONY: env test test-torch torch-tests test-targets targets-tests quickstart compare costs clean
+.PHONY: env test test-torch torch-tests test-targets targets-tests quickstart detect segment compare costs clean
 
 env: $(STAMP)
 
@@ -59,6 +59,14 @@ quickstart: env
 	$(PY) -m mim_jax.main --config=configs/linprobe.py --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/probe"
 	$(PY) -m experiments.summarise "$(RUN)"
 
+# Detection on scenes of the embedded sample, from the quickstart's weights and from random ones.
+detect: env
+	$(PY) -m mim_jax.main --config=configs/lomar_sample.py --config.seed=$(SEED) --workdir="$(RUN)/pretrain"
+	$(PY) -m mim_jax.main --config=configs/detect_sample.py --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/detect"
+	$(PY) -m mim_jax.main --config=configs/detect_sample.py:scratch --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/detect_scratch"
+	$(PY) -m mim_jax.visualise --workdir="$(RUN)/detect" --split=test
+	$(PY) -m experiments.summarise_detect "$(RUN)"
+
 # What stands beside the quickstart's LoMaR in the table of results/README.md, at the same number of images: LocalMIM, both with
 # stages decoupled, and LocalMIM from the top alone.
 VARIANTS = lomar_decoupled localmim localmim_decoupled localmim_top
@@ -75,6 +83,20 @@ compare-%: env
 	$(PY) -m mim_jax.main --config=configs/linprobe.py --config.init_from="runs/compare/$*_seed$(SEED)/pretrain" --config.seed=$(SEED) --workdir="runs/compare/$*_seed$(SEED)/probe"
 	$(PY) -m experiments.summarise "runs/compare/$*_seed$(SEED)"
 	cp "runs/compare/$*_seed$(SEED)/summary.json" "results/compare_$*_seed$(SEED).json"
+
+# From which photograph is each pixel of a collage? UPerNet, and a linear layer on the frozen map, on the quickstart's encoder and
+# on the same with random weights.
+SEGMENTATIONS = upernet upernet_scratch linear linear_scratch
+SEGMENT_upernet = configs/segment_sample.py
+SEGMENT_upernet_scratch = configs/segment_sample.py:scratch
+SEGMENT_linear = configs/segment_sample.py:head=linear
+SEGMENT_linear_scratch = configs/segment_sample.py:head=linear,scratch
+
+segment: $(SEGMENTATIONS:%=segment-%)
+	$(PY) -m experiments.summarise_segmentation "$(RUN)/segment_seed$(SEED)"
+
+segment-%: env
+	$(PY) -m mim_jax.main --config=$(SEGMENT_$*) --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/segment_seed$(SEED)/$*"
 
 # What every full-size config costs at three sizes, compiled but not run. Swins at 384 px need windows that tile it.
 WINDOWS_224 = 4

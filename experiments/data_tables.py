@@ -1,4 +1,4 @@
-"""The tables of results/README.md about data and layouts: HEAD and rows of each, of reports as their commands write them."""
+"""The tables of results/README.md about data, layouts and PyTorch: HEAD and rows of each, from the reports."""
 
 WORDS = {
     "decode_whole": "decoding alone, the floor",
@@ -13,6 +13,42 @@ WORDS = {
 INPUT = ("of one image", "CPU ms", "images/s of a core", "of the floor")
 STARTS = ("data", "images", "first start, s", "second start, s", "its peak, MB", "of that imports, MB")
 LAYOUTS = ("config", "target", "step, ms", "with layouts", "GB moved", "with layouts", "copies", "with layouts")
+TORCH = (
+    "config",
+    "seconds",
+    "our step, s",
+    "PyTorch's, s",
+    "ours / PyTorch's",
+    "of the matrix rate, ours",
+    "PyTorch's",
+    "targets",
+)
+KINDS = ("all-gather", "reduce-scatter", "all-reduce")
+SENT = ("compiled for", "devices", "images a device", *(f"{kind}: MB in how many" for kind in KINDS), "of them asynchronous")
+
+
+def of_torch(run: dict) -> list[list[str]]:
+    """Of experiments/against_torch.py."""
+    found = []
+    for r in run["results"]:
+        shares = [f"{r[f'{who}_share_of_matmul_rate']:.0%}" for who in ("jax", "torch")]
+        seconds = [f"{r[f'{who}_median_s']:.2f}" for who in ("jax", "torch")]
+        name = f"`{r['config'].removeprefix('configs/')}`"
+        kind = {"clock": "by the clock", "cpu": "of the CPU"}[r["seconds"]]
+        found.append([name, kind, *seconds, f"{r['jax_of_torch']:.2f}", *shares, f"{r['targets_share_of_step']:.1%}"])
+    return found
+
+
+def of_communication(run: dict) -> list[str]:
+    """Of `benchmark --compile_only --fsdp`: one row."""
+    (r,), asked = run["results"], run["provenance"]["settings"]
+    devices = r.get("devices", run["provenance"]["device"]["count"])
+    images = r.get("per_device") or asked["batch_size"] // devices
+    sent = {kind: r["communication"].get(kind, {"count": 0, "bytes": 0, "asynchronous": 0}) for kind in KINDS}
+    numbers = [f"{x['bytes'] / 1e6:.0f} in {x['count']:.0f}" if x["count"] else "–" for x in sent.values()]
+    begun, total = (sum(x[key] for x in r["communication"].values()) for key in ("asynchronous", "count"))
+    name = run.get("target", run["provenance"]["device"]["kind"])
+    return [name, str(devices), str(images), *numbers, f"{begun:.0f} of {total:.0f}"]
 
 
 def of_input(run: dict) -> list[list[str]]:

@@ -404,6 +404,32 @@ def layouts() -> str | None:
     return table(data_tables.LAYOUTS, rows) + f"\n\nESTIMATES, as above. Commits with layouts: {commits(after)}."
 
 
+def against_torch() -> str | None:
+    """Our steps on a CPU beside twins in PyTorch. None: nothing recorded."""
+    if not (runs := load("against_torch_cpu.json")):
+        return None
+    (run,), asked = runs, runs[0]["provenance"]["settings"]
+    rates = " and ".join(f"{rate / 1e9:.0f} ({who})" for who, rate in run["matmul_flops_per_second"].items())
+    both = lambda numbers, form: f"{format(numbers['clock'], form)} ({format(numbers['cpu'], form)})"
+    irpe = {kind: 1 - share for kind, share in run["step_without_irpe"].items()}
+    note = (
+        f"float32, batch {asked['batch_size']}, {asked['cores']} cores, medians of {asked['steps']} rounds in turn; ratios are "
+        "medians of those within a round, by the clock and by the CPU's seconds of all threads, which other work changes less. "
+        f"PyTorch {run['torch']}, eager. Matrix rate: {rates} GFLOP/s. iRPE's share of LoMaR's step: {both(irpe, '.1%')}. "
+        f"9 windows at 448 px take {both(run['step_448px_of_224px'], '.2f')} times 4 at 224 px. "
+        f"Meanwhile on the machine: {asked['beside']}. Commits: {commits(runs)}."
+    )
+    return table(data_tables.TORCH, data_tables.of_torch(run)) + "\n\n" + note
+
+
+def communication() -> str | None:
+    """What a step with FSDP sends between devices. None: nothing recorded."""
+    if not (runs := load("fsdp_*.json")):
+        return None
+    rows = sorted(map(data_tables.of_communication, runs), key=lambda row: (row[0], int(row[1])))
+    return table(data_tables.SENT, rows) + f"\n\nCommits: {commits(runs)}."
+
+
 def cost_by(figure: str) -> str | None:
     """Of experiments/efficiency.py. None: nothing recorded."""
     if not (known := efficiency.recorded(figure)):
@@ -421,6 +447,8 @@ TABLES = {
     "ratios": ratios,
     "estimates": estimates,
     "layouts": layouts,
+    "communication": communication,
+    "against_torch": against_torch,
     "input": input_path,
     "starts": starts,
     "baselines": baselines,

@@ -150,6 +150,68 @@ def on_the_sample(c):
         judged.update(dict(train_split="train_tiles", test_split="validation"))
 
 
+def segmentation(c, *, steps: int, lr: float, layer_decay: float, size: int, data: dict):
+    """Fills in what every segmentation here has in common, mmsegmentation's; the config adds what is LocalMIM's or BEiT's.
+
+    `data`: how images are brought to size, by short, long, scale, class_share, photometric; and their source, unless the run's.
+    """
+    c.job = "segment"
+    c.init_from = ""
+    c.scratch = False  # the same encoder from random weights, to compare with
+    c.seed = 0
+    c.update(duration("total", steps=steps))
+    c.batch_size = 16
+    c.accumulation = 1  # with more, BatchNorm sees one micro-batch at a time
+    c.image_size = (size, size)  # of the crops
+    c.compute_dtype = "auto"
+    c.remat = False
+    c.fsdp = False
+    c.head = "upernet"
+    c.taps = ()  # (): a quarter of the depth apart
+    c.drop_path = 0.1
+    c.relative_bias, c.layer_scale = True, 1.0  # what a ViT with absolute positions gets besides
+    c.class_weights = ()  # one for each class, or none
+    c.upernet = ConfigDict(dict(channels=512, auxiliary_channels=256, auxiliary_weight=0.4, dropout=0.1, pool="mean"))
+    c.data = ConfigDict(
+        RUN_DATA | dict(changed="refuse", train_split="train", normalise="run", mean=(), std=(), flip=True) | data
+    )
+    c.optim = adamw(lr=lr, b2=0.999, warmup=duration("warmup", steps=1500))
+    del c.optim["min_lr"]
+    c.optim.update(dict(decay_vectors=False, layer_decay=layer_decay, schedule="poly", power=1.0, warmup_start=1e-6))
+    c.checkpoint = ConfigDict(dict(keep=2, keep_every_steps=0, **duration("every", steps=8000)))
+    c.log = ConfigDict(dict(every_steps=50, tensorboard=True))
+    c.profile = ConfigDict(PROFILE)
+    c.evals = ConfigDict()
+    c.evals.validation = dict(
+        type="segment",
+        on=True,
+        split="validation",
+        examples=0,
+        batch_size=8,
+        window=size,
+        stride=size * 2 // 3,
+        short=data["short"],
+        long=data["long"],
+        scales=(1.0,),
+        flip=False,
+        pictures=8,
+        **duration("every", steps=16000),
+    )
+
+
+def collages(c, steps: int, batch_size: int, lr: float):
+    """Turns a segmentation into one of the embedded sample's collages, 48 px of 2 to 4 photographs, on a small encoder."""
+    c.update(duration("total", steps=steps) | dict(batch_size=batch_size, compute_dtype="float32"))
+    c.image_size = (48, 48)
+    c.data.update(dict(source="collage", short=0, long=0, scale=(1.0, 1.0), class_share=1.0, photometric=False))
+    c.upernet.update(dict(channels=16, auxiliary_channels=16))
+    c.optim.update(dict(lr=lr, **duration("warmup", percent=10)))
+    c.checkpoint.update(duration("every", steps=steps))
+    own = dict(window=48, stride=48, short=0, long=0, batch_size=64, **duration("every"))
+    c.evals.validation.update(own)
+    c.evals.test = dict(c.evals.validation.to_dict(), split="test")
+
+
 def smoke_test(c):
     """Two steps with everything on: evaluation, pictures, checkpoints; a tokenizer is small and untrained."""
     if c.get("tokenizer"):

@@ -1,10 +1,11 @@
-"""`python -m mim_jax.visualise --workdir=runs/...`: reconstructions of a run at several shares of hidden patches, as PNG."""
+"""`python -m mim_jax.visualise --workdir=runs/...`: reconstructions of a run at several shares of hidden patches, or what a
+detector finds, as PNG."""
 
 from absl import app, flags
 
 from mim_jax.logs import fail, quiet
 
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of a pretraining run", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of a pretraining run, or of a detector", required=True)
 OUT = flags.DEFINE_string("out", "", "folder of the pictures; default <workdir>/figures")
 RATIOS = flags.DEFINE_list("ratios", ["0.6", "0.7", "0.8", "0.9"], "shares of hidden patches")
 IMAGES = flags.DEFINE_integer("images", 6, "how many; several ratios in one figure of LocalMIM show fewer", lower_bound=1)

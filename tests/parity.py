@@ -15,14 +15,19 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import jax
 from ports.beit import BeitPort
 from ports.classifiers import ClassifierPort
+from ports.coco_ap import CocoApPort
+from ports.detection import BackbonePort, DetectionsPort, HeadsPort, ProposalsPort, PyramidPort, RoiAlignPort
+from ports.detectors import CascadePort, DetectorPort
 from ports.greenmim import GreenmimPort
 from ports.hog import HogPort, MaskfeatHogPort
 from ports.localmim import LocalSwinPort, LocalVitPort
 from ports.lomar import LomarPort
 from ports.mae import MaePort
 from ports.maskfeat import MaskfeatPort
+from ports.scale_jitter import ScaleJitterPort
 from ports.simmim import SimmimPort
 from ports.swin_classifier import SwinClassifierPort
+from ports.upernet import UPerNetSwinPort, UPerNetVitPort
 from recorded import Case, Report
 from recorded_run import compare_run
 
@@ -44,7 +49,19 @@ PORTS = (
     ("LocalMIM on a ViT", has("param/decoder.0.embed.weight", "param/blocks.0.attn.qkv.weight"), LocalVitPort),
     ("LocalMIM on a Swin", has("param/decoder.0.embed.weight", "param/encoder.patch_embed.norm.weight"), LocalSwinPort),
     ("Swin classifiers", has("param/head.weight", "param/layers.0.blocks.0.attn.qkv.weight"), SwinClassifierPort),
+    ("large-scale jitter", has("input/polygons_0", "out/kept_polygon_0"), ScaleJitterPort),
+    ("COCO's AP", has("out/bbox/stats", "out/segm/stats"), CocoApPort),
+    ("UPerNet on a ViT", has("param/decode_head.conv_seg.weight", "param/backbone.pos_embed"), UPerNetVitPort),
+    ("UPerNet on a Swin", has("param/decode_head.conv_seg.weight", "param/backbone.norm0.weight"), UPerNetSwinPort),
     ("MaskFeat's HOG", lambda case: any(key.startswith("ambiguous/") for key in case.arrays), MaskfeatHogPort),
+    ("detectors on a ViT", has("param/backbone.net.patch_embed.proj.weight"), DetectorPort),
+    ("a detector's cascade", has("param/box_head.0.conv1.weight"), CascadePort),
+    ("a detector's heads", has("param/box_head.conv1.weight", "input/roi7"), HeadsPort),
+    ("a detector's proposals", has("param/objectness_logits.weight", "input/p2"), ProposalsPort),
+    ("a detector's pyramid", has("param/simfp_2.0.weight", "input/last_feat"), PyramidPort),
+    ("a detector's ViT", has("param/blocks.0.attn.qkv.weight", "out/last_feat"), BackbonePort),
+    ("RoIAlign", has("out/roi7", "input/p2"), RoiAlignPort),
+    ("detections", has("input/mask_probs", "input/deltas"), DetectionsPort),
     ("HOG", lambda case: any(key.startswith("nbins") for key in case.arrays), HogPort),
 )
 

@@ -137,6 +137,13 @@ def test_cycles_become_seconds_and_parts():
     assert found["stated_share"] == pytest.approx(1 - found["shares"]["collectives"])
 
 
+def test_communication_is_counted_by_kind():
+    assert estimates.communication(GPU_TEXT, 1) == {}
+    assert estimates.communication(TPU_TEXT, 8) == {"all-reduce": {"count": 1, "bytes": 64, "asynchronous": 0}}
+    gathered = TPU_TEXT.replace("all-reduce(%copy.3)", "all-gather-start(%copy.3)")
+    assert estimates.communication(gathered, 8) == {"all-gather": {"count": 1, "bytes": 8 * 64, "asynchronous": 1}}
+
+
 def test_a_roofline_is_the_longer_of_bytes_and_products():
     program, chip = Program(GPU_TEXT), GPUS["h100"]
     here = program.computations[program.entry]

@@ -154,8 +154,9 @@ print(json.dumps([took, [m for m in ("jax", "flax", "tensorflow") if m in sys.mo
 def test_configs_state_what_the_design_asks(path):
     text = path.read_text()
     config = load(str(path))
-    assert config.job in ("pretrain", "linprobe", "finetune", "eval", "features") and "init_from" in config
-    assert "seed" in config or config.job in ("eval", "features")  # nothing random
+    jobs = ("pretrain", "linprobe", "finetune", "detect", "segment", "segment_eval", "eval", "features")
+    assert config.job in jobs and "init_from" in config
+    assert "seed" in config or config.job in ("eval", "segment_eval", "features")  # nothing random
     assert f"--config=configs/{path.name}" in text, "the docstring holds the command"
     json.dumps(config.to_dict())  # a plain tree: it is saved with every checkpoint
 

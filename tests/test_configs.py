@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mim_jax import sharding
-from mim_jax.config import load
+from mim_jax.config import ConfigError, load
 from mim_jax.jobs.pictures import visualise
 from mim_jax.jobs.run import run
 from mim_jax.runs.saved import find
@@ -18,7 +18,10 @@ from mim_jax.train.state import create, plan
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (REPO / "configs").glob("*.py"))
-STARTED_FROM_A_RUN = ("linprobe", "finetune", "eval", "features")
+STARTED_FROM_A_RUN = (
+    *("linprobe", "finetune", "eval", "features"),
+    *("detect", "detect_sample", "segment", "segment_sample", "segment_eval"),
+)
 
 
 def toy(name: str, steps: int, *, arguments="toy", **overrides):
@@ -50,6 +53,36 @@ def pretrained(tmp_path_factory):
     workdir = str(tmp_path_factory.mktemp("pretrained"))
     run(toy("lomar_sample", 2), workdir)
     return workdir
+
+
+def test_a_detector_is_trained_resumed_judged_and_drawn(pretrained, tmp_path, monkeypatch):
+    workdir = str(tmp_path / "run")
+
+    def config():
+        made = toy("detect_sample", 3, init_from=pretrained)
+        made.evals.test.on = False
+        return made
+
+    interrupted(monkeypatch, config(), workdir, at=2)
+    results = run(config(), workdir)
+    assert [row["step"] for row in rows(workdir) if "loss" in row] == [1, 2, 3]
+    losses = [row for row in rows(workdir) if "loss" in row][-1]
+    parts = ("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask")
+    assert losses["loss"] == pytest.approx(sum(losses[name] for name in parts), rel=1e-5)
+    assert 0 <= results["validation/box/AP"] <= 1 and 0 <= results["validation/mask/AP"] <= 1
+    assert np.asarray(Image.open(tmp_path / "run/augmented.png")).shape[1] > 4 * 384
+    judged = toy("eval", 0, arguments="toy,detect", init_from=workdir)
+    judged.evals.validation.update(dict(examples=16, batch_size=8))
+    again = run(judged, str(tmp_path / "eval"))
+    scores = {name for name in results if name.startswith("validation/")}
+    assert len(scores) == 25 and all(again[name] == results[name] for name in scores)
+    assert len(json.loads((tmp_path / "eval/detections_validation.json").read_text())) == again["validation/detections"]
+    (tmp_path / "own").mkdir()
+    Image.new("L", (60, 40)).save(tmp_path / "own/one.png")
+    (own,) = visualise(workdir, str(tmp_path / "figures"), (), 3, "", 0, ("folder", str(tmp_path / "own"), ""))
+    assert np.asarray(Image.open(own)).shape[1] > 384
+    with pytest.raises(ConfigError, match="is of a detector: use configs/eval.py:detect"):
+        run(toy("eval", 0, init_from=workdir), str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in STARTED_FROM_A_RUN])
@@ -134,6 +167,33 @@ def test_streamed_probe_trains_the_head_alone_and_resumes(pretrained, tmp_path, 
     assert frozen and all(source[f"params/{key}"] == x for key, x in frozen.items())
     assert not [key for key in saved if key.startswith("opt_state") and "encoder" in key]
     assert "stats/batch_stats/head_tap1_linear_0/norm/mean" in saved
+
+
+def test_segmentation_trains_evaluates_and_resumes(pretrained, tmp_path, monkeypatch):
+    config = lambda: toy("segment", 3, init_from=pretrained)
+    workdir = str(tmp_path / "run")
+    interrupted(monkeypatch, config(), workdir, at=2)
+    results = run(config(), workdir)
+    assert [row["step"] for row in rows(workdir) if "loss" in row] == [1, 2, 3]
+    for split in ("validation", "test"):
+        assert 0 <= results[f"{split}/miou"] <= 1 and results[f"{split}/images"] == 8
+    assert Image.open(tmp_path / "run" / "augmented.png").size[0] > 100
+    saved = built.meta(workdir)["fingerprints"]
+    assert "stats/batch_stats/head/pyramid/norm/mean" in saved and "params/neck/level_1_up/kernel" in saved
+    again = toy("segment_eval", 0, arguments="toy,splits=test", init_from=workdir)
+    assert run(again, str(tmp_path / "again"))["test/miou"] == pytest.approx(results["test/miou"], abs=1e-12)
+    assert (tmp_path / "again" / "predictions_test.png").exists()
+    both = toy("segment_eval", 0, arguments="toy,splits=test,scales=1-1.5,flip", init_from=workdir)
+    assert 0 <= run(both, str(tmp_path / "both"))["test/miou"] <= 1
+
+
+def test_a_linear_layer_on_the_frozen_map_of_the_sample(pretrained, tmp_path):
+    workdir = str(tmp_path / "run")
+    results = run(toy("segment_sample", 2, arguments="toy,head=linear", init_from=pretrained), workdir)
+    assert 0 <= results["test/miou"] <= 1
+    saved, source = built.meta(workdir)["fingerprints"], built.meta(pretrained)["fingerprints"]
+    frozen = {key.removeprefix("frozen/"): x for key, x in saved.items() if key.startswith("frozen/")}
+    assert frozen and all(source[f"params/{key}"] == x for key, x in frozen.items())
 
 
 @pytest.mark.parametrize("format", ["npy", "parquet"])

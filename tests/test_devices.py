@@ -196,6 +196,7 @@ def scenario(workdir: str):
     import jax
 
     from mim_jax import sharding, tree
+    from mim_jax.chips import estimates
     from mim_jax.config import load
     from mim_jax.runs import checkpoint, saved
     from mim_jax.train.schedule import warmup_cosine
@@ -215,13 +216,20 @@ def scenario(workdir: str):
     def two_steps(devices, fsdp):
         mesh, fresh, _, where = state_on(devices, fsdp)
         state = create(fresh, where)
-        step = make_step(made, tx, mesh, where, prepare=built.inputs(config, made), seed=0)
-        for i in range(2):
-            state, metrics = step(state, sharding.to_global(built.batch(config, 8, seed=i), mesh))
-        return state, float(metrics["loss"])
+        batches = [sharding.to_global(built.batch(config, 8, seed=i), mesh) for i in range(2)]
+        step = make_step(made, tx, mesh, where, prepare=built.inputs(config, made), seed=0).lower(state, batches[0]).compile()
+        for batch in batches:
+            state, metrics = step(state, batch)
+        return state, float(metrics["loss"]), estimates.communication(step.as_text(), devices)
 
-    plain, plain_loss = two_steps(1, False)
-    state, loss = two_steps(8, True)
+    plain, plain_loss, nothing = two_steps(1, False)
+    state, loss, sent = two_steps(8, True)
+    sharded = sum(x.nbytes for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated)
+    assert nothing == {} and sharded > 0
+    assert sharded <= sent["all-gather"]["bytes"] < 1.5 * sharded, "a parameter is gathered once a step"
+    assert sum(x["bytes"] for kind, x in sent.items() if kind != "all-gather") > sum(
+        x.nbytes for x in jax.tree.leaves(plain.params)
+    )
     kernel = state.params["encoder"]["block_00"]["mlp"]["fc1"]["kernel"]
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size, "FSDP did not shard"
     assert abs(loss - plain_loss) < 2e-6

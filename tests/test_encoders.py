@@ -16,6 +16,7 @@ from mim_jax.jobs.run import run
 from mim_jax.models.codebook import Tokenizer
 from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT
+from mim_jax.models.vitdet import ViTDet
 from mim_jax.objectives.beit import BEiT
 from mim_jax.objectives.classify import Classify
 from mim_jax.objectives.localmim import LocalMIM
@@ -34,6 +35,7 @@ MADE = {
     "vit": ViT((4, 6), patch=4, depth=3, heads=2, position="absolute", **SIZES),
     "swin": Swin((8, 12), patch=2, depths=(2, 1), heads=(1, 2), window=2, **SIZES),
     "tokenizer": Tokenizer((4, 6), patch=4, depth=3, quantiser_levels=(4, 4), **SIZES),
+    "vitdet": ViTDet((4, 6), patch=4, depth=3, heads=2, window=3, global_blocks=(2,), table=(2, 2), **SIZES),
     "small_conv": SmallConv((4, 6), patch=4, depth=2, **SIZES),
 }
 IMAGES = jax.random.normal(jax.random.key(0), (2, 16, 24, 2))

@@ -93,7 +93,7 @@ def settings(data_dir, **changes):
 
 def scheduled(settings, made=None):
     evaluation, data = settings
-    batches = lambda source, size, limit: split_batches(source, (8, 8), data.resize_ratio, size, limit)
+    batches = lambda source, size, limit: split_batches(source, (8, 8), data, size, limit)
     config = SimpleNamespace(data=data, channels=3, batches=batches, normaliser=lambda: lambda x: x)
     judged = Judged(made or Oracle(), config, sharding.make_mesh(), averaged=True)
     return evaluators({"it": evaluation}, judged, lambda duration: 1)

@@ -340,7 +340,7 @@ def test_the_average_is_a_moving_average_of_the_weights():
 def test_layer_decay_scales_every_update(saved):
     config, made, variables, _ = taken_over(saved("swin"), optim__layer_decay=0.5, optim__weight_decay=0.0)
     params = variables["params"]
-    tx = built.optimizer(config, lambda step: 1.0, built.settings(config).layer_scales(made.encoder))
+    tx = built.optimizer(config, lambda step: 1.0, built.settings(config).optim.scales(made.encoder))
     updates, _ = jit(lambda p: tx.update(jax.tree.map(jnp.ones_like, p), tx.init(p), p))(params)
     sizes = {path: -float(x.ravel()[0]) for path, x in tree.flatten(updates).items()}
     blocks = sum(made.encoder.depths)

@@ -20,7 +20,10 @@ FLOORS = (
     ("runs", "what lies on disk: the workdir, its checkpoints, a saved run"),
     ("objectives", "one file per method, read top to bottom"),
     ("models", "encoder.py (the contract), ViT, Swin, tokenizers, decoders, heads"),
-    ("masking targets data", "what is hidden, what is predicted, images from disk (TensorFlow is here alone)"),
+    (
+        "masking targets boxes data",
+        "what is hidden, what is predicted, objects' boxes, images from disk (TensorFlow is here alone)",
+    ),
     (
         "config sections durations recipes paths provenance tree prng sharding platforms clock logs tokens",
         "machinery; recipes.py has sizes and published settings",

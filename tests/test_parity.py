@@ -33,8 +33,15 @@ CASES = (
     "maskfeat_hog",
     "greenmim_tiny",
     "traj_localmim_swin_true",
+    "lsj_tiny",
+    "coco_ap_tiny",
+    "upernet_vit_tiny",
+    "upernet_swin_tiny",
 )
-KINDS = ("grad/", "fixorder/grad/", "final/", "nbins18_bias/pool", "target/64.gauss16")  # of each case one at least
+KINDS = (  # of each case one at least
+    *("grad/", "fixorder/grad/", "final/", "nbins18_bias/pool", "target/64.gauss16"),
+    *("out/masks_", "out/segm/"),
+)
 
 
 @pytest.mark.parametrize("case", CASES)

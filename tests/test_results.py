@@ -228,6 +228,43 @@ def test_the_table_of_estimates_says_that_it_is_one(record):
     assert "ESTIMATES" in make_tables.estimates() and "Compilers: libtpu 0.0.52. Commits: aaaaaaaaa." in make_tables.estimates()
 
 
+def test_the_table_beside_pytorch(record):
+    assert make_tables.against_torch() is None
+    each = dict(jax_of_torch=1.125, jax_median_s=4.5, torch_median_s=4.0, targets_share_of_step=0.031)
+    each |= dict(jax_share_of_matmul_rate=0.75, torch_share_of_matmul_rate=0.875)
+    rates, both = dict(jax=2e11, torch=1.5e11), lambda clock, cpu: dict(clock=clock, cpu=cpu)
+    shares = dict(step_without_irpe=both(0.92, 0.95), step_448px_of_224px=both(2.25, 2.0))
+    asked = made_by("a" * 40, batch_size=8, cores=2, steps=5, beside="tests")
+    results = [{"config": "configs/mae_vitb.py", "seconds": kind, **each} for kind in ("clock", "cpu")]
+    values = dict(results=results, matmul_flops_per_second=rates, torch="2.13.0", **shares, **asked)
+    record("against_torch_cpu.json", values)
+    _, rows = cells(make_tables.against_torch())
+    assert rows[0] == ["`mae_vitb.py`", "by the clock", "4.50", "4.00", "1.12", "75%", "88%", "3.1%"]
+    assert rows[1] == ["`mae_vitb.py`", "of the CPU", *rows[0][2:]]
+    for words in (
+        "200 (jax) and 150 (torch) GFLOP/s",
+        "8.0% (5.0%)",
+        "2.25 (2.00) times",
+        "machine: tests. Commits: aaaaaaaaa.",
+    ):
+        assert words in make_tables.against_torch()
+
+
+def test_the_table_of_communication(record):
+    assert make_tables.communication() is None
+    sent = {"all-gather": dict(count=36, bytes=3e8, asynchronous=9), "reduce-scatter": dict(count=2, bytes=1e6, asynchronous=0)}
+    here = made_by("a" * 40, batch_size=32)
+    here["provenance"]["device"]["count"] = 8
+    record("fsdp_8_cpu.json", {"results": [{"communication": sent}], **here})
+    there = {"communication": {}, "devices": 32, "per_device": 16}
+    record("fsdp_v3.json", {"target": "tpu-v3-32", "results": [there], **made_by("b" * 40)})
+    _, rows = cells(make_tables.communication())
+    assert rows == [
+        ["cpu", "8", "4", "300 in 36", "1 in 2", "–", "9 of 38"],
+        ["tpu-v3-32", "32", "16", "–", "–", "–", "0 of 0"],
+    ]
+
+
 def test_the_sentence_on_448_px(record):
     assert make_tables.ratios() is None
     result = lambda name, **values: {"config": f"configs/{name}_vitb.py:size=448", **values}

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import jax
 import numpy as np
+from absl import logging
 
 from mim_jax.config import ConfigError
 from mim_jax.paths import Place
@@ -15,8 +16,8 @@ from mim_jax.sections import Bound, Count, Natural, NotNegative, Positive, Secti
 from mim_jax.targets.pixels import Normaliser
 
 
-class Data(Section):
-    """Where images are, and how they are seen: evaluation cuts the centre out, `resize_ratio` of the shorter side.
+class Images(Section):
+    """Where images are, and how their values are seen.
 
     Of a folder: `folders` says which of its folders are splits or classes, where the rules of docs/data.md do not; `holdout`
     takes so many percent of the training images for the validation split that is not there.
@@ -32,13 +33,13 @@ class Data(Section):
     normalise: Literal["dataset", "image"]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize_ratio: Positive
     columns: str = ""  # "image=NAME,label=NAME" where a source has them under other names
     exif: Literal["auto", "ignore", "apply"] = "auto"
     bad_limit: Share = 0.1
 
+    see = None  # what evaluation sees in place of the centre: (example with pixels, size) -> example
+
     def check(self):
-        self.require(self.resize_ratio <= 1, "resize_ratio", "is not a share between 0 and 1")
         self.require(min(self.std, default=1) > 0, "std", "must be above 0 in every channel")
         if max((*map(abs, self.mean), *self.std), default=0) > 1:
             raise ConfigError(
@@ -67,6 +68,16 @@ class Data(Section):
         return open_source(self.source, split, channels=channels, **place)
 
 
+class Data(Images):
+    """Evaluation cuts the centre out, `resize_ratio` of the shorter side."""
+
+    resize_ratio: Positive
+
+    def check(self):
+        self.require(self.resize_ratio <= 1, "resize_ratio", "is not a share between 0 and 1")
+        super().check()
+
+
 class TrainingData(Data):
     """Random crops of the training split (RandomResizedCrop): shares of the area, width / height, and a flip.
 
@@ -83,6 +94,13 @@ class TrainingData(Data):
     resize: Literal["host", "device"] = "host"
     repeat: Count = 1
     scaled_decoding: bool = True
+
+    def seen(self, source) -> dict:
+        """-> the options of TrainBatches that say how an image is seen."""
+        from mim_jax.data.augment import RandomCrop
+
+        crop = RandomCrop(scale=self.crop_scale, ratio=self.crop_ratio, flip=self.flip)
+        return dict(crop=crop, repeat=self.repeat, unsized=self.resize == "device")
 
     def reading(self):
         found = super().reading()
@@ -109,12 +127,81 @@ class FinetuningData(TrainingData):
     randaugment: RandAugmentation = nested(RandAugmentation)
 
 
+class ObjectData(Data):
+    """Images with objects; evaluation fits the whole image into the size."""
+
+    @property
+    def see(self):
+        from mim_jax.data.scale_jitter import fitted
+
+        return fitted
+
+    def opened(self, split: str, channels: int):
+        """-> ObjectSource. Raises DataError, and ConfigError for data without boxes."""
+        source = super().opened(split, channels)
+        if not hasattr(source, "objects_of"):
+            words = "has no boxes: detection learns from data.source=coco (json and images) or scenes (of the embedded sample)"
+            raise ConfigError(f"{self.prefix}source={self.source} {words}")
+        return source
+
+    def images(self, split: str, channels: int):
+        """-> Source, with objects or without. Raises DataError."""
+        return super().opened(split, channels)
+
+
+class DetectionData(ObjectData):
+    """Training sees them by large-scale jitter (data/scale_jitter.py): `scale` times the size, mirrored with the probability
+    `flip`; at most `objects` of an image are learned from."""
+
+    changed: Literal["refuse", "continue"] = "refuse"
+    train_split: str
+    scale: tuple[float, float] = (0.1, 2.0)
+    flip: Share = 0.5
+    objects: Count = 100
+
+    def seen(self, source) -> dict:
+        """-> the options of TrainBatches; says how many images have more objects than are learned from."""
+        from mim_jax.data.scale_jitter import ScaleJitter
+
+        counts = [sum(not o["iscrowd"] for o in source.objects_of(i)) for i in range(source.num_examples)]
+        if more := sum(count > self.objects for count in counts):
+            words = f"have more than {self.prefix}objects={self.objects} (up to {max(counts)}): the first that are seen count"
+            logging.warning("%s '%s': %d of %d images %s", source.name, source.split, more, len(counts), words)
+        class_of = {number: k for k, number in enumerate(source.category_ids)}
+        return dict(crop=ScaleJitter(class_of, self.scale, self.flip, self.objects))
+
+
 class ProbeData(Data):
     """Splits of a probe on cached features; no validation split: a tenth of the training images serves."""
 
     train_split: str
     validation_split: str
     test_split: str
+
+
+class SegmentationData(Images):
+    """Images and their label maps, as data/scaled_crop.py scales, cuts and distorts them: fitted into `short` and `long` px
+    times a factor of `scale`. `changed`: as of TrainingData."""
+
+    changed: Literal["refuse", "continue"] = "refuse"
+    train_split: str
+    short: Natural
+    long: Natural
+    scale: tuple[float, float]
+    class_share: Positive
+    flip: bool
+    photometric: bool
+
+    def check(self):
+        super().check()
+        self.require(self.long >= self.short, "long", f"is below short={self.short}")
+
+    def seen(self, source) -> dict:
+        """As of TrainingData. Raises ConfigError (DataError) for ranges that cannot be."""
+        from mim_jax.data.scaled_crop import ScaledCrop
+
+        keys = ("short", "long", "scale", "class_share", "flip", "photometric")
+        return dict(crop=ScaledCrop(**{key: getattr(self, key) for key in keys}))
 
 
 class FeatureData(Data):
@@ -136,7 +223,6 @@ def synthetic_batch(size: tuple[int, int], channels: int, batch_size: int, seed:
 
 def training_batches(config, source, augment: RandAugmentation | None = None):
     """The pipeline of training batches of a job: batch(step) is a pure function of (seed, step, process)."""
-    from mim_jax.data.augment import RandomCrop
     from mim_jax.data.pipeline import TrainBatches
     from mim_jax.data.randaugment import RandAugment
 
@@ -144,18 +230,17 @@ def training_batches(config, source, augment: RandAugmentation | None = None):
     if augment and augment.layers:
         fill = tuple(round(255 * m) for m in data.mean)
         policy = RandAugment(layers=augment.layers, magnitude=augment.magnitude, std=augment.std, fill=fill)
-    crop = RandomCrop(scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip)
     process = jax.process_index(), jax.process_count()
     options = dict(batch_size=config.batch_size, size=config.image_size, seed=config.seed, process=process)
-    seen = dict(crop=crop, augment=policy, repeat=data.repeat, unsized=data.resize == "device")
-    return TrainBatches(source, reading=data.reading(), **seen, **options)
+    return TrainBatches(source, reading=data.reading(), augment=policy, **data.seen(source), **options)
 
 
-def split_batches(source, size, resize_ratio: float, batch_size: int, limit: int = 0, reading=None):
-    """-> (batches(), number of examples): padded batches over a split, each example once; `reading` as Data.reading() gives."""
+def split_batches(source, size, data: Data, batch_size: int, limit: int = 0):
+    """-> (batches(), number of examples): padded batches over a split, each example once."""
     from mim_jax.data.pipeline import eval_batches
 
     whole, process = -(-batch_size // jax.device_count()) * jax.device_count(), (jax.process_index(), jax.process_count())
-    options = dict(batch_size=whole, size=size, resize_ratio=resize_ratio, limit=limit, process=process, reading=reading)
+    seen = dict(size=size, resize_ratio=data.resize_ratio, see=data.see, reading=data.reading())
+    options = dict(batch_size=whole, limit=limit, process=process, **seen)
     count = min(limit, source.num_examples) if limit else source.num_examples
     return lambda: eval_batches(source, **options), count

@@ -1,5 +1,6 @@
 """From the `encoder` section of a config to the encoder. The literal dict ENCODERS is the whole name service."""
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -10,13 +11,16 @@ from mim_jax.config import ConfigDict, ConfigError, choice
 from mim_jax.models.codebook import Tokenizer
 from mim_jax.models.encoder import Encoder
 from mim_jax.models.swin import Swin
+from mim_jax.models.swin_maps import SwinMaps
 from mim_jax.models.vit import ViT
+from mim_jax.models.vitdet import ViTDet
 from mim_jax.paths import Place
 from mim_jax.sections import Count, Section, build, fit, kept
 from mim_jax.targets.pixels import Normaliser
 from mim_jax.tokens import grid_size
 
-ENCODERS = {"vit": ViT, "swin": Swin, "tokenizer": Tokenizer}
+ENCODERS = {"vit": ViT, "swin": Swin, "tokenizer": Tokenizer, "vitdet": ViTDet}
+MAPS = {"swin": SwinMaps}  # families that have a class of their own for maps of any size
 
 
 def encoder_class(config) -> type[Encoder]:
@@ -58,7 +62,7 @@ class WithEncoder(Section):
 
     def batches(self, source, batch_size: int, limit: int = 0):
         """-> (batches(), number of examples): padded batches over a split, each example once."""
-        return split_batches(source, self.image_size, self.data.resize_ratio, batch_size, limit, self.data.reading())
+        return split_batches(source, self.image_size, self.data, batch_size, limit)
 
     def made(self, complete: bool = True) -> Encoder:
         """The encoder; `complete`: its section may lack keys, as an old run's does. Raises ConfigError for what cannot be."""
@@ -75,6 +79,15 @@ def encoder(section, image_size, channels: int, compute_dtype="float32", remat=F
     grid = grid_size(image_size, fit(keys.get("patch", 1), Count, "encoder.patch"))
     given = dict(grid=grid, channels=channels, remat=remat, dtype=dtype(compute_dtype))
     return build(kind, keys, "encoder.", complete, kind.KEYS, **given)
+
+
+def for_maps(made: Encoder) -> Encoder:
+    """The same encoder as dense prediction uses it: a Swin on maps of any size, tapped before merging; a ViT without the norm
+    of its last tokens."""
+    kind = MAPS.get(made.kind)
+    if kind is None:
+        return made.with_final_norm(False)
+    return kind(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.name not in ("parent", "name")})
 
 
 def dtype(name: str):

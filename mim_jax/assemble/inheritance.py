@@ -54,7 +54,7 @@ def take_data(merged: ConfigDict, source: ConfigDict):
             data[key] = source.data[key]
     if data.get("exif", "auto") == "auto":
         data.exif = source.data.get("exif", "auto")
-    if not data.resize_ratio:  # MAE's and timm's rule: 224 / 256 for small images, the whole image for large ones
+    if data.get("resize_ratio") == 0:  # MAE's and timm's rule: 224 / 256 for small images, the whole image for large ones
         data.resize_ratio = 0.875 if min(merged.image_size) < 256 else 1.0
     sample = data.source == "sample"
     automatic = dict(

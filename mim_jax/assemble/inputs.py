@@ -43,6 +43,15 @@ def labelled_inputs(objective: Objective, normalise: Normaliser):
     return lambda batch, key: objective.inputs(named(batch, normalise(batch["image"])), key)
 
 
+def segmentation_inputs(normalise: Normaliser):
+    """Normalised images, 0 where they are padded, and the class of every pixel."""
+
+    def inputs(batch, key):
+        return {"images": normalise(batch["image"], batch.get("shown")), "labels": batch["label_map"].astype(jnp.int32)}
+
+    return inputs
+
+
 def mixed_inputs(normalise: Normaliser, classes: int, smoothing: float, erasing: float, mixing: dict):
     """Normalised images, erased in part and mixed, and their soft labels, in timm's order."""
     from mim_jax.data.erasing import erase

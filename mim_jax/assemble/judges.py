@@ -1,6 +1,5 @@
 """From the `evals` section of a config to what judges a run. The literal dict EVALUATORS is the whole name service."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Literal
@@ -9,76 +8,16 @@ import jax
 from absl import logging
 
 from mim_jax import prng
-from mim_jax.assemble.encoders import WithEncoder, pooling
+from mim_jax.assemble.encoders import pooling
+from mim_jax.assemble.judged import Evaluation, Judged
+from mim_jax.assemble.map_scores import MapScores
 from mim_jax.config import ConfigError
-from mim_jax.durations import Duration, stated
-from mim_jax.evaluators import fewshot, knn, nmi, reconstruct, top_k
+from mim_jax.evaluators import fewshot, knn, nmi, object_results, reconstruct, top_k
 from mim_jax.evaluators.panels import drawing
-from mim_jax.evaluators.split_runner import SplitRunner
-from mim_jax.objectives.objective import Objective
-from mim_jax.sections import Count, Natural, Positive, Section
-from mim_jax.targets.pixels import Normaliser
+from mim_jax.sections import Count, Natural, Positive
 from mim_jax.train.loop import ScheduledEvaluator
 
 IMAGENET_CLASSES = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class Judged:
-    """What is judged, on which data. class_names: those it was trained on, where they are known; averaged: whether the run
-    keeps a moving average of its weights."""
-
-    objective: Objective
-    config: WithEncoder
-    mesh: jax.sharding.Mesh
-    seed: int = 0
-    class_names: tuple[str, ...] = ()
-    averaged: bool = False
-
-    @functools.cached_property
-    def normalise(self) -> Normaliser:
-        return self.config.normaliser()
-
-    def runner(self, fn, source, batch_size: int, limit: int = 0) -> SplitRunner:
-        """`fn(variables, batch)` over a split."""
-        return SplitRunner(fn, self.mesh, *self.config.batches(source, batch_size, limit))
-
-    def features(self, source, pool: str, batch_size: int, limit: int = 0) -> SplitRunner:
-        """Features and labels of a split."""
-
-        def fn(variables, batch):
-            features = self.objective.apply(variables, self.normalise(batch["image"]), pool, method="features")
-            return {"features": features, "label": batch["label"]}
-
-        return self.runner(fn, source, batch_size, limit)
-
-
-class Evaluation(Section):
-    """What every evaluator says: whether it is on, when it runs (never in between: at the end), and images at a time."""
-
-    type: str
-    on: bool
-    batch_size: Count
-    every: Duration = stated()
-
-    def made(self, judged: Judged):
-        """state -> ({name: float}, {name: uint8 [h w 3]}), or None where its data may be missing, and is.
-
-        Raises ConfigError for what cannot be judged.
-        """
-        raise NotImplementedError
-
-    def opened(self, judged: Judged, key: str, labels: bool = False):
-        """Opens the split that a key names. Raises ConfigError (DataError) naming the key."""
-        name = getattr(self, key)
-        other = f"--config.{self.prefix}{key}=... names another split"
-        try:
-            source = judged.config.opened(name)
-            if labels:
-                source.require_labels(self.type)
-        except ConfigError as error:
-            raise type(error)(f"{error}; {other}") from error
-        return source
 
 
 class Neighbours(Evaluation):
@@ -230,7 +169,35 @@ class Classify(Evaluation):
         return found
 
 
-EVALUATORS = {"nmi": Nmi, "knn": Knn, "fewshot": Fewshot, "reconstruct": Reconstruct, "classify": Classify}
+class Detections(Evaluation):
+    """AP of boxes and masks on a split whose images hold objects, and `pictures` of them."""
+
+    split: str
+    examples: Natural
+    pictures: Natural
+
+    def made(self, judged: Judged):
+        source, names = self.opened(judged, "split"), judged.class_names
+        if names and source.class_names != names:
+            raise ConfigError(
+                f"{source.name} '{self.split}' has the classes {', '.join(source.class_names[:5])}, ..., "
+                f"{source.num_classes} in all, and the detector learned {', '.join(names[:5])}, ..., {len(names)} in all"
+            )
+        find = object_results.finder(judged.objective, judged.normalise)
+        runner = judged.runner(find, source, self.batch_size, self.examples)
+        draw = object_results.drawer(source, judged.config.data.reading().decoding, self.pictures)
+        return functools.partial(object_results.judge, runner, source, self.split, draw, judged.folder)
+
+
+EVALUATORS = {
+    "nmi": Nmi,
+    "knn": Knn,
+    "fewshot": Fewshot,
+    "reconstruct": Reconstruct,
+    "classify": Classify,
+    "detections": Detections,
+    "segment": MapScores,
+}
 
 
 def evaluators(evals: dict[str, Evaluation], judged: Judged, steps: Callable) -> tuple[ScheduledEvaluator, ...]:

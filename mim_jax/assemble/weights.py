@@ -81,7 +81,7 @@ def fit_tables(loaded: dict, there: Encoder, here: Encoder) -> tuple[dict, str]:
     Learned positions and relative biases are brought to the other grid or window, bicubic; where only this encoder
     learns positions, they start from the fixed table of the other.
     """
-    fitted, old, resized, words = dict(loaded), there.tables(), [], ""
+    fitted, old, resized, words = dict(here.adopted(loaded)), there.tables(), [], ""
     for path, table in there.fixed_tables().items():
         if path in here.tables():
             fitted[f"encoder/{path}"], old = jnp.asarray(table), {**old, path: there.grid}

@@ -57,6 +57,25 @@ def sent(one: Instruction, operands: float, devices: int) -> float:
     return operands * each.get(one.opcode.removesuffix("-start"), 1.0)
 
 
+def communication(text: str, devices: int) -> dict[str, dict]:
+    """The text of a compiled program -> {"all-gather": {"count", "bytes", "asynchronous"}, ...} of a step.
+
+    bytes: of the whole arrays that are gathered, summed or scattered, whatever way they take; asynchronous: how many are begun
+    before they are waited for, so that computation may hide them.
+    """
+    program, found = Program(text), {}
+    for where, one, times in program.run():
+        if not parts.is_collective(one):
+            continue
+        kind, begun = one.opcode.removesuffix("-start"), one.opcode.endswith("-start")
+        here = program.computations[where]
+        whole = sum(size(here[x].shape, on_chip=True) for x in one.operands) * (devices if kind == "all-gather" else 1)
+        of_kind = found.setdefault(kind, {"count": 0.0, "bytes": 0.0, "asynchronous": 0.0})
+        for name, number in (("count", 1), ("bytes", whole), ("asynchronous", begun)):
+            of_kind[name] += times * number
+    return found
+
+
 def peak(chip: Gpu, kind: str) -> float:
     """FLOP/s; float32 products run as TF32, at half the rate of bf16."""
     return chip.peak / 2 if kind in ("f32", "f64") else chip.peak

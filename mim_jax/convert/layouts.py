@@ -17,6 +17,7 @@ LAYOUTS = {
     "conv1": ("o i 1 1 -> i o", {}, "1x1 convolution as a linear layer"),
     "conv": ("d c p q -> p q c d", {}, ""),
     "patch": ("d c p q -> (p q c) d", {}, "(c p q) -> (p q c)"),
+    "flat": ("o (c y x) -> (y x c) o", dict(y=7, x=7), "transposed, (c y x) -> (y x c)"),
     "deconv": ("i o y x -> i (y x o)", PAIRS, "2x2 transposed convolution as a linear layer"),
     "shuffle": ("(c u) ... -> (u c) ...", SHUFFLE, "(c u u) -> (u u c)"),
     "shuffle_linear": ("(c u) i 1 1 -> i (u c)", SHUFFLE, "transposed, (c u u) -> (u u c)"),

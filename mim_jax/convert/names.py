@@ -231,3 +231,33 @@ def to_released_state(params: dict, rules, patch: int = 0) -> dict[str, np.ndarr
             raise KeyError(f"our parameter '{path}' {np.shape(array)} has no released counterpart")
         state[named[0]] = to_released(np.asarray(array), named[1], patch)
     return state
+
+
+# -- UPerNet, by mmsegmentation's names -------------------------------------------------------------------------------
+
+
+def conv_norm(released: str, ours: str) -> tuple:
+    """The rules of a convolution without bias and the BatchNorm after it."""
+    return (rf"{released}\.conv\.weight$", f"{ours}/kernel", "conv"), *norm(released + r"\.bn", f"{ours}/norm")
+
+
+UPER_HEADS = (
+    *linear(r"^decode_head\.conv_seg", "head/classifier/linear", "conv1"),
+    *conv_norm(r"^decode_head\.psp_modules\.(\d)\.1", "head/pool_{}"),
+    *conv_norm(r"^decode_head\.bottleneck", "head/pyramid"),
+    *conv_norm(r"^decode_head\.lateral_convs\.(\d)", "head/lateral_{}"),
+    *conv_norm(r"^decode_head\.fpn_convs\.(\d)", "head/level_{}"),
+    *conv_norm(r"^decode_head\.fpn_bottleneck", "head/fuse"),
+    *linear(r"^auxiliary_head\.conv_seg", "auxiliary/classifier/linear", "conv1"),
+    *conv_norm(r"^auxiliary_head\.convs\.0", "auxiliary/hidden"),
+)
+UPERNET_VIT_RULES = (
+    *vit_body(r"^backbone\."),
+    (r"^backbone\.pos_embed$", "encoder/pos_embed", "same"),
+    *linear(r"^backbone\.fpn1\.0", "neck/level_0_up_0", "deconv"),
+    *norm(r"^backbone\.fpn1\.1", "neck/level_0_norm"),
+    *linear(r"^backbone\.fpn1\.3", "neck/level_0_up_1", "deconv"),
+    *linear(r"^backbone\.fpn2\.0", "neck/level_1_up", "deconv"),
+    *UPER_HEADS,
+)
+UPERNET_SWIN_RULES = swin_body(r"^backbone\.") + norm(r"^backbone\.norm(\d)", "neck/norm_{}") + UPER_HEADS

@@ -1,6 +1,7 @@
-"""Examples of evaluation: the centre of each image, in batches of one size, padded at the end."""
+"""Examples of evaluation: the centre of each image, or what else is seen of one, in batches of one size, padded at the end."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -16,17 +17,18 @@ _plain = tf.autograph.experimental.do_not_convert  # no function here needs rewr
 
 
 @dataclasses.dataclass(eq=False)
-class Centre:
+class Seen:
     """Makes an example of evaluation; once `careful`, one that cannot be read is there without its image, `valid` False."""
 
     source: Source
-    size: tuple[int, int]
-    resize_ratio: float
+    see: Callable | None  # example with pixels -> example, in place of the centre; what it refuses cannot be read
+    centre: Callable
     reading: Reading
     careful: bool
 
     def __call__(self, _, example_id, item):
-        read = lambda item: augment.with_pixels(self.source.load(item), self.source.channels, self.reading.decoding)
+        see, how = self.see or (lambda example: example), self.reading.decoding
+        read = lambda item: see(augment.with_pixels(self.source.load(item), self.source.channels, how))
         if not self.careful:
             example, valid = read(item), True
         else:
@@ -34,8 +36,7 @@ class Centre:
             absent = lambda of: tf.zeros([side or 1 for side in of.shape], of.dtype)
             nothing = tf.data.Dataset.from_tensors(tf.nest.map_structure(absent, found.element_spec))
             example, valid = unreadable.first_read(found.concatenate(nothing))
-        example = augment.centre(example, self.size, self.resize_ratio)
-        return {**example, "id": example_id, "valid": valid}
+        return {**(example if self.see else self.centre(example)), "id": example_id, "valid": valid}
 
 
 def each_once(ds, make, local, count):

@@ -95,8 +95,8 @@ def _by_split(path, columns):
     return root, dict(splits)
 
 
-def _require_files(paths, where):
-    """Raises DataError, with their number, for files that are not there. A bucket is not asked."""
+def missing_files(paths) -> list[str]:
+    """Those that are not there, as shown. A bucket is not asked."""
     folders = collections.defaultdict(list)
     for path in paths:
         if b"://" not in path:
@@ -107,9 +107,7 @@ def _require_files(paths, where):
         there = {*os.listdir(folder or b".")} if os.path.isdir(folder or b".") else set()
         lacking = sorted({os.path.join(folder, name) for name in wanted if name not in there})
         missing += [shown(path) for path in lacking if not os.path.exists(path)]
-    if missing:
-        few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise DataError(f"{where}: {len(missing)} of {len(paths)} files are not there: {few}. Paths are relative to the list.")
+    return missing
 
 
 def _labels(parts):
@@ -128,7 +126,9 @@ def open_list(path, split, channels, columns):
     root, splits = _by_split(path, columns)
     parts, where = shards.of_split(splits, split, path), f"{path}, {split}"
     paths = Packed.of(itertools.chain(*(part.paths() for part in parts)))
-    _require_files(paths, where)
+    if missing := missing_files(paths):
+        few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise DataError(f"{where}: {len(missing)} of {len(paths)} files are not there: {few}. Paths are relative to the list.")
     hashes = np.fromiter(map(hash, paths), np.int64, len(paths))
     if repeated := len(paths) - len(np.unique(hashes)):
         logging.warning("%s: %d of %d lines name a file that another line names too.", where, repeated, len(paths))

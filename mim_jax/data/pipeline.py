@@ -8,9 +8,11 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from mim_jax.data import augment, crops, unreadable
+from mim_jax.data import augment, crops, scale_jitter, scaled_crop, unreadable
 from mim_jax.data.augment import DataError, RandomCrop
-from mim_jax.data.evaluation import Centre, each_once
+from mim_jax.data.evaluation import Seen, each_once
+from mim_jax.data.scale_jitter import ScaleJitter
+from mim_jax.data.scaled_crop import ScaledCrop
 from mim_jax.data.source import Source
 from mim_jax.data.stream import Stream, alike, mapped
 from mim_jax.data.unreadable import Reading
@@ -22,6 +24,7 @@ FETCH = 64  # records per lookup
 WORDS = 4  # of 32 bits, in a seed of two numbers of 64 (or of 32: what repeated crops fold in is)
 INDEX_SHUFFLE = 498_247_692  # what TensorFlow's function puts before a seed
 SLICE = 16  # crops made in one call
+SEEN = {RandomCrop: crops, ScaleJitter: scale_jitter, ScaledCrop: scaled_crop}  # what cuts and what follows
 _plain = tf.autograph.experimental.do_not_convert  # no function here needs rewriting
 
 
@@ -100,7 +103,7 @@ class TrainBatches:
     _: dataclasses.KW_ONLY
     batch_size: int  # global; each process gets its share
     size: tuple[int, int]  # (height, width) of the images
-    crop: RandomCrop
+    crop: RandomCrop | ScaleJitter | ScaledCrop
     seed: int  # any whole number
     process: tuple[int, int] = (0, 1)  # which one this is, and of how many
     prefetch: int = 2  # batches prepared ahead
@@ -194,7 +197,7 @@ class TrainBatches:
         else:
             loaded = mapped(items, lambda epoch, i, item: (i, self._draws(epoch, i), self.source.load(item)))
             regular = all(of.shape.is_fully_defined() for of in tf.nest.flatten(loaded.element_spec))
-            most = max(1, SLICE // self.repeat) if regular else 1
+            most = max(1, SLICE // self.repeat) if regular and isinstance(self.crop, RandomCrop) else 1
             count = max(k for k in range(1, min(images, most) + 1) if images % k == 0)
             several = lambda *one: _several(one)
             ds = loaded.batch(count, drop_remainder=True) if regular else loaded.map(_plain(several))
@@ -213,11 +216,11 @@ class TrainBatches:
 
     def _cut(self, draws, examples):
         channels, how = self.source.channels, self.reading.decoding
-        return crops.cut(examples, draws["crop"], self.crop, self.size, channels, how, self.unsized)
+        return SEEN[type(self.crop)].cut(examples, draws["crop"], self.crop, self.size, channels, how, self.unsized)
 
     def _finished(self, ids, asked, draws, *seen):
         """Ids [s], what `_draws` gave [s ...] and `_cut` -> a batch of s * repeat."""
-        batch = crops.followed(*seen, draws["crop"], self.crop, self.size, self.unsized)
+        batch = SEEN[type(self.crop)].followed(*seen, draws["crop"], self.crop, self.size, self.unsized)
         batch |= {key: tf.repeat(of, self.repeat) for key, of in {"id": ids, "asked": asked}.items()}
         return self.augment(batch, tf.reshape(draws["seed"], [-1, WORDS])) if self.augment else batch
 
@@ -240,14 +243,15 @@ class TrainBatches:
         return tf.data.Dataset.from_tensors((asked, item)).concatenate(others)
 
 
-def eval_batches(source, *, batch_size, size, resize_ratio, process=(0, 1), limit=0, reading=None):
+def eval_batches(source, *, batch_size, size, resize_ratio=1.0, process=(0, 1), limit=0, reading=None, see=None):
     """The whole split, or `limit` examples spread evenly over it, exactly once over all processes.
 
     A source without random access gives its first `limit` examples instead. `process` is (which one, of how many).
     Yields {"image": uint8 [b h w c], "label": int32 [b], "id": int64 [b], "valid": bool [b], ...}: every key of the examples,
     the same number of batches on every process; padding is what PADDING says, with valid False. So is an image that cannot be
     read, but for its id. Of label sets "label" is uint8 [b classes], 1 for every class of the example, and padding has none.
-    The shorter side goes to size / resize_ratio, then the centre is cut out; an image of the target size stays as it is.
+    The shorter side goes to size / resize_ratio, then the centre is cut out; an image of the target size stays as it is. Or
+    `see` (example with pixels, size) -> example is what is seen of one; what it refuses counts as unreadable.
 
     Raises:
       DataError: at once if the sizes do not fit together; while iterating if more images than `reading.limit` cannot be read.
@@ -263,5 +267,6 @@ def eval_batches(source, *, batch_size, size, resize_ratio, process=(0, 1), limi
     else:
         ds = source.stream(*_share(n, process)).map(_plain(lambda i, item: (tf.constant(0, tf.int64), i, item)))
     reading = reading or Reading()
-    make = Centre(source, size, resize_ratio, reading, careful=bool(reading.met))
+    centre = functools.partial(augment.centre, size=size, resize_ratio=resize_ratio)
+    make = Seen(source, functools.partial(see, size=size) if see else None, centre, reading, careful=bool(reading.met))
     return each_once(ds, make, local, -(-n // batch_size))

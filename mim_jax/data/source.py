@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
-from mim_jax.data.augment import DataError, decoded
+from mim_jax.data.augment import DataError, decoded, with_pixels
 from mim_jax.data.packed_names import Names
 
 WAYS = """provide data in one of these ways:
@@ -17,7 +17,13 @@ WAYS = """provide data in one of these ways:
   tar shards:    data.source=webdataset data.path=DIR, or a pattern such as DIR/train-{000..146}.tar
   array_record:  data.source=prepared data.path=DIR, made once from any of these by python -m mim_jax.prepare
   list of files: data.source=list data.path=FILE.csv (.tsv, .jsonl), with columns path and label
-  sample:        data.source=sample (a few photographs bundled with scikit-image and scikit-learn)"""
+  sample:        data.source=sample (a few photographs bundled with scikit-image and scikit-learn)
+with boxes and masks, for job=detect (docs/detection.md):
+  COCO:          data.source=coco data.path=DIR, with annotations/instances_*.json and folders of images, or any such set
+  scenes:        data.source=scenes, composed of the sample's photographs
+with a class for every pixel, for job=segment (docs/segmentation.md):
+  label maps:    data.source=label_maps data.path=DIR, with DIR/images/train/NAME.jpg and DIR/labels/train/NAME.png
+  collages:      data.source=collage, of the sample's photographs"""
 
 
 class NotPrepared(DataError):
@@ -46,6 +52,7 @@ class Source:
     missing: str = ""
     version: str = ""
     bulk = False  # whether lookup is worth calling with many ids at once
+    mapped, colours = False, ()  # whether examples have a "label_map"; colours of the classes, where they are known
 
     @property
     def num_classes(self) -> int:
@@ -56,6 +63,14 @@ class Source:
         if self.missing or not self.num_classes:
             why = f" ({self.missing})" if self.missing else ""
             raise NoLabels(f"{who} needs labels, which {self.name} '{self.split}' has not{why}")
+
+    def require_maps(self, who: str):
+        """Raises DataError unless every pixel has a label. `who` needs them."""
+        if not self.mapped:
+            raise DataError(
+                f"{who} needs a class for every pixel, which {self.name!r} has not; data.source=label_maps reads folders of "
+                "images/ and labels/ (docs/segmentation.md)"
+            )
 
     def listing(self) -> Names | None:
         """What the examples are called, in their order and wherever the data lies; None where that is not known."""
@@ -92,6 +107,10 @@ class Source:
     def stream(self, low, high, seed=None):
         """The examples low .. high - 1 as a tf.data.Dataset of (id, item), shuffled if there is a seed [2]."""
         raise NotImplementedError(f"{self.name} has random access")
+
+    def decoded(self, example, how):
+        """What `load` gives -> the same with pixels. Raises what TensorFlow does for an image that cannot be used."""
+        return with_pixels(example, self.channels, how)
 
     def is_broken(self, item) -> bool:
         """Whether an item cannot be read or decoded, or has something that does not fit its image; tries to."""

@@ -4,9 +4,11 @@ import tensorflow as tf
 from absl import logging
 
 from mim_jax.data.augment import DataError
+from mim_jax.data.coco_source import open_coco
 from mim_jax.data.image_folder import open_folder
+from mim_jax.data.label_maps import open_label_maps
 from mim_jax.data.list_source import open_list
-from mim_jax.data.sample import photos
+from mim_jax.data.sample import collage, photos, scenes
 from mim_jax.data.source import ArraySource
 from mim_jax.data.subset import sliced
 from mim_jax.data.tar_source import open_tar
@@ -19,7 +21,7 @@ def open_parquet(*args):
 
 
 WITH_COLUMNS = {"parquet": open_parquet, "webdataset": open_tar, "list": open_list}
-WITH_PATH = ("folder", *WITH_COLUMNS, "prepared")
+WITH_PATH = ("folder", *WITH_COLUMNS, "prepared", "coco", "label_maps")
 BUCKETS = (
     "Of buckets gs:// is read, as parquet, webdataset or list; others are mounted (gcsfuse, mountpoint-s3) or copied to a "
     "disk first."
@@ -28,10 +30,11 @@ READING = {"columns": tuple(WITH_COLUMNS), "folders": ("folder",), "holdout": WI
 
 
 def open_source(name, split, *, path="", data_dir="", channels=3, label_sets=False, **reading):
-    """Opens a split. `name` is "sample", one of WITH_PATH (with `path`) or a TFDS dataset (with `data_dir`).
+    """Opens a split. `name` is "sample", "scenes", one of WITH_PATH (with `path`) or a TFDS dataset (with `data_dir`).
 
     `split` is "train", "validation" or "test", slices of them such as "train[:1%]", and what the source adds: "train_tiles"
-    for the sample, which is always gray. A TFDS dataset with several labels per example (ReaL) has none unless `label_sets`.
+    for the sample, which is always gray, as are its scenes and collages. A TFDS dataset with several labels per example (ReaL)
+    has none unless `label_sets`.
     `reading`: data.columns, data.folders and data.holdout, of those that READING says.
 
     Raises:
@@ -57,10 +60,18 @@ def open_source(name, split, *, path="", data_dir="", channels=3, label_sets=Fal
             raise DataError(f"data.path={path!r} cannot be read: {error}. {BUCKETS}") from error
     if name == "sample":
         return _open_sample(split)
+    if name == "scenes":
+        return scenes.open_scenes(split)
+    if name == "coco":
+        return open_coco(path, split, channels, reading.get("holdout", 0))
     if name == "folder":
         if "://" in path:
             raise DataError(f"data.path={path!r}: data.source=folder reads folders of this machine, not buckets. {BUCKETS}")
         return open_folder(path, split, channels, reading.get("folders", ""), reading.get("holdout", 0))
+    if name == "label_maps":
+        return open_label_maps(path, split, channels, reading.get("holdout", 0))
+    if name == "collage":
+        return collage.open_collage(split)
     from mim_jax.data import prepared_source, tfds_source  # here, so that the other sources need no TFDS
 
     if name == "prepared":

@@ -28,6 +28,8 @@ def mapped(ds, make):
 def alike(ds, skip=0):
     """The dataset. Raises DataError unless its examples, after `skip` leading dimensions, are of one shape."""
     for key, of in ds.element_spec.items():
+        if of.dtype == tf.string:
+            raise DataError(f"{key!r} of the examples is text: data with objects is for job=detect.")
         if not of.shape[skip:].is_fully_defined():
             words = "a batch needs one shape for all: pad it in Source.load"
             raise DataError(f"{key!r} of the examples is {of.shape[skip:]}; {words}.")

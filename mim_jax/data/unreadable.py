@@ -7,7 +7,7 @@ import re
 import tensorflow as tf
 from absl import logging
 
-from mim_jax.data.augment import DataError, with_pixels
+from mim_jax.data.augment import DataError
 from mim_jax.data.decoding import PLAIN, Decoding
 
 LISTED = 100  # names in one message
@@ -70,7 +70,7 @@ def why(source, example_id, how):
     except Exception as error:  # pylint: disable=broad-except  # TensorFlow and readers raise a dozen kinds
         return reason(error), True
     try:
-        with_pixels(example, source.channels, how)
+        source.decoded(example, how)
     except Exception as error:  # pylint: disable=broad-except
         return reason(error) if example["image"].numpy() else "it is empty", False
     return None
@@ -124,6 +124,11 @@ def item_of(source, example_id):
         return tf.nest.map_structure(lambda x: x[0], several) if source.bulk else source.lookup(example_id)
     fetch = lambda i: next(source.stream(int(i), int(i) + 1).as_numpy_iterator())[1]
     return tf.ensure_shape(tf.numpy_function(fetch, [example_id], tf.string), [])
+
+
+def image_of(source, example_id: int, how=PLAIN):
+    """-> uint8 [h w c], the whole image of one example. Raises what TensorFlow and PIL do."""
+    return source.decoded(source.load(item_of(source, tf.constant(example_id, tf.int64))), how)["image"].numpy()
 
 
 def first_read(attempts):

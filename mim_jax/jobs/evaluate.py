@@ -1,4 +1,4 @@
-"""`job=eval`: a finished classifier on every split that its config names."""
+"""`job=eval`: a finished classifier or detector on every split that its config names."""
 
 import dataclasses
 import time
@@ -9,7 +9,7 @@ from etils import epath
 from mim_jax import logs, provenance, sections, sharding, tree
 from mim_jax.assemble import datasets, encoders, inheritance, judges, weights
 from mim_jax.config import ConfigDict, ConfigError
-from mim_jax.jobs import finetune, pretrain, streamed_probe
+from mim_jax.jobs import detect, finetune, pretrain, streamed_probe
 from mim_jax.objectives.objective import Objective
 from mim_jax.runs import saved
 from mim_jax.runs.workdir import RESULT, claimed, finished
@@ -19,6 +19,11 @@ from mim_jax.train.loop import report
 class Evaluate(encoders.WithEncoder):
     data: datasets.Data = sections.nested(datasets.Data)
     evals: dict = sections.each("type", {"classify": judges.Classify})
+
+
+class EvaluateDetector(encoders.WithEncoder):
+    data: datasets.ObjectData = sections.nested(datasets.ObjectData)
+    evals: dict = sections.each("type", {"detections": judges.Detections})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +37,19 @@ class Loaded:
 
 
 def run(settings: ConfigDict, workdir: epath.Path) -> dict:
-    """Top-1 and top-5 of the classifier at `init_from` -> the numbers, also in result.json."""
+    """Top-1 and top-5 of the classifier at `init_from`, or AP of the detector -> the numbers, also in result.json."""
     began = time.perf_counter()
     source, typed = inheritance.source_of(settings, workdir), settings.to_dict()
-    if source.config.job not in ("finetune", "linprobe"):
-        raise ConfigError(
-            f"job=eval judges a classifier, and {source.folder} is a {source.config.job} run; fine-tune or probe it first"
-        )
-    completed = inheritance.inherit(settings, source.config)
-    config = sections.read(Evaluate, completed)
-    judged = trained(config, source)
+    if source.config.job not in ("finetune", "linprobe", "detect"):
+        words = f"and {source.folder} is a {source.config.job} run; fine-tune or probe it first"
+        raise ConfigError(f"job=eval judges a classifier or a detector, {words}")
+    detects = source.config.job == "detect"
+    if detects != any(e["type"] == "detections" for e in settings.evals.values()):
+        words = "a detector: use configs/eval.py:detect" if detects else "no detector: use configs/eval.py"
+        raise ConfigError(f"{source.folder} is of {words}")
+    kind, completed = EvaluateDetector if detects else Evaluate, inheritance.inherit(settings, source.config)
+    config = sections.read(kind, completed)
+    judged = detector(config, source, workdir) if detects else trained(config, source)
     evaluators = judges.evaluators(config.evals, judged, steps=lambda duration: 0)
     if not evaluators:
         raise ConfigError(f"none of the splits {', '.join(sorted(config.evals))} is there and on: nothing to judge")
@@ -50,7 +58,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     origin = dict(
         run=str(source.folder), step=source.step, image_size=list(config.image_size), splits=typed["evals"], data=data
     )
-    with claimed(workdir, typed, sections.defaults(Evaluate, completed)), logs.Logger(workdir) as logger:
+    with claimed(workdir, typed, sections.defaults(kind, completed)), logs.Logger(workdir) as logger:
         already = finished(workdir, origin)
         logger.say(f"workdir      {workdir}\nweights      {words}")
         if already:
@@ -78,11 +86,19 @@ def trained(config: Evaluate, source: saved.Saved) -> judges.Judged:
     return judges.Judged(made, config, sharding.make_mesh(), class_names=names, averaged=averaged)
 
 
+def detector(config: EvaluateDetector, source: saved.Saved, workdir: epath.Path) -> judges.Judged:
+    """The detector that the run trained, for images of the size here; results go to the workdir."""
+    there = ConfigDict(pretrain.saved_keys(source.config).to_dict() | {"image_size": config.image_size})
+    names = tuple(source.config.class_names)
+    made = sections.read(detect.Detection, there, complete=True).detector_of(len(names))
+    return judges.Judged(made, config, sharding.make_mesh(), class_names=names, folder=workdir)
+
+
 def load(config: Evaluate, source: saved.Saved, made: Objective, mesh) -> tuple[Loaded, str]:
     """The weights that the splits ask for, trained or averaged, and what is said of them."""
     stats = source.stats(jax.eval_shape(lambda: made.init(jax.random.key(0), made.example())), mesh)
     kinds, reports = {}, []
-    for kind in sorted({e.weights for e in config.evals.values() if e.on}):
+    for kind in sorted({getattr(e, "weights", "trained") for e in config.evals.values() if e.on}):
         params, words = weights.taken_over(source, made, config.encoder, mesh, weights.ALL, saved.PARTS[kind])
         kinds[kind] = {"params": tree.nest(params), **stats}
         reports.append(f"{kind}: {words}")

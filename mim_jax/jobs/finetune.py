@@ -40,6 +40,10 @@ class LayerwiseAdamW(AdamW):
         made = super().transform(lr, lr_scales)
         return optax.chain(made, moving_average(self.average)) if self.average else made
 
+    def scales(self, made: Encoder):
+        """-> scale(path) of the learning rate, over blocks, or over the blocks of all stages."""
+        return lambda path: jnp.float32(lr_scale(path, made, self.layer_decay))
+
 
 class Mixing(Section):
     """`mixing`, see data/mixing.py."""
@@ -72,10 +76,6 @@ class Finetune(training.Training):
             raise ConfigError(f"drop_path={self.drop_path}: encoder.kind={self.encoder.kind} drops nothing; use drop_path=0")
         return made
 
-    def layer_scales(self, made: Encoder):
-        """-> scale(path) of the learning rate, over blocks, or over the blocks of all stages."""
-        return lambda path: jnp.float32(lr_scale(path, made, self.optim.layer_decay))
-
     def inputs(self, classes: int):
         """Raises ConfigError for settings that cannot be, before any compute."""
         mixing = {f.name: getattr(self.mixing, f.name) for f in dataclasses.fields(Mixing) if f.name != "prefix"}
@@ -102,7 +102,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     begin = Start() if saved.has_checkpoint(workdir) else start(config, source, made, mesh)
     e = training.experiment(
         config, completed, objective=made, inputs=inputs, source=images, start=begin, mesh=mesh,
-        averaged=config.optim.average > 0, randaugment=config.data.randaugment, lr_scales=config.layer_scales(made.encoder),
+        averaged=config.optim.average > 0, randaugment=config.data.randaugment, lr_scales=config.optim.scales(made.encoder),
         preview=lambda folder, batch: save_augmented(folder, config, inputs, batch, images.class_names),
     )  # fmt: skip
     return training.run(e, workdir, settings.to_dict(), defaults(Finetune, completed))

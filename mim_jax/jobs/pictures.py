@@ -8,7 +8,7 @@ from mim_jax import prng, sharding
 from mim_jax.config import ConfigError
 from mim_jax.evaluators.panels import drawing
 from mim_jax.figures.sheet import write_png
-from mim_jax.jobs import pretrain
+from mim_jax.jobs import detection_pictures, pretrain
 from mim_jax.objectives.objective import Objective
 from mim_jax.paths import expanded
 from mim_jax.runs import saved
@@ -17,12 +17,15 @@ CANDIDATES = 16  # per image that is drawn
 
 
 def visualise(workdir: str, out: str, ratios, images: int, split: str, seed: int, place=("", "", "")) -> list[epath.Path]:
-    """Writes one figure with every ratio and one per ratio -> their paths. Raises ConfigError for a run without checkpoint.
+    """Writes one figure with every ratio and one per ratio -> their paths; of a detector what it finds. Raises ConfigError for
+    a run without checkpoint.
 
     `out`: a folder; "": figures/ in the run's. `place`: source, path and data_dir of other images than the run's (data.*),
     where they are not empty.
     """
     run = saved.open(workdir)
+    if run.config.job == "detect":
+        return detection_pictures.visualise(run, out, images, split, place)
     config, made = pretrain.reopened(run, "pictures come from", place)
     data, normalise = config.data, config.normaliser()
     variables = run.variables(made, sharding.make_mesh())

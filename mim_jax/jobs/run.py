@@ -1,10 +1,29 @@
 """`run(config, workdir)`: everything `python -m mim_jax.main` does, callable from tests and notebooks."""
 
 from mim_jax.config import choice
-from mim_jax.jobs import cached_probe, evaluate, features, finetune, pretrain, streamed_probe
+from mim_jax.jobs import (
+    cached_probe,
+    detect,
+    evaluate,
+    features,
+    finetune,
+    map_evaluation,
+    pretrain,
+    segmentation,
+    streamed_probe,
+)
 from mim_jax.paths import expanded
 
-JOBS = {"pretrain": pretrain, "linprobe": None, "finetune": finetune, "eval": evaluate, "features": features}
+JOBS = {
+    "pretrain": pretrain,
+    "linprobe": None,
+    "finetune": finetune,
+    "detect": detect,
+    "segment": segmentation,
+    "segment_eval": map_evaluation,
+    "eval": evaluate,
+    "features": features,
+}
 PROBES = {"cached": cached_probe, "streamed": streamed_probe}
 
 

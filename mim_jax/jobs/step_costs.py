@@ -67,6 +67,7 @@ class MatrixProduct:
 
     def __init__(self, dtype, tokens: int, width: int):
         tokens = max(256, min(tokens, 2**15))
+        self.shape = tokens, width
         shapes = ((tokens, width), (width, 4 * width), (4 * width, width))
         scales = (1.0, width**-0.5, (4 * width) ** -0.5)  # so that values neither grow nor vanish
         keys = jax.random.split(jax.random.key(0), 3)
@@ -106,9 +107,19 @@ def measured(subject: Subject, rate: float) -> dict:
 def benchmark(specs, setting: Setting, steps: int) -> tuple[dict, dict]:
     """Measures the configs in turn -> numbers, settings."""
     subjects = [Subject(spec, setting) for spec in specs]
+    return in_turn(subjects, steps), setting.asked(specs, widest(subjects).dtype, steps)
+
+
+def yardstick_of(subjects) -> MatrixProduct:
+    """Of the batch and width of the widest."""
     largest = widest(subjects)
-    encoder = largest.made.encoder
-    yardstick = MatrixProduct(largest.dtype, setting.batch_size * encoder.grid[0] * encoder.grid[1], encoder.width)
+    encoder, batch_size = largest.made.encoder, largest.setting.batch_size
+    return MatrixProduct(largest.dtype, batch_size * encoder.grid[0] * encoder.grid[1], encoder.width)
+
+
+def in_turn(subjects, steps: int) -> dict:
+    """Steps of all subjects, one after the other, so many times -> numbers."""
+    yardstick = yardstick_of(subjects)
     for subject in subjects:
         subject.run()  # the first step also allocates
     for _ in range(steps):
@@ -121,10 +132,9 @@ def benchmark(specs, setting: Setting, steps: int) -> tuple[dict, dict]:
     results = [measured(subject, rate) for subject in subjects]
     first = results[0]["step_median_s"]
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    found = {
+    return {
         "matmul_flops_per_second": rate,
         "peak_memory_bytes": peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "results": results,
         "step_ratio_to_first": [r["step_median_s"] / first for r in results],
     }
-    return found, setting.asked(specs, largest.dtype, steps)

@@ -5,10 +5,13 @@ import time
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from mim_jax import sharding, tree
 from mim_jax.assemble import datasets, encoders, inheritance, inputs, methods
+from mim_jax.chips import estimates
 from mim_jax.config import ConfigDict, ConfigError, choice, load
+from mim_jax.jobs import detect, segmentation
 from mim_jax.jobs.finetune import Finetune, adapt
 from mim_jax.jobs.pretrain import Pretrain
 from mim_jax.jobs.streamed_probe import StreamedProbe
@@ -20,7 +23,7 @@ from mim_jax.train.schedule import warmup_cosine
 from mim_jax.train.state import plan
 from mim_jax.train.step import make_step
 
-CLASSES = 1000  # of a head: no data set is opened that could tell
+CLASSES, DETECTED, SEGMENTED = 1000, 80, 150  # of a head, a detector, a segmentation: no data set is opened that could tell
 
 
 @dataclasses.dataclass
@@ -57,6 +60,7 @@ class Parts:
     objective: Objective
     inputs: Callable
     lr_scales: Callable | None = None
+    batch: dict | None = None  # shapes beyond image and label, {key: (shape of one image's, type)}
 
 
 def pretraining(settings: ConfigDict) -> Parts:
@@ -68,7 +72,15 @@ def pretraining(settings: ConfigDict) -> Parts:
 def finetuning(settings: ConfigDict) -> Parts:
     config = read(Finetune, adapt(inheritance.inherit(settings, source(settings))))
     made = config.classifier(CLASSES)
-    return Parts(config, made, config.inputs(CLASSES), config.layer_scales(made.encoder))
+    return Parts(config, made, config.inputs(CLASSES), config.optim.scales(made.encoder))
+
+
+def detecting(settings: ConfigDict) -> Parts:
+    there = source(settings)
+    config = read(detect.Detection, detect.adapt(inheritance.inherit(settings, there), there))
+    made = config.detector_of(DETECTED)
+    prepare = inputs.labelled_inputs(made, config.normaliser())
+    return Parts(config, made, prepare, config.optim.scales(made.encoder), made.batch_shapes())
 
 
 def probing(settings: ConfigDict) -> Parts:
@@ -77,6 +89,13 @@ def probing(settings: ConfigDict) -> Parts:
     config = read(StreamedProbe, inheritance.inherit(settings, source(settings)))
     made = config.objective(CLASSES)
     return Parts(config, made, inputs.labelled_inputs(made, config.normaliser()), made.lr_scales)
+
+
+def segmenting(settings: ConfigDict) -> Parts:
+    config = read(segmentation.Segmentation, segmentation.adapt(inheritance.inherit(settings, source(settings))))
+    made = config.objective(SEGMENTED)
+    batch = {"label_map": (config.image_size, np.uint8), "shown": ((2,), np.int32)}
+    return Parts(config, made, inputs.segmentation_inputs(config.normaliser()), config.layer_scales(made.encoder), batch)
 
 
 def source(settings: ConfigDict) -> ConfigDict:
@@ -90,7 +109,7 @@ def source(settings: ConfigDict) -> ConfigDict:
     return load(place) if place.partition(":")[0].endswith(".py") else saved.open(place).config
 
 
-JOBS = {"pretrain": pretraining, "finetune": finetuning, "linprobe": probing}
+JOBS = {"pretrain": pretraining, "finetune": finetuning, "linprobe": probing, "detect": detecting, "segment": segmenting}
 
 
 class Program:
@@ -110,7 +129,7 @@ class Program:
             parts = build(config)
         except ConfigError as error:
             raise ConfigError(f"{spec}: {error}") from error
-        self.config, self.made, self.prepare = parts.config, parts.objective, parts.inputs
+        self.config, self.made, self.prepare, self.more = parts.config, parts.objective, parts.inputs, parts.batch or {}
         self.dtype, mesh = encoders.dtype(setting.compute_dtype), setting.mesh
         lr = warmup_cosine(1e-4, 1000, 10)
         tx = self.config.optim.transform(lr, parts.lr_scales)
@@ -121,13 +140,17 @@ class Program:
 
     def batch(self) -> dict:
         """Random images and labels in place of a pipeline's, on the host."""
-        return datasets.synthetic_batch(self.config.image_size, self.config.channels, self.setting.batch_size)
+        size = self.setting.batch_size
+        batch = datasets.synthetic_batch(self.config.image_size, self.config.channels, size)
+        return batch | {key: np.zeros((size, *shape), kind) for key, (shape, kind) in self.more.items()}
 
     def compile(self):
         """Makes `step` and `compile_seconds` from shapes and shardings."""
         struct = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         state, split = jax.tree.map(struct, self.shapes, self.shardings), sharding.batch_sharding(self.setting.mesh)
         shapes = datasets.batch_shapes(self.config.image_size, self.config.channels, self.setting.batch_size)
+        size = self.setting.batch_size
+        shapes |= {key: jax.ShapeDtypeStruct((size, *shape), kind) for key, (shape, kind) in self.more.items()}
         batch = {key: struct(x, split) for key, x in shapes.items()}
         start = time.perf_counter()
         self.step = self._step.lower(state, batch).compile()
@@ -149,6 +172,7 @@ class Program:
             "argument_bytes": argument,
             "activation_bytes_per_image": temp * devices / batch_size if memory else None,
             "step_memory_bytes": temp + argument if memory else None,
+            "communication": estimates.communication(self.step.as_text(), devices),
             "compile_s": self.compile_seconds,
         }
 

@@ -113,8 +113,9 @@ def compiled(asked: Asked, spec: str, per_device: int) -> dict:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {**found, "memory_bytes": said_to_need(str(error))}
-    rows = estimates.rows(program.step.as_text(), target.chip, len(devices))
-    return {**found, **memory(program.step), **estimates.summed(rows), "compile_s": program.compile_seconds}
+    text, told = program.step.as_text(), {**memory(program.step), "compile_s": program.compile_seconds}
+    rows = estimates.rows(text, target.chip, len(devices))
+    return {**found, **told, **estimates.summed(rows), "communication": estimates.communication(text, len(devices))}
 
 
 def memory(step) -> dict:

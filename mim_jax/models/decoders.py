@@ -93,10 +93,11 @@ class Upsample(nn.Module):
 
     features: int
     dtype: Any = jnp.float32
+    kernel_init: Any = fan_in
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", fan_in, (x.shape[-1], 4 * self.features))
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], 4 * self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
         return rearrange(y, "r y x (i j d) -> r (y i) (x j) d", i=2, j=2) + bias

@@ -77,6 +77,10 @@ class Encoder(nn.Module):
         """{path: values} of constants here that another encoder of the family may learn, and then starts from."""
         return {}
 
+    def adopted(self, params: dict) -> dict:
+        """{path: array} of another encoder, below `encoder/` -> the same as they lie here, where a table has other entries."""
+        return params
+
     def flops(self, kept: int | None = None) -> int:
         """Forward FLOPs per image, with `kept` units visible or all of them."""
         raise NotImplementedError

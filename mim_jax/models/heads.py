@@ -26,7 +26,7 @@ bounded_gradient.defvjp(lambda x: (x, None), bounded)
 
 
 class BatchNorm(nn.Module):
-    """[b ... d] -> [b ... d]: each channel to mean 0 and variance 1, without scale and shift, in float32.
+    """[b ... d] -> [b ... d]: each channel to mean 0 and variance 1, in float32; with scale and shift if `affine`.
 
     While training: over the whole (global) batch, and the running statistics follow with momentum .9 (torch's .1). A batch is
     normalised by its biased variance (over n). The running variance follows the `unbiased` one (over n - 1), as torch's
@@ -34,14 +34,22 @@ class BatchNorm(nn.Module):
     """
 
     unbiased: bool = True
+    affine: bool = False
+    eps: float = EPS
 
     @nn.compact
     def __call__(self, x, train: bool):
-        x = x.astype(jnp.float32)
+        x = self.normalised(x.astype(jnp.float32), train)
+        if not self.affine:
+            return x
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        return x * scale + self.param("bias", nn.initializers.zeros, x.shape[-1:])
+
+    def normalised(self, x, train: bool):
         mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
         var = self.variable("batch_stats", "var", jnp.ones, x.shape[-1:])
         if not train:
-            return (x - mean.value) * jax.lax.rsqrt(var.value + EPS)
+            return (x - mean.value) * jax.lax.rsqrt(var.value + self.eps)
         axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
         batch_mean = x.mean(axes)
         centred = x - batch_mean
@@ -50,7 +58,7 @@ class BatchNorm(nn.Module):
             followed = batch_var * (count / max(count - 1, 1)) if self.unbiased else batch_var
             mean.value = MOMENTUM * mean.value + (1 - MOMENTUM) * batch_mean
             var.value = MOMENTUM * var.value + (1 - MOMENTUM) * followed
-        return centred * jax.lax.rsqrt(batch_var + EPS)
+        return centred * jax.lax.rsqrt(batch_var + self.eps)
 
 
 class Linear(nn.Module):

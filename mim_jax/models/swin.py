@@ -113,8 +113,7 @@ class Swin(Encoder):
     def __post_init__(self):
         """Raises ConfigError for sizes that no Swin can have."""
         super().__post_init__()
-        if len(self.heads) != len(self.depths) or not self.depths:
-            raise ConfigError(f"encoder.depths={self.depths} and encoder.heads={self.heads} need one number per stage each")
+        self.check_stages()
         if any(g % self.side for g in self.grid):
             h, w = self.image_size
             raise ConfigError(
@@ -122,9 +121,18 @@ class Swin(Encoder):
                 f"{len(self.depths)} stages covers"
             )
 
-    def setup(self):
+    def check_stages(self):
+        """Raises ConfigError unless every stage has its heads."""
+        if len(self.heads) != len(self.depths) or not self.depths:
+            raise ConfigError(f"encoder.depths={self.depths} and encoder.heads={self.heads} need one number per stage each")
+
+    def embedding(self):
+        """For `setup`."""
         self.patch_embed = Dense(self.width, self.dtype)
         self.patch_norm = LayerNorm(self.dtype, self.norm_eps)
+
+    def setup(self):
+        self.embedding()
         first, total = 0, sum(self.depths)
         for i, depth in enumerate(self.depths):
             rates = tuple(self.drop_path * (first + j) / max(total - 1, 1) for j in range(depth))

@@ -17,7 +17,8 @@ from mim_jax.models.self_attention import Attention
 from mim_jax.sections import BelowOne, Count, Natural, NotNegative, Positive
 from mim_jax.tokens import Visible, keep, patchify
 
-POSITIONS = ("rpe", "absolute", "learned", "shared_bias", "layer_bias")
+POSITIONS = ("rpe", "absolute", "learned", "shared_bias", "layer_bias", "learned_layer_bias")
+LEARNED, OWN_BIAS = ("learned", "learned_layer_bias"), ("layer_bias", "learned_layer_bias")
 
 
 class Block(nn.Module):
@@ -64,7 +65,8 @@ class ViT(Encoder):
 
     position: "rpe" (iRPE in every block, nothing added to tokens), "absolute" (a fixed sin-cos table is added),
     "learned" (the same table as a trainable parameter, cls row included, as timm fine-tunes it), "shared_bias" (one
-    relative-position bias that every block adds to its logits), "layer_bias" (one of each block's own).
+    relative-position bias that every block adds to its logits), "layer_bias" (one of each block's own), "learned_layer_bias"
+    (both, as released segmentation has it).
 
     Where a method takes `ids`, the images are parts of larger ones: ids [r n] are the places of their patches in `grid`.
     """
@@ -85,13 +87,13 @@ class ViT(Encoder):
         choice("encoder.qkv_bias", self.qkv_bias, ("all", "qv"))
         self.patch_embed = Dense(self.width, self.dtype)
         self.cls_token = self.param("cls_token", token_init, (1, 1, self.width))
-        if self.position == "learned":
+        if self.position in LEARNED:
             self.pos_embed = self.param("pos_embed", lambda _: jnp.asarray(sincos_table(self.width, self.grid, cls=True))[None])
         if self.position == "shared_bias":
             shape = (relative_bias.entries(self.grid), self.heads)
             self.relative_bias = self.param("relative_bias", nn.initializers.zeros, shape)
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
-        options = (self.position == "layer_bias", self.qkv_bias, self.layer_scale, self.dtype)
+        options = (self.position in OWN_BIAS, self.qkv_bias, self.layer_scale, self.dtype)
         for i in range(self.depth):
             rate = self.drop_path * i / max(self.depth - 1, 1)  # linear in depth, as timm's
             setattr(self, f"block_{i:02d}", block(self.heads, self.mlp_ratio, self.relative, rate, *options))
@@ -109,6 +111,7 @@ class ViT(Encoder):
     def tables(self) -> dict[str, tuple[int, int]]:
         own = [f"block_{i:02d}/attn/relative_bias" for i in range(self.depth)]
         paths = {"learned": ["pos_embed"], "shared_bias": ["relative_bias"], "layer_bias": own}
+        paths["learned_layer_bias"] = [*paths["learned"], *own]
         return dict.fromkeys(paths.get(self.position, ()), self.grid)
 
     def fixed_tables(self):
@@ -132,7 +135,7 @@ class ViT(Encoder):
         """-> [n d], or [r n d] of the places `ids` [r n], or 0 where nothing is added to patch tokens."""
         if self.position == "absolute":
             table = jnp.asarray(sincos_table(self.width, self.grid), self.dtype)
-        elif self.position == "learned":
+        elif self.position in LEARNED:
             table = self.pos_embed[0, 1:].astype(self.dtype)
         else:
             return 0
@@ -140,7 +143,7 @@ class ViT(Encoder):
 
     def with_cls(self, tokens):
         """[r n d] -> [r 1+n d]: the cls token (with its position, where it has one) comes first."""
-        cls = self.cls_token + (self.pos_embed[:, :1] if self.position == "learned" else 0)
+        cls = self.cls_token + (self.pos_embed[:, :1] if self.position in LEARNED else 0)
         return jnp.concatenate([jnp.broadcast_to(cls.astype(tokens.dtype), (tokens.shape[0], 1, self.width)), tokens], 1)
 
     def encode(self, tokens, taps: Sequence[int] = (), *, view=None, ids=None, late=None, decouple=False, train=False):
@@ -169,7 +172,7 @@ class ViT(Encoder):
             if ids is not None:
                 there = jnp.pad(ids + 1, ((0, 0), (1, 0)))  # cls comes first
                 buckets = buckets[there[:, :, None], there[:, None, :]]
-        if self.position in ("shared_bias", "layer_bias"):
+        if self.position in ("shared_bias", *OWN_BIAS):
             bias = relative_bias.RelativeBias(self.grid, view, ids)
             bias = bias.of(self.relative_bias) if self.position == "shared_bias" else bias
         return buckets, bias

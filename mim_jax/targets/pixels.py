@@ -32,11 +32,16 @@ class Normaliser:
         mean = images.mean((1, 2, 3), keepdims=True)
         return mean, jnp.maximum(images.std((1, 2, 3), keepdims=True), 1 / 255)
 
-    def __call__(self, images):
-        """uint8 [b h w c] -> float32 [b h w c]."""
+    def __call__(self, images, shown=None):
+        """uint8 [b h w c] -> float32 [b h w c]. shown [b 2]: how many rows and columns of each there are; beyond them it is
+        padding, and 0."""
         images = images.astype(jnp.float32) / 255
         mean, std = self.statistics(images)
-        return (images - mean) / std
+        normalised = (images - mean) / std
+        if shown is None:
+            return normalised
+        rows, columns = (jnp.arange(side) < shown[:, i, None] for i, side in enumerate(images.shape[1:3]))
+        return jnp.where(rows[:, :, None, None] & columns[:, None, :, None], normalised, 0)
 
     def undo(self, normalised, images):
         """float32 [b h w c] -> [b h w c] in [0, 1], by the statistics of the uint8 `images` it came from."""

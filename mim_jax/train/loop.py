@@ -119,4 +119,5 @@ def report(logger: Logger, step: int, name: str, scalars: dict, images: dict):
     logger.scalars(step, scalars)
     logger.images(step, images)
     if scalars:
-        logger.say(f"step {step:>7} {name}: " + "  ".join(f"{key} {value:.4f}" for key, value in scalars.items()))
+        told = {key: value for key, value in scalars.items() if "/iou/" not in key}  # of each class: the log has them
+        logger.say(f"step {step:>7} {name}: " + "  ".join(f"{key} {value:.4f}" for key, value in told.items()))

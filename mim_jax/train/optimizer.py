@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class AdamW(Optim):
     b2: BelowOne
     no_decay: tuple[str, ...]
     clip_norm: NotNegative
+    decay_vectors: ClassVar[bool] = False  # whether biases and norms, which have one axis, decay too
 
     def check(self):
         super().check()
@@ -57,7 +58,7 @@ class AdamW(Optim):
     def transform(self, lr, lr_scales=None) -> optax.GradientTransformation:
         """`lr` a function of the step; `lr_scales`: path -> what the learning rate of this parameter is multiplied by."""
         return adamw(lr, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay, no_decay=self.no_decay,
-                     clip_norm=self.clip_norm, lr_scales=lr_scales)  # fmt: skip
+                     clip_norm=self.clip_norm, lr_scales=lr_scales, vectors=self.decay_vectors)  # fmt: skip
 
 
 class Lars(Optim):
@@ -74,9 +75,10 @@ class Lars(Optim):
 OPTIMIZERS = {"adamw": AdamW, "lars": Lars}
 
 
-def decays(path: str, leaf, no_decay=()) -> bool:
-    """timm's rule: everything with more than one axis, tokens [1 1 d] included, unless a pattern exempts it."""
-    return leaf.ndim > 1 and not tree.matches(no_decay, path)
+def decays(path: str, leaf, no_decay=(), vectors: bool = False) -> bool:
+    """timm's rule: everything with more than one axis, tokens [1 1 d] included, unless a pattern exempts it; with `vectors`
+    what has one axis too."""
+    return (vectors or leaf.ndim > 1) and not tree.matches(no_decay, path)
 
 
 def lr_scale(path: str, encoder: Encoder, layer_decay: float) -> float:
@@ -84,16 +86,17 @@ def lr_scale(path: str, encoder: Encoder, layer_decay: float) -> float:
     return layer_decay ** (encoder.layers + 1 - encoder.layer_of(path))
 
 
-def adamw(lr, *, b1: float, b2: float, weight_decay: float, no_decay=(), clip_norm: float = 0.0, lr_scales=None):
+def adamw(
+    lr, *, b1: float, b2: float, weight_decay: float, no_decay=(), clip_norm: float = 0.0, lr_scales=None, vectors: bool = False
+):
     """AdamW as torch has it: decoupled decay, scaled by the learning rate; eps 1e-8 outside the root.
 
-    `lr` is a function of the step; `lr_scales` a function of the path (layer-wise decay), applied to the whole update.
+    `lr` is a function of the step; `lr_scales` a function of the path (layer-wise decay), applied to the whole update;
+    `vectors`: see `decays`.
     """
+    decay = lambda params: tree.map_named(lambda p, x: decays(p, x, no_decay, vectors), params)
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    parts += [
-        scale_by_adam(b1, b2),
-        optax.add_decayed_weights(weight_decay, lambda params: tree.map_named(lambda p, x: decays(p, x, no_decay), params)),
-    ]
+    parts += [scale_by_adam(b1, b2), optax.add_decayed_weights(weight_decay, decay)]
     if lr_scales is not None:
         parts.append(scale_by_path(lr_scales))
     return optax.chain(*parts, optax.scale_by_learning_rate(lr))

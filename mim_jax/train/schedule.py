@@ -31,7 +31,18 @@ class Steps(Section):
         return warmup_constant(peak, total, warmup, self.milestones, self.milestone_rate, self.warmup_start)
 
 
-SCHEDULES = {"cosine": Cosine, "steps": Steps}
+class Poly(Section):
+    """Keys beside `optim.schedule=poly`."""
+
+    power: Positive
+    warmup_start: Share
+
+    def __call__(self, peak: float, total: float, warmup: float):
+        """-> lr(step)."""
+        return warmup_poly(peak, total, warmup, self.power, self.warmup_start)
+
+
+SCHEDULES = {"cosine": Cosine, "steps": Steps, "poly": Poly}
 
 
 def warmup_cosine(peak: float, total_steps: float, warmup_steps: float, min_lr: float = 0.0):
@@ -60,6 +71,17 @@ def warmup_constant(peak: float, total_steps: float, warmup_steps: float, milest
         step = jnp.asarray(step, jnp.float32)
         passed = sum(jnp.where(step >= share * total_steps, 1, 0) for share in milestones)
         return jnp.where(step < warmup_steps, warm_up(step, peak, warmup_steps, start), peak * rate**passed)
+
+    return lr
+
+
+def warmup_poly(peak: float, total_steps: float, warmup_steps: float, power: float = 1.0, start: float = 0.0):
+    """peak * (1 - step / total)^power, multiplied during the warm-up by a line from `start` to 1 (mmsegmentation's)."""
+
+    def lr(step):
+        step = jnp.asarray(step, jnp.float32)
+        left = jnp.clip((total_steps - step) / total_steps, 0, 1) ** power  # exact in the last steps, as 1 - x is not
+        return peak * left * jnp.where(step < warmup_steps, warm_up(step, 1.0, warmup_steps, start), 1)
 
     return lr
 

@@ -324,8 +324,8 @@ def coordinates(encoder: Swin, which, stage: int):
     return units[np.asarray(which.ids[0])].reshape(-1, 2)
 
 
-def swin_of(case: Case, prefix: str, **options) -> Swin:
-    """The Swin of a case, by the shapes of its parameters, whose names begin with `prefix`."""
+def swin_of(case: Case, prefix: str, kind=Swin, **options) -> Swin:
+    """The Swin of a case, of class `kind`, by the shapes of its parameters, whose names begin with `prefix`."""
     at = lambda name: case[f"param/{prefix}{name}"]
     width, channels, patch, _ = at("patch_embed.proj.weight").shape
     stage = re.escape(prefix) + r"layers\.(\d+)\."
@@ -334,7 +334,7 @@ def swin_of(case: Case, prefix: str, **options) -> Swin:
     tables = [at(f"layers.{i}.blocks.0.attn.relative_position_bias_table").shape for i in range(stages)]
     mlp = at("layers.0.blocks.0.mlp.fc1.weight").shape[0] / width
     h, w = case.released_images.shape[-2:]
-    return Swin(
+    return kind(
         grid=(h // patch, w // patch),
         patch=patch,
         channels=channels,

@@ -116,6 +116,7 @@ def describe(runs: list[dict], to: str, written: Written, encoder_only: bool, we
     method = origin["from"] if imported else config.get("method") or meta.get("ancestor", {}).get("method", "unknown")
     by = "mean" if config.encoder.kind == "swin" else "mean or cls"
     pooling = POOLING[config.pool] if config.job == "finetune" else f"none: after the final norm, by {by}"
+    pooling = "none: maps of a detector" if config.job == "detect" else pooling
     earlier = without_places(runs[1]["config"]) if len(runs) > 1 and not runs[1].get("origin") else {}
     facts = dict(
         format="pt", written_by="mim_jax", layout=to, encoder_only=encoder_only, weights=weights, method=method,

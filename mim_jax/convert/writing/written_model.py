@@ -7,7 +7,7 @@ import numpy as np
 
 from mim_jax import tree
 from mim_jax.config import ConfigError
-from mim_jax.convert import names, tables
+from mim_jax.convert import detector_names, names, tables
 
 ANY = "--to=npz writes it under this project's names"
 # What a file holds, by our paths. A fine-tuned encoder that pools by the mean has its norm after it.
@@ -55,11 +55,15 @@ def npz(config, params: dict, encoder_only: bool = False) -> Written:
 
 
 def safetensors(config, params: dict, encoder_only: bool = False) -> Written:
-    """The names and layouts of the method's released code (of iRPE: docs/irpe_vit.md).
+    """The names and layouts of the method's released code (of iRPE: docs/irpe_vit.md), of a detector those of detectron2.
 
     Its fixed tables are written with a pretraining. BEiT's tokenizer is a model of its own. Raises ConfigError for what has
     no released names.
     """
+    if config.job == "detect":
+        taken, left = choose(params, ENCODER if encoder_only else "")
+        rules = detector_names.detector(3 if config.detector.cascade else 1)
+        return Written(released(taken, rules, config.encoder.patch, "safetensors"), left, {})
     pretraining, tuned = config.job == "pretrain", config.job == "finetune"
     rules = names.released_rules(config) if pretraining or tuned else None
     if rules is None:

@@ -1,0 +1,69 @@
+"""On the card: how long whole steps take, and how far from that their compilers' estimates were."""
+
+import concurrent.futures
+import json
+import pathlib
+
+import jax
+
+from mim_jax.chips import estimates
+from mim_jax.chips.chip import GPUS
+from mim_jax.config import ConfigError
+from mim_jax.jobs.step_costs import Subject, in_turn
+from mim_jax.jobs.step_program import Setting
+
+RESULTS = pathlib.Path(__file__).resolve().parents[2] / "results"
+BASE = ("configs/lomar_vitb.py", "configs/mae_vitb.py", "configs/localmim_vitb.py", "configs/localmim_swinb.py")
+LARGE = ("configs/lomar_vitb.py:variant=L/16", "configs/mae_vitb.py:variant=L/16")
+AT_448 = ("configs/lomar_vitb.py:size=448", "configs/mae_vitb.py:size=448")
+TOY = {"base": (BASE[0] + ":toy", BASE[3] + ":toy"), "large": (), "at_448": (AT_448[1] + ",toy",)}
+GROUPS = {"base": (BASE, 64), "large": (LARGE, 64), "at_448": (AT_448, 32)}  # and images a step
+
+
+def group(name: str, toy: bool, tell):
+    """One of GROUPS."""
+    specs, batch_size = GROUPS[name]
+    if toy and not (specs := TOY[name]):
+        return tell({"skipped": "nothing of it is tiny"})
+    tell(measure(specs, *((8, "float32", 1) if toy else (batch_size, "bfloat16", 20))))
+
+
+def measure(specs, batch_size: int, dtype: str, steps: int) -> dict:
+    """All compiled at once, which takes a card's host many cores and little time, then run in turn."""
+    setting = Setting(batch_size, dtype)
+    with concurrent.futures.ThreadPoolExecutor(len(specs)) as pool:
+        found = {spec: pool.submit(Subject, spec, setting) for spec in specs}
+    failed = {spec: str(f.exception()).splitlines()[0][:300] for spec, f in found.items() if f.exception()}
+    subjects = [f.result() for f in found.values() if not f.exception()]
+    if not subjects:
+        raise ConfigError(f"no step could be compiled: {failed}")
+    report = in_turn(subjects, steps)
+    chip = chip_of(jax.devices()[0].device_kind)
+    report["results"] = [r | beside_estimates(r, s, chip) for r, s in zip(report["results"], subjects)]
+    return {"batch_size": batch_size, "compute_dtype": dtype, "failed": failed, **report}
+
+
+def chip_of(kind: str):
+    """The figures of the card that calls itself so, or None."""
+    words = kind.lower().replace("rtx ", "rtx").replace("-", " ").split()
+    long_first = sorted(GPUS, key=len, reverse=True)
+    return next((GPUS[name] for name in long_first if set(name.split("-")) <= set(words)), None)
+
+
+def beside_estimates(result: dict, subject: Subject, chip) -> dict:
+    """The share of the card's peak; the step's time over the estimate of this very program, and over those recorded for an
+    H100, made without one, at this number of images."""
+    seconds, found = result["step_median_s"], {"recorded_estimates_s": recorded(subject.spec, subject.setting.batch_size)}
+    if chip:
+        found["model_flops_share"] = result["flops_per_second"] / chip.peak
+        told = estimates.summed(estimates.rows(subject.step.as_text(), chip, subject.setting.mesh.size))
+        found |= {"estimate": told, "step_of_estimate": seconds / told["step_s"]}
+    found["step_of_recorded_estimates"] = {name: seconds / s for name, s in found["recorded_estimates_s"].items()}
+    return found
+
+
+def recorded(spec: str, batch_size: int, folder=RESULTS) -> dict:
+    """{file: seconds} of reports of `benchmark --compile_only --target=h100` on this config and number of images."""
+    files = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*_h100.json"))}
+    pairs = [(name, r) for name, report in files.items() if report.get("target") == "h100" for r in report["results"]]
+    return {name: r["step_s"] for name, r in pairs if (r["config"], r["per_device"]) == (spec, batch_size) and "step_s" in r}

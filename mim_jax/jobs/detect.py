@@ -1,0 +1,112 @@
+"""`job=detect`: the encoder of a run as the backbone of a detector, trained end to end on boxes and masks."""
+
+from etils import epath
+
+from mim_jax.assemble import datasets, encoders, inheritance, weights
+from mim_jax.assemble.inputs import labelled_inputs
+from mim_jax.config import ConfigDict, ConfigError
+from mim_jax.figures.detections import draw_batch
+from mim_jax.figures.sheet import write_png
+from mim_jax.jobs import training
+from mim_jax.jobs.finetune import LayerwiseAdamW
+from mim_jax.objectives.mask_rcnn import MaskRCNN
+from mim_jax.runs import saved
+from mim_jax.sections import BelowOne, Natural, build, defaults, kept, nested, one_of, read
+from mim_jax.tokens import grid_size
+from mim_jax.train.experiment import Start
+
+FROM_A_VIT = weights.Taken("^encoder/", fresh=(r"^(?!encoder/)", r"/rel_pos_[hw]$"), left=(r"^encoder/(norm/|cls_token$)",))
+
+
+class DetectionAdamW(LayerwiseAdamW):
+    """AdamW of detectron2's ViTDet: biases, channel norms and relative positions decay as all else, but for `no_decay`."""
+
+    decay_vectors = True
+
+
+class Detection(training.Training):
+    """window: of blocks, 0: all are global; global_blocks: how many are, evenly spaced, the last among them. detector: the
+    settings of objectives/mask_rcnn.py."""
+
+    scratch: bool
+    window: Natural
+    global_blocks: Natural
+    drop_path: BelowOne
+    detector: ConfigDict = kept(lambda config: MaskRCNN)
+    data: datasets.DetectionData = nested(datasets.DetectionData)
+    optim: DetectionAdamW = one_of("name", {"adamw": DetectionAdamW})
+
+    def check(self):
+        super().check()
+        side = 2 * self.encoder.get("patch", 16)
+        self.require(not any(s % side for s in self.image_size), "image_size", f"is not divisible by two patches, {side} px")
+
+    def detector_of(self, classes: int) -> MaskRCNN:
+        """Raises ConfigError for settings that cannot be, before any compute."""
+        given = dict(encoder=self.made(), classes=classes, objects=self.data.objects, dtype=encoders.dtype(self.compute_dtype))
+        return build(MaskRCNN, self.detector, "detector.", **given)
+
+
+def run(settings: ConfigDict, workdir: epath.Path) -> dict:
+    """-> the last numbers of the run."""
+    source = inheritance.source_of(settings, workdir)
+    completed = adapt(inheritance.inherit(settings, source.config), source.config)
+    config = read(Detection, completed)
+    mesh, images = training.devices(config), config.opened(config.data.train_split).trainable()
+    made = config.detector_of(images.num_classes)
+    begin = Start() if saved.has_checkpoint(workdir) else start(config, source, made, mesh)
+    e = training.experiment(
+        config,
+        completed,
+        objective=made,
+        inputs=labelled_inputs(made, config.normaliser()),
+        source=images,
+        start=begin,
+        mesh=mesh,
+        averaged=config.optim.average > 0,
+        lr_scales=config.optim.scales(made.encoder),
+        preview=lambda folder, batch: write_png(draw_batch(batch, images.class_names), folder / "augmented.png"),
+    )
+    return training.run(e, workdir, settings.to_dict(), defaults(Detection, completed))
+
+
+def adapt(settings: ConfigDict, source: ConfigDict) -> ConfigDict:
+    """The encoder of the run as a backbone: its blocks in windows, its positions resized in every forward pass.
+
+    iRPE stays what it is; a ViT that adds positions gets relative ones per axis as well, as ViTDet has it. Raises ConfigError
+    for an encoder that cannot be one.
+    """
+    e = settings.encoder
+    if e.kind not in ("vit", "vitdet") or e.get("position") not in ("rpe", "absolute", "learned", "decomposed"):
+        words = f"kind={e.kind}" + (f", position={e.position}" if "position" in e else "")
+        raise ConfigError(f"job=detect takes a ViT with iRPE or with positions that are added; {words} is no such encoder")
+    depth, count = e.depth, settings.global_blocks if settings.window else e.depth
+    if count > depth:
+        raise ConfigError(f"global_blocks={count} is more than the {depth} blocks of the encoder")
+    if e.kind == "vit":
+        table = grid_size(tuple(source.image_size), e.patch)
+        own = {key: e[key] for key in ("patch", "width", "depth", "heads", "mlp_ratio")}
+        position = "rpe" if e.position == "rpe" else "decomposed"
+        span = max(grid_size(tuple(settings.image_size), e.patch))
+        settings.encoder = ConfigDict(dict(kind="vitdet", position=position, table=table, span=span, **own))
+    changed = dict(window=settings.window or 14, global_blocks=spaced(depth, count), drop_path=settings.drop_path)
+    settings.encoder.update(changed)
+    return settings
+
+
+def spaced(depth: int, count: int) -> tuple[int, ...]:
+    """`count` of the blocks, evenly spaced, the last among them: 2 5 8 11 of 12."""
+    return tuple((k + 1) * depth // count - 1 for k in range(count))
+
+
+def start(config: Detection, source: saved.Saved, made: MaskRCNN, mesh) -> Start:
+    """The weights of the run at `init_from`, unless all are to be fresh. Raises ConfigError (CheckpointError)."""
+    if config.scratch:
+        return Start()
+    there, taken, section = source.config, FROM_A_VIT, source.config.encoder
+    if there.job == "detect":
+        section = config.encoder
+        same = there.get("classes") == made.classes
+        taken = weights.ALL if same else weights.Taken(r"^(encoder|pyramid|region_proposals)/", fresh=(r"^(box|mask)_head",))
+    replace, words = weights.taken_over(source, made, section, mesh, taken)
+    return Start(replace, words, source.ancestry())

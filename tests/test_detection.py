@@ -1,0 +1,190 @@
+"""Detectors: recorded tensors, sizes and optimiser groups of the published ones, and their parts against brute force."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity
+import pytest
+from recorded import Case, from_released
+
+from mim_jax import tree
+from mim_jax.assemble import weights
+from mim_jax.assemble.encoders import encoder
+from mim_jax.boxes import coding, instance_masks, matching, sampling, suppression
+from mim_jax.config import ConfigDict, ConfigError
+from mim_jax.convert import detector_names, names
+from mim_jax.convert.layouts import our_shape
+from mim_jax.jobs import detect
+from mim_jax.models.posembed import sincos_table
+from mim_jax.models.vit import ViT
+from mim_jax.models.vitdet import ViTDet
+from mim_jax.objectives.mask_rcnn import MaskRCNN
+from mim_jax.train.optimizer import decays, lr_scale
+from mim_jax.train.schedule import Steps
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+GOLDEN = REPO / "tests" / "golden"
+FACTS = json.loads((GOLDEN / "opt_facts_vitdet.json").read_text())
+CASES = ("vitdet_vit_tiny_nonsquare", "vitdet_irpe_tiny", "roialign_tiny", "inference_tiny", "cascade_tiny", "vitdet_full_tiny")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_tensors(case):
+    found = parity.compare(str(GOLDEN / f"{case}.npz"))
+    assert found["passed"], (found["failed"], found["not_compared"], found["errors"])
+
+
+@pytest.mark.parametrize("case,stages", [("vitdet_full_tiny", 1), ("cascade_tiny", 3)])
+def test_released_names_lead_back(case, stages):
+    """What export writes under detectron2's names is what was read under them, to the bit."""
+    recorded = Case(str(GOLDEN / f"{case}.npz")).under("param/")
+    rules = detector_names.detector(stages) if stages == 1 else detector_names.heads("^", stages)
+    ours = tree.flatten(from_released(recorded, rules))
+    back = names.to_released_state(ours, rules, patch=16)
+    assert back.keys() == recorded.keys()
+    for name, x in back.items():
+        np.testing.assert_array_equal(x, recorded[name], err_msg=name)
+
+
+LARGE = dict(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23))
+
+
+@pytest.mark.parametrize(
+    "sizes,cascade,count", [({}, False, 110_895_792), (LARGE, False, 330_684_656), ({}, True, 141_160_990)]
+)
+def test_sizes_and_optimiser_groups_are_the_published_ones(sizes, cascade, count):
+    """Every parameter of detectron2's detector has its place here, decays as there, and learns at that layer's rate."""
+    e = ViTDet(grid=(64, 64), **sizes)
+    made = MaskRCNN(e, cascade=cascade)
+    params = tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))["params"])
+    assert tree.count(params) == count
+    if sizes:
+        return
+    no_decay = (r"^encoder/block_\d+/norm\d/", r"^encoder/pos_embed$")
+    rules, seen = detector_names.detector(3 if cascade else 1), set()
+    for name, fact in FACTS["vitdet_b_cascade/param_groups" if cascade else "vitdet_b/param_groups"].items():
+        path, layout = names.our_name(name, rules)
+        seen.add(path)
+        assert (0.1 if decays(path, params[path], no_decay, vectors=True) else 0.0) == fact["weight_decay"], name
+        assert lr_scale(path, e, 0.7) == pytest.approx(fact["lr_scale"], rel=1e-9), name
+        shape = FACTS["vitdet_b/shapes"].get(name)
+        if shape and not cascade:
+            assert our_shape(tuple(shape), layout) == params[path].shape, name
+    assert seen == params.keys()
+
+
+def test_the_schedule_is_detectron2s():
+    facts = FACTS["vitdet_b/lr_multiplier"]
+    shares = tuple(step / facts["max_iter"] for step in facts["milestones"])
+    lr = Steps(warmup_start=facts["warmup_factor"], milestones=shares, milestone_rate=0.1)
+    lr = lr(1.0, facts["max_iter"], facts["warmup_iters"])
+    for step, expected in facts["iteration_multiplier"]:
+        assert float(lr(step)) == pytest.approx(expected, rel=1e-6), step
+
+
+@pytest.mark.parametrize("position", ["rpe", "absolute", "learned"])
+def test_a_vit_becomes_a_backbone(position):
+    """Every parameter of the new encoder but relative positions per axis is one of the old, as it was."""
+    sizes = dict(patch=4, width=8, depth=4, heads=2, mlp_ratio=4.0)
+    vit = ViT((4, 5), channels=1, position=position, **sizes)
+    own = jax.jit(vit.init)(jax.random.key(0), jnp.zeros((1, 16, 20, 1)))["params"]
+    loaded = {f"encoder/{path}": x for path, x in tree.flatten(own).items()}
+    settings = dict(encoder=dict(kind="vit", position=position, **sizes), image_size=(32, 24))
+    settings = detect.adapt(
+        ConfigDict(settings | dict(window=3, global_blocks=2, drop_path=0.1)), ConfigDict(dict(image_size=(16, 20)))
+    )
+    made = encoder(settings.encoder, (32, 24), 1)
+    assert (made.global_blocks, made.window, made.span) == ((1, 3), 3, 8)
+    fitted, _ = weights.fit_tables(loaded, vit, made)
+    wanted = jax.eval_shape(lambda: made.init(jax.random.key(0), jnp.zeros((1, 32, 24, 1))))["params"]
+    fresh = set()
+    for path, x in tree.flatten(wanted).items():
+        found = fitted.get(f"encoder/{path}")
+        if found is None:
+            fresh.add(path.rsplit("/", 1)[1])
+            continue
+        assert found.shape == x.shape, path
+        before = loaded.get(f"encoder/{path}")
+        if before is not None:
+            np.testing.assert_array_equal(found, before[..., : found.shape[-1]])
+    assert fresh == (set() if position == "rpe" else {"rel_pos_h", "rel_pos_w"})
+    if position == "absolute":
+        np.testing.assert_array_equal(fitted["encoder/pos_embed"][0], sincos_table(8, (4, 5), cls=True))
+
+
+@pytest.mark.parametrize("e", [dict(kind="swin"), dict(kind="vit", position="shared_bias")])
+def test_other_encoders_are_refused(e):
+    with pytest.raises(ConfigError, match="is no such encoder"):
+        detect.adapt(ConfigDict(dict(encoder=e)), ConfigDict())
+
+
+def test_global_blocks_are_spaced_evenly():
+    assert detect.spaced(12, 4) == (2, 5, 8, 11) and detect.spaced(24, 4) == (5, 11, 17, 23)
+    assert detect.spaced(32, 4) == (7, 15, 23, 31) and detect.spaced(4, 0) == () and detect.spaced(3, 3) == (0, 1, 2)
+
+
+def random_boxes(key, n: int):
+    corner, side = jax.random.uniform(key, (2, n, 2)) * jnp.asarray([[[60.0]], [[30.0]]])
+    return jnp.concatenate([corner, corner + side], -1)
+
+
+def test_suppression_is_the_greedy_one():
+    boxes, there = random_boxes(jax.random.key(0), 200), jnp.arange(200) % 7 > 0
+    overlap = np.asarray(coding.pairwise_iou(boxes, boxes))
+    kept = []
+    for i in np.flatnonzero(there):
+        if not (overlap[i, kept] > 0.3).any():
+            kept.append(i)
+    found = jax.jit(lambda b, t: suppression.kept(b, t, 0.3))(boxes, there)
+    np.testing.assert_array_equal(np.flatnonzero(found), kept)
+    assert 20 < len(kept) < 120
+
+
+def test_class_wise_suppression_takes_the_best_first_and_ties_in_order():
+    k, boxes = 3, random_boxes(jax.random.key(1), 60)
+    scores = np.round(np.random.default_rng(0).random((60, k)), 1).astype(np.float32)  # many ties
+    overlap, expected = np.asarray(coding.pairwise_iou(boxes, boxes)), []
+    for place in np.argsort(-scores.reshape(-1), kind="stable"):
+        row, column = divmod(int(place), k)
+        if all(c != column or not overlap[row, r] > 0.5 for r, c in expected):
+            expected.append((row, column))
+    row, column, found = suppression.best(boxes[:, None], jnp.asarray(scores), 100, 0.5)
+    assert list(zip(row.tolist(), column.tolist()))[: len(expected[:100])] == expected[:100] and found[: len(expected)].all()
+    _, _, found = suppression.best(boxes[:2, None], jnp.full((2, k), -jnp.inf), 5, 0.5)
+    assert not found.any()
+
+
+def test_a_draw_has_no_box_twice_and_at_most_its_share_of_positive_ones():
+    rng = np.random.default_rng(0)
+    kinds = rng.permutation(np.repeat([0, 1, 2], [40, 25, 35]))  # positive, ignored, negative
+    draw = jax.jit(lambda noise, size, most: sampling.draw(kinds == 0, kinds == 2, noise, size, most), static_argnums=(1, 2))
+    drawn = [draw(rng.random(100, np.float32), 30, 10) for _ in range(20)]
+    for d in drawn:
+        assert len(set(d.index.tolist())) == 30 and d.sampled.all() and d.positive.sum() == 10
+        assert (kinds[d.index[:10]] == 0).all() and (kinds[d.index[10:]] == 2).all()
+    assert len({tuple(d.index.tolist()) for d in drawn}) == 20
+    d = draw(rng.random(100, np.float32), 90, 50)  # more than there are: 40 and 35
+    assert d.sampled.sum() == 75 and d.positive.sum() == 40 and len(set(d.index.tolist())) == 90
+
+
+def test_padding_is_matched_by_nothing_and_no_objects_make_background():
+    boxes = random_boxes(jax.random.key(2), 50)
+    objects = jnp.concatenate([boxes[:2], jnp.zeros((3, 4))])
+    found = matching.match(boxes, objects, jnp.arange(5) < 2, low=0.3, high=0.7, each=True)
+    assert found.positive[:2].all() and (found.which < 2).all() and not (found.positive & found.negative).any()
+    found = matching.match(boxes, objects, jnp.zeros(5, bool), low=0.3, high=0.7, each=True)
+    assert found.negative.all() and not found.positive.any()
+
+
+def test_masks_are_unpacked_as_they_were_packed():
+    masks = np.random.default_rng(0).random((3, 5, 13)) > 0.5
+    np.testing.assert_array_equal(instance_masks.unpacked(jnp.asarray(np.packbits(masks, axis=-1)), 13), masks)
+
+
+def test_a_map_that_cannot_be_halved_is_refused():
+    made = MaskRCNN(ViTDet(grid=(3, 4), width=8, depth=1, heads=1, global_blocks=()), width=4, hidden=4)
+    with pytest.raises(ConfigError, match="3x4 patches"):
+        jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))
