@@ -29,7 +29,7 @@ Sources of the numbers
 
 Published, mIoU on ADE20K's validation: LocalMIM B 49.5 (its paper; 48.65 by a user of the release, who was told to search lr
 from 1e-4 to 5e-4); MAE B 48.1 (paper), 48.13 (mmsegmentation, 48.70 with several scales); BEiT B 53.08 at 640 px (with 22k
-labels); LoMaR: MAE + .2. Measured by this project: on the embedded sample, configs/segment_sample.py; no full run yet.
+labels); LoMaR: MAE + .2. Measured by this project: nothing yet.
 """
 
 from mim_jax.config import ConfigDict, arguments, choice

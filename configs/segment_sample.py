@@ -14,7 +14,7 @@ Arguments (default first)
     scratch   false | true         the same encoder from random weights, to compare with
     toy       two steps
 
-Chosen by this project, not tuned on the test collages. Measured: results/README.md.
+Chosen by this project and hardly tuned. Nothing measured is recorded yet.
 """
 
 from mim_jax.config import ConfigDict, arguments, choice
@@ -27,7 +27,7 @@ def get_config(arg=""):
     data = dict(short=0, long=0, scale=(1.0, 1.0), class_share=1.0, photometric=False)
     segmentation(c, steps=0, lr=0.0, layer_decay=0.75, size=48, data=data)
     linear = choice("head", a.head, ("upernet", "linear")) == "linear"
-    collages(c, steps=400 if linear else 200, batch_size=16, lr=3e-3 if linear else 1e-3)
+    collages(c, steps=400 if linear else 200, batch_size=16, lr=1e-2 if linear else 1e-3)
     c.scratch = a.scratch
     c.head = a.head
     if linear:
