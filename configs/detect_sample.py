@@ -1,4 +1,4 @@
-"""Detection and instance segmentation on the embedded sample, in minutes on two CPU cores. What `make detect` runs.
+"""Detection and instance segmentation on the embedded sample, on CPU cores. What `make detect` runs.
 
     python -m mim_jax.main --config=configs/detect_sample.py --config.init_from=runs/quickstart/pretrain --workdir=runs/detect
     python -m mim_jax.main --config=configs/detect_sample.py:scratch --config.init_from=... --workdir=runs/detect_scratch
@@ -28,7 +28,7 @@ def get_config(arg=""):
     c.init_from = ""
     c.scratch = a.scratch
     c.seed = 0
-    c.update(duration("total", steps=400))
+    c.update(duration("total", steps=1500))
     c.batch_size = 4
     c.accumulation = 1
     c.image_size = (96, 96)
@@ -49,12 +49,12 @@ def get_config(arg=""):
     ))  # fmt: skip
     c.optim = adamw(lr=1e-3, b2=0.999, no_decay=NORMS, warmup=duration("warmup", percent=10))
     c.optim.update(dict(weight_decay=0.1, layer_decay=0.7, average=0.0))
-    c.checkpoint = ConfigDict(dict(keep=1, keep_every_steps=0, **duration("every", steps=300)))
+    c.checkpoint = ConfigDict(dict(keep=1, keep_every_steps=0, **duration("every", steps=500)))
     c.log = ConfigDict(dict(every_steps=50, tensorboard=True))
     c.profile = ConfigDict(PROFILE)
     judged = dict(type="detections", on=True, examples=0, pictures=8, batch_size=20)
     c.evals = ConfigDict()
-    c.evals.validation = dict(judged, split="validation", **duration("every", steps=200))
+    c.evals.validation = dict(judged, split="validation", **duration("every", steps=500))
     c.evals.test = dict(judged, split="test", **duration("every"))
     if a.toy:
         smoke_test(c)
