@@ -9,6 +9,7 @@ import pytest
 
 from mim_jax import platforms
 from mim_jax.models import irpe, lane_attention
+from mim_jax.models.grid_attention import GridAttention
 from mim_jax.models.layers import lean_gelu
 from mim_jax.models.vit import Block
 
@@ -57,6 +58,15 @@ def test_a_bias_of_the_logits_is_the_same_on_a_tpu(rows):
             return jax.grad(lambda bias: jnp.square(block.apply(params, x, bias=bias)).sum())(bias)
 
     np.testing.assert_allclose(of("tpu"), of("cpu"), rtol=1e-5, atol=1e-5)
+
+
+def test_attention_among_the_cells_of_a_map_is_the_same_on_a_tpu():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 24))
+    attention = GridAttention(heads=3)
+    params = attention.init(jax.random.key(1), x)
+    with platforms.compiled_for(mesh_of("tpu")):
+        found = attention.apply(params, x)
+    np.testing.assert_allclose(found, attention.apply(params, x), rtol=1e-5, atol=1e-6)
 
 
 def test_heads_share_a_product_that_fits_the_lanes():

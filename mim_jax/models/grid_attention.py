@@ -32,8 +32,8 @@ class GridAttention(Attention):
     @nn.compact
     def __call__(self, x):
         rows, columns, width = x.shape[1:]
-        by_heads = platforms.current() == "tpu"
-        q, k, v = self.projected(rearrange(x, "r y x d -> r (y x) d"), by_heads)
+        groups = self.heads if platforms.current() == "tpu" else 0
+        q, k, v = self.projected(rearrange(x, "r y x d -> r (y x) d"), groups)
         kind = functools.partial(Decomposed, self.span or (rows, columns)) if self.position == "decomposed" else Buckets
         by_row, by_column, *table = kind(dtype=self.dtype, name="rpe_k")(q.shape[-1], (rows, columns))
         some = functools.partial(attended, k=k, v=v, by_column=by_column, table=table)
