@@ -19,15 +19,18 @@ from record_runs import RECORDS, RUNS, SAVED, STEPS, environment, outcome, renam
 LOSS, NORM, LEAF, JUDGED = 1e-6, 1e-5, 1e-5, 0.02
 # Of another environment in effect. BEiT's loss divides by the hidden tokens that count, a number known at run time since
 # masks may hide fewer; XLA rounds its gradient otherwise in the last bit. LoMaR's errors are added up over windows in a row,
-# no longer over the windows of each image.
-OTHERWISE = {"beit_windows", "lomar"}
+# no longer over the windows of each image. A sparse Swin's tokens attend within one sequence of an image, no longer in windows.
+OTHERWISE = {"beit_windows", "lomar", "localmim_swin"}
 
 
-def resized_then(pixels, size, of=None, part=None, mirror=False):
+def resized_then(pixels, size, of=None, part=None, mirror=False, out=None):
     """What crops were resized by when the runs were recorded: TensorFlow's filter, off by one of 255 here and there."""
     if pixels.shape[:2] != tuple(size):
         pixels = tf.saturate_cast(tf.round(tf.image.resize(pixels, size, method="bicubic", antialias=True)), tf.uint8).numpy()
-    return pixels[:, :: -1 if mirror else 1]
+    pixels = pixels[:, :: -1 if mirror else 1]
+    if out is not None:
+        out[:] = pixels
+    return pixels
 
 
 def by_pil(change):
