@@ -50,6 +50,8 @@ def test_a_folder_of_pairs(folder):
     np.testing.assert_array_equal(label_map, np.uint8([0, 1, 255, 2] + 252 * [255])[there])
     (example,) = whole_images(opened(folder, "validation"), (1.0, 2.0), short=10, long=100)
     assert [view.shape for view in example["views"]] == [(10, 15, 3), (20, 30, 3)] and example["image"].shape == (20, 30, 3)
+    (example,) = whole_images(opened(folder, "validation"), (0.5, 1.0, 2.0), short=0, long=0)
+    assert [view.shape[:2] for view in example["views"]] == [(10, 15), (20, 30), (40, 60)]
     both = [e["id"] for k in (0, 1) for e in whole_images(source, (1.0,), 0, 0, process=(k, 2))]
     assert sorted(both) == [0, 1, 2, 3]
 
@@ -149,12 +151,15 @@ def test_labels_follow_the_image_and_are_never_mixed():
 
 def test_mirrors_and_sizes():
     image = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    crop = ScaledCrop(short=0, long=0, class_share=1.0, photometric=False)
+    crop = ScaledCrop(short=0, long=0, scale=(1.0, 1.0), class_share=1.0, photometric=False)
     np.testing.assert_array_equal(crop.see(image[..., None], image, drawn(MIRROR=0.4), (2, 3))[1], image[:, ::-1])
     np.testing.assert_array_equal(crop.see(image[..., None], image, drawn(), (2, 3))[0][..., 0], image)
     assert fitted((400, 600), 512, 2048) == (512, 768) and fitted((100, 1000), 512, 2048) == (205, 2048)
     small = ScaledCrop(short=8, long=32, class_share=1.0, photometric=False)
     assert small.see(image[..., None], image, drawn(SCALE=0.0), (8, 8))[2].tolist() == [4, 6]
+    assert fitted((20, 30), 0, 0, 1.5) == (30, 45) and fitted((20, 30), 10, 100, 2.0) == (20, 30)
+    kept = ScaledCrop(short=0, long=0, class_share=1.0, photometric=False)
+    assert kept.see(image[..., None], image, drawn(SCALE=0.5), (8, 8))[2].tolist() == [3, 4]  # times 1.25
 
 
 def test_a_class_may_have_but_its_share_of_a_crop():
