@@ -53,8 +53,8 @@ class UPerNet(Section):
 
 
 class Segmentation(training.Training):
-    """taps: four places in the encoder, fine maps first, the last at its end; (): a quarter of the depth apart. relative_bias, layer_scale: what a
-    ViT with absolute positions gets besides (LocalMIM's released segmentation)."""
+    """taps: four places in the encoder, fine maps first, the last at its end; (): a quarter of the depth apart. relative_bias,
+    layer_scale: what a ViT with absolute positions gets besides (LocalMIM's released segmentation)."""
 
     scratch: bool
     head: Literal["upernet", "linear"]
