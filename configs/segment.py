@@ -7,7 +7,8 @@
 docs/segmentation.md says what a folder must hold. `augmented.png` in the workdir shows the first batch with its labels.
 
 Arguments (default first)
-    preset    localmim_b | localmim_swin_b, mae_b, beit_b, lomar_b     a recipe; any fits any run of its family
+    preset    localmim_b | localmim_swin_b, mae_b, beit_b, lomar_b     a recipe; any fits any run of its family, but taps are
+              of 12 blocks, and of another depth the message at the start names those to use
     head      upernet | linear     linear: one layer on the frozen encoder's map, for each pixel
     test      recipe | slide, whole     how validation images are seen; a ViT slides, a Swin sees them whole, and then compiles
               a program for every size of image (slide is nearly as good, and one program)
@@ -25,7 +26,7 @@ Sources of the numbers
     mae_b             lr 1e-4, decay .05, layer decay .65, taps 3 5 7 11, max pooling                   mmsegmentation
     beit_b            lr 3e-5, layer decay .9, crops of 640 px, the rest as MAE's                       BEiT, mmsegmentation
     lomar_b           not known here (its paper gives a number and no code): MAE's
-    linear            this project's choice: lr 1e-3, 40k steps, the last tap
+    linear            this project's choice: lr 1e-3, 40k steps, the map of the last block or stage
 
 Published, mIoU on ADE20K's validation: LocalMIM B 49.5 (its paper; 48.65 by a user of the release, who was told to search lr
 from 1e-4 to 5e-4); MAE B 48.1 (paper), 48.13 (mmsegmentation, 48.70 with several scales); BEiT B 53.08 at 640 px (with 22k
@@ -61,7 +62,7 @@ def get_config(arg=""):
         c.evals.validation.update(dict(window=0, stride=0))
     c.head = choice("head", a.head, ("upernet", "linear"))
     if c.head == "linear":
-        c.update(duration("total", steps=40_000) | dict(drop_path=0.0))
+        c.update(duration("total", steps=40_000) | dict(drop_path=0.0, taps=()))
         c.optim.update(dict(lr=1e-3, layer_decay=1.0))
     if a.toy:
         collages(c, steps=2, batch_size=8, lr=1e-3)

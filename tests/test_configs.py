@@ -183,6 +183,9 @@ def test_segmentation_trains_evaluates_and_resumes(pretrained, tmp_path, monkeyp
     again = toy("segment_eval", 0, arguments="toy,splits=test", init_from=workdir)
     assert run(again, str(tmp_path / "again"))["test/miou"] == pytest.approx(results["test/miou"], abs=1e-12)
     assert (tmp_path / "again" / "predictions_test.png").exists()
+    again.data.data_dir = str(tmp_path)  # which no collage reads
+    with pytest.raises(ConfigError, match="finished and holds something else(?s:.*)data: "):
+        run(again, str(tmp_path / "again"))
     both = toy("segment_eval", 0, arguments="toy,splits=test,scales=1-1.5,flip", init_from=workdir)
     assert 0 <= run(both, str(tmp_path / "both"))["test/miou"] <= 1
 

@@ -75,13 +75,18 @@ def test_eight_devices(one_device, tmp_path):
     same(history(tmp_path / "run"), one_device)
 
 
-def two_processes(workdir, flags=()):
-    """Starts two processes of two devices that meet over the loopback."""
+def meeting() -> list[dict]:
+    """The variables by which two processes meet over the loopback."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_HEARTBEAT_TIMEOUT_SECONDS": "20"}
-    return [launch(workdir, devices=2, env={**env, "JAX_PROCESS_ID": str(i)}, flags=flags) for i in range(2)]
+    return [{**env, "JAX_PROCESS_ID": str(i)} for i in range(2)]
+
+
+def two_processes(workdir, flags=()):
+    """Starts two processes of two devices that meet over the loopback."""
+    return [launch(workdir, devices=2, env=env, flags=flags) for env in meeting()]
 
 
 def test_two_processes_of_two_devices(one_device, tmp_path):

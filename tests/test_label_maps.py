@@ -7,9 +7,10 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from mim_jax.data import scaled_crop
+from mim_jax.data import label_maps, scaled_crop, unreadable
 from mim_jax.data.augment import DataError
 from mim_jax.data.class_file import read_classes
+from mim_jax.data.decoding import PLAIN
 from mim_jax.data.pipeline import TrainBatches
 from mim_jax.data.scaled_crop import COLOURS, DRAWS, ScaledCrop, distorted
 from mim_jax.data.sources import open_source
@@ -50,6 +51,8 @@ def test_a_folder_of_pairs(folder):
     np.testing.assert_array_equal(label_map, np.uint8([0, 1, 255, 2] + 252 * [255])[there])
     (example,) = whole_images(opened(folder, "validation"), (1.0, 2.0), short=10, long=100)
     assert [view.shape for view in example["views"]] == [(10, 15, 3), (20, 30, 3)] and example["image"].shape == (20, 30, 3)
+    (example,) = whole_images(opened(folder, "validation"), (0.5, 1.0, 2.0), short=0, long=0)
+    assert [view.shape[:2] for view in example["views"]] == [(10, 15), (20, 30), (40, 60)]
     both = [e["id"] for k in (0, 1) for e in whole_images(source, (1.0,), 0, 0, process=(k, 2))]
     assert sorted(both) == [0, 1, 2, 3]
 
@@ -100,6 +103,16 @@ def spoil(folder, what):
         (folder / "classes.csv").unlink()
     elif what == "twice":
         (folder / "classes.csv").write_text("name\nsky\nsky\n")
+    elif what == "latin":
+        (folder / "classes.csv").write_bytes("name\nsky\nbüsche\nroad\nx\n".encode("latin-1"))
+    elif what == "several":
+        for name in ("1.png", "2.png"):
+            (labels / name).write_bytes(b"no image")
+    elif what == "stem":
+        Image.open(images / "2.png").save(images / "2.jpg")
+    elif what == "palette":
+        for name in ("0.png", "1.png", "2.png", "3.png"):
+            with_palette(labels / name, [(10, 20, 30), (7, 8, 9), (0, 0, 0), (7, 8, 9)])
     elif what == "folder":
         labels.parent.parent.rename(folder / "masks")
 
@@ -113,6 +126,10 @@ def spoil(folder, what):
         ("image", r"1 of 4 lack their pair: sub/2 \(no image\)"),
         ("names", r"has no file of the classes .*write .*classes\.csv, a line for each class"),
         ("twice", r"it names 2 classes, 1 of them different"),
+        ("latin", r"classes\.csv: byte 10 is not UTF-8; save"),
+        ("several", r"2 of 4 pairs of 'train' cannot be used; .*1\.png: cannot identify .*; they are .*1\.png, .*2\.png"),
+        ("stem", r"sub/2\.(png|jpg) and images/train/sub/2\.(png|jpg) would have the same label map; rename"),
+        ("palette", r"the value 1 is class 'tree' by its number and class 'road' by its colour in the palette, \(7, 8, 9\)"),
         ("folder", r"has no folders images/ and labels/ \(or annotations/\)"),
     ],
 )
@@ -121,6 +138,52 @@ def test_what_cannot_be_used_is_said_at_once(folder, what, words):
     with pytest.raises(DataError) as error:
         opened(folder)
     assert re.search(words, str(error.value)) and "\n" not in str(error.value)
+
+
+def with_palette(file, colours):
+    values = Image.fromarray(np.asarray(Image.open(file)), "P")
+    values.putpalette(sum(colours, ()) + (0, 0, 0) * (256 - len(colours)))  # black, of another class, for 255 too
+    values.save(file)
+
+
+def test_a_palette_may_have_the_colours_of_the_classes_or_grays(folder):
+    expected = opened(folder).load(tf.constant(1, tf.int64))["label_map"].numpy()
+    for colours in ([(10, 20, 30), (40, 50, 60), (0, 0, 0), (7, 8, 9)], [(i, i, i) for i in range(256)]):
+        with_palette(folder / "labels/train/sub/1.png", colours)
+        np.testing.assert_array_equal(opened(folder).load(tf.constant(1, tf.int64))["label_map"], expected)
+
+
+def test_evaluation_looks_at_every_pair_first(folder, monkeypatch):
+    """Of training pairs some are looked at, and an image that cannot be read is left to data.bad_limit."""
+    monkeypatch.setattr(label_maps, "CHECKED", 2)  # numbers 0 and 2
+    (folder / "images/train/sub/1.png").write_bytes(b"no image")
+    write(folder, "labels/train/sub/3.png", np.full((23, 30), 9, np.uint8))
+    source = opened(folder)
+    source.require_sound(2)
+    with pytest.raises(DataError, match=r"2 of 4 pairs .*1\.png: the image cannot be read.*they are .*1\.png, .*3\.png"):
+        source.require_sound()
+
+
+def test_classes_that_no_label_map_has_are_named(folder, caplog):
+    opened(folder)
+    assert "no pixel" not in caplog.text
+    for i in range(4):
+        write(folder, f"labels/train/sub/{i}.png", np.where(np.arange(30) < 9, 0, 255)[None].repeat(20 + i, 0).astype(np.uint8))
+    opened(folder)
+    assert "no pixel of 4 label maps of 'train' is of tree, road (2 of 3 classes); some are 255" in caplog.text
+
+
+def test_what_is_wrong_in_a_label_map_is_said_as_it_is(folder):
+    source = opened(folder)
+    write(folder, "labels/train/sub/0.png", np.full((20, 30), 9, np.uint8))
+    (folder / "labels/train/sub/1.png").write_bytes(b"no image")
+    (folder / "labels/train/sub/2.png").unlink()
+    found = [unreadable.why(source, i, PLAIN) for i in range(3)]
+    assert found[0] == ("600 pixels have values that no class has, such as 9; the 3 classes have 0 to 1, 3", False)
+    assert found[1][0].startswith("the label map cannot be read: cannot identify") and not found[1][1]
+    assert found[2][1] and "No such file" in found[2][0]
+    with pytest.raises(DataError, match=r"0\.png: 600 pixels have values"):
+        list(whole_images(source, (1.0,), 0, 0))
 
 
 # -- training examples -------------------------------------------------------------------------------------------------
@@ -149,12 +212,15 @@ def test_labels_follow_the_image_and_are_never_mixed():
 
 def test_mirrors_and_sizes():
     image = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    crop = ScaledCrop(short=0, long=0, class_share=1.0, photometric=False)
+    crop = ScaledCrop(short=0, long=0, scale=(1.0, 1.0), class_share=1.0, photometric=False)
     np.testing.assert_array_equal(crop.see(image[..., None], image, drawn(MIRROR=0.4), (2, 3))[1], image[:, ::-1])
     np.testing.assert_array_equal(crop.see(image[..., None], image, drawn(), (2, 3))[0][..., 0], image)
     assert fitted((400, 600), 512, 2048) == (512, 768) and fitted((100, 1000), 512, 2048) == (205, 2048)
     small = ScaledCrop(short=8, long=32, class_share=1.0, photometric=False)
     assert small.see(image[..., None], image, drawn(SCALE=0.0), (8, 8))[2].tolist() == [4, 6]
+    assert fitted((20, 30), 0, 0, 1.5) == (30, 45) and fitted((20, 30), 10, 100, 2.0) == (20, 30)
+    kept = ScaledCrop(short=0, long=0, class_share=1.0, photometric=False)
+    assert kept.see(image[..., None], image, drawn(SCALE=0.5), (8, 8))[2].tolist() == [3, 4]  # times 1.25
 
 
 def test_a_class_may_have_but_its_share_of_a_crop():

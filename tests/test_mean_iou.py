@@ -1,13 +1,20 @@
 """Sliding windows, confusion matrices and mIoU: recorded tensors, plain counts, odd sizes, several processes."""
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_devices
 
+from mim_jax import sharding
 from mim_jax.config import ConfigError
 from mim_jax.evaluators import confusion, sliding
-from mim_jax.evaluators.mean_iou import Judge, Look, padded
+from mim_jax.evaluators.mean_iou import Judge, Look, padded, summed
 from mim_jax.models.bilinear import pooled, resized
 
 CLASSES = 4
@@ -135,9 +142,42 @@ def test_whole_images_and_mirrored_ones():
     assert (flipped == flipped[:, ::-1]).mean() > 0.999  # of an image that is its own mirror image
 
 
+def test_two_processes_judge_a_split_together():
+    """Each its share of the images, on two devices; both get the scores of the whole, and counts above what devices add."""
+    script, environments = os.path.abspath(__file__), test_devices.meeting()
+    start = lambda env: subprocess.Popen(
+        [sys.executable, script],
+        cwd=test_devices.REPO,
+        env={**os.environ, **env, "XLA_FLAGS": test_devices.xla_flags(2), "PYTHONPATH": str(test_devices.REPO)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    alone, _ = judge(examples, 5, Look(16, 10))(State())
+    for process in [start(env) for env in environments]:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err[-3000:]
+        scores, counts = json.loads(out.splitlines()[-1])
+        assert scores == pytest.approx(alone, abs=1e-12) and counts == [[2**40, 3], [2, 2**33 + 1]]
+
+
+def shared():
+    """One of the two processes."""
+    sharding.start_processes()
+    place = jax.process_index()
+    images = lambda: (example for example in examples() if example["id"] % 2 == place)
+    scores, _ = judge(images, 5, Look(16, 10))(State())
+    counts = np.array([[[2**40, 1], [2, 2**33]], [[0, 2], [0, 1]]])[place]
+    print(json.dumps([scores, summed(counts).tolist()]))
+
+
 def test_a_split_is_seen_exactly():
     with pytest.raises(RuntimeError, match="saw 4 examples of a split of 5"):
         judge(lambda: examples(4), 5, Look(16, 10))(State())
     nothing = lambda: ({**e, "label_map": np.full_like(e["label_map"], 255)} for e in examples(1))
     with pytest.raises(ConfigError, match="no pixel"):
         judge(nothing, 1, Look(16, 10))(State())
+
+
+if __name__ == "__main__":
+    shared()

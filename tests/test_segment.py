@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from mim_jax import tree
-from mim_jax.assemble import encoders
+from mim_jax.assemble import encoders, inheritance
 from mim_jax.config import ConfigError, load
 from mim_jax.convert import names
+from mim_jax.jobs.map_evaluation import MapEvaluation
 from mim_jax.jobs.segmentation import Segmentation, adapt
 from mim_jax.objectives.segment import pixel_cross_entropy
 from mim_jax.sections import read
+from mim_jax.targets.pixels import Normaliser
 from mim_jax.train.optimizer import decays
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -89,6 +91,7 @@ def test_ignored_pixels_are_counted_in_the_mean_and_learn_nothing():
     "changes,words",
     [
         (dict(taps=(1, 3, 12, 11)), r"taps=\(1, 3, 12, 11\): four blocks from 0 to 11 are meant"),
+        (dict(taps=(0, 1, 2, 3)), r"taps=\(0, 1, 2, 3\) end below the last block, 11, .*use \(2, 5, 8, 11\)"),
         (dict(image_size=(496, 512)), "UPerNet needs even ones"),
         (dict(class_weights=(1.0, 2.0)), "class_weights has 2 numbers, the data 150 classes"),
     ],
@@ -96,6 +99,56 @@ def test_ignored_pixels_are_counted_in_the_mean_and_learn_nothing():
 def test_what_cannot_be_is_said(changes, words):
     with pytest.raises(ConfigError, match=words):
         settings("preset=localmim_b", "localmim_vitb", **changes).objective(150)
+
+
+def test_recipes_are_of_twelve_blocks():
+    deeper = lambda arguments, **more: settings(arguments, "localmim_vitb", **more).made().clone(depth=24)
+    linear = settings("preset=localmim_b,head=linear", "localmim_vitb")
+    assert linear.places(deeper("preset=localmim_b"))[-1] == 23 and linear.objective(150).tap == 11
+    for preset, taps in (("localmim_b", r"\(3, 7, 19, 23\)"), ("mae_b", r"\(7, 11, 15, 23\)")):
+        with pytest.raises(ConfigError, match=f"end below the last block, 23, .*; use {taps}, .*or taps=\\(\\)"):
+            settings(f"preset={preset}", "localmim_vitb").places(deeper("preset=localmim_b"))
+
+
+def test_what_is_no_vit_or_swin_is_refused():
+    there = load(f"{REPO}/configs/localmim_vitb.py").encoder
+    backbone = dict(kind="vitdet", **{key: there[key] for key in ("patch", "width", "depth", "heads", "mlp_ratio")})
+    with pytest.raises(ConfigError, match="job=segment takes a ViT or a Swin; encoder.kind=vitdet is no such encoder"):
+        settings("preset=localmim_b", "localmim_vitb", encoder=backbone)
+
+
+@pytest.mark.parametrize("name", ["segment", "segment_eval"])
+def test_photos_with_label_maps_are_never_turned(name):
+    config, there = load(f"{REPO}/configs/{name}.py"), load(f"{REPO}/configs/localmim_vitb.py")
+    there.data.exif = "apply"
+    kind, keep = (Segmentation, adapt) if name == "segment" else (MapEvaluation, lambda config: config)
+    assert read(kind, keep(inheritance.inherit(config, there))).data.exif == "ignore"
+    config.data.exif = "apply"
+    with pytest.raises(ConfigError, match="data.exif=apply would turn images and not their label maps; use ignore"):
+        read(kind, keep(inheritance.inherit(config, there)))
+
+
+def test_compute_type_is_of_the_job_that_computes():
+    config, there = load(f"{REPO}/configs/segment_eval.py"), load(f"{REPO}/configs/localmim_vitb.py")
+    config.update(dict(compute_dtype="bfloat16", remat=True))
+    here = read(MapEvaluation, inheritance.inherit(config, there))
+    trained = load(f"{REPO}/configs/segment.py")
+    trained.update(dict(encoder=there.encoder, channels=3, compute_dtype="float32"))
+    found = encoders.computed_as(trained, here)
+    assert (found.compute_dtype, found.remat, trained.compute_dtype) == ("bfloat16", True, "float32")
+    assert found.image_size == here.image_size and found.taps == trained.taps
+
+
+def test_padding_is_in_no_statistics():
+    images = np.random.default_rng(0).integers(0, 256, (2, 6, 8, 3)).astype(np.uint8)
+    images[0, 4:], images[0, :, 5:] = 0, 0
+    normalise, shown = Normaliser((0.5,) * 3, (0.2,) * 3, per_image=True), jnp.array([[4, 5], [6, 8]])
+    found = np.asarray(normalise(jnp.asarray(images), shown))
+    alone = np.asarray(normalise(jnp.asarray(images[:1, :4, :5])))
+    np.testing.assert_allclose(found[:1, :4, :5], alone, atol=1e-5)
+    assert not found[0, 4:].any() and not found[0, :, 5:].any()
+    back = np.asarray(normalise.undo(found, jnp.asarray(images), shown))
+    np.testing.assert_allclose(back[0, :4, :5], images[0, :4, :5] / 255, atol=1e-6)
 
 
 def test_a_swin_gives_maps_of_its_stages_at_any_size():

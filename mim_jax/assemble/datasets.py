@@ -179,7 +179,17 @@ class ProbeData(Data):
     test_split: str
 
 
-class SegmentationData(Images):
+class MappedData(Images):
+    """Images with label maps, which lie as the images are stored: nothing is turned."""
+
+    def check(self):
+        super().check()
+        self.require(
+            self.exif != "apply", "exif", "would turn images and not their label maps; use ignore (auto means it here)"
+        )
+
+
+class SegmentationData(MappedData):
     """Images and their label maps, as data/scaled_crop.py scales, cuts and distorts them: fitted into `short` and `long` px
     times a factor of `scale`. `changed`: as of TrainingData."""
 

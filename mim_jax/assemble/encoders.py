@@ -81,6 +81,12 @@ def encoder(section, image_size, channels: int, compute_dtype="float32", remat=F
     return build(kind, keys, "encoder.", complete, kind.KEYS, **given)
 
 
+def computed_as(there: ConfigDict, here: WithEncoder) -> ConfigDict:
+    """The config of an earlier run, but for image size, compute type and rematerialisation, which are those of the job here."""
+    own = {key: getattr(here, key) for key in ("image_size", "compute_dtype", "remat")}
+    return ConfigDict(there.to_dict() | own)
+
+
 def for_maps(made: Encoder) -> Encoder:
     """The same encoder as dense prediction uses it: a Swin on maps of any size, tapped before merging; a ViT without the norm
     of its last tokens."""

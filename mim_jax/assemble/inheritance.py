@@ -6,6 +6,7 @@ from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.runs import saved
 
 PLACE = ("source", "path", "data_dir")
+MAPPED = ("segment", "segment_eval")  # jobs that never turn images: label maps lie as they are stored
 READING = {"columns": "", "folders": "", "holdout": 0}  # how it is read; runs may be from before these keys
 
 
@@ -53,7 +54,7 @@ def take_data(merged: ConfigDict, source: ConfigDict):
         if data[key] == "run" or not data[key]:
             data[key] = source.data[key]
     if data.get("exif", "auto") == "auto":
-        data.exif = source.data.get("exif", "auto")
+        data.exif = "ignore" if merged.job in MAPPED else source.data.get("exif", "auto")
     if data.get("resize_ratio") == 0:  # MAE's and timm's rule: 224 / 256 for small images, the whole image for large ones
         data.resize_ratio = 0.875 if min(merged.image_size) < 256 else 1.0
     sample = data.source == "sample"

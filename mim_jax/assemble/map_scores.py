@@ -42,6 +42,7 @@ class MapScores(Evaluation):
         source.require_maps(self.type)
         if source.class_names != judged.class_names:
             raise ConfigError(f"the {source.num_classes} classes of '{self.split}' are not those of the training")
+        source.require_sound(self.examples)
         fn = lambda variables, batch: made.apply(variables, judged.normalise(batch["image"], batch["shown"]), method="logits")[
             ""
         ]

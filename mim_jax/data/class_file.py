@@ -32,6 +32,8 @@ class Classes:
 
     def numbered(self, label_map: Image.Image) -> np.ndarray:
         """-> uint8 [h w]: classes, IGNORED without. Raises DataError for what no class has."""
+        if label_map.mode == "P":
+            self._require_palette(label_map)
         if label_map.mode in ("RGB", "RGBA", "CMYK", "LA", "YCbCr"):
             return self._by_colour(np.asarray(label_map.convert("RGB"), np.int64))
         found = np.asarray(label_map).astype(np.int64)  # of a palette: the places in it
@@ -44,6 +46,26 @@ class Classes:
                 f"{_ranges(np.flatnonzero(self.values < STRANGE))}"
             )
         return numbers
+
+    def _require_palette(self, label_map):
+        """Raises DataError where the palette gives a value that is there the colour of another class. 255 may have any."""
+        palette = np.reshape(label_map.getpalette() or [], (-1, 3))
+        if not len(self.codes) or (palette == np.arange(len(palette))[:, None]).all():  # a ramp of grays says nothing
+            return
+        of_colour = dict(zip(self.codes.tolist(), self.coded.tolist()))
+        there = np.flatnonzero(np.bincount(np.asarray(label_map).ravel(), minlength=256)[:IGNORED])
+        for value in there[there < len(palette)].tolist():
+            r, g, b = palette[value].tolist()
+            number = of_colour.get(r << 16 | g << 8 | b)
+            if number not in (None, self.values[value]):
+                words = f"the value {value} is {self.called(self.values[value])} by its number"
+                raise DataError(
+                    f"{words} and {self.called(number)} by its colour in the palette, {(r, g, b)}; give the class the number "
+                    "that label maps have, in the column id, or take the colours out of the file of the classes"
+                )
+
+    def called(self, number: int) -> str:
+        return {IGNORED: "'ignored'", STRANGE: "no class"}.get(int(number)) or f"class {self.names[number]!r}"
 
     def _by_colour(self, pixels):
         if not len(self.codes):
@@ -67,12 +89,14 @@ def read_classes(folder: str) -> Classes:
     file = next((os.path.join(folder, name) for name in FILES if os.path.isfile(os.path.join(folder, name))), None)
     if file is None:
         raise DataError(f"{folder!r} has no file of the classes ({' or '.join(FILES)}): {HOW.replace('DATA', folder)}")
-    with open(file, encoding="utf-8-sig", newline="") as opened:
-        text = opened.read()
     try:
+        with open(file, encoding="utf-8-sig", newline="") as opened:
+            text = opened.read()
         rows = list(_ade(text) if file.endswith(FILES[1]) else _own(text))
         return _made(rows, zero=file.endswith(FILES[1]))
-    except (KeyError, ValueError) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from error
+    except (KeyError, ValueError, IndexError, csv.Error) as error:
         raise DataError(f"{file}: {error}; {HOW.replace('DATA', folder)}") from error
 
 

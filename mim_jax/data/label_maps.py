@@ -12,7 +12,7 @@ from PIL import Image
 
 from mim_jax.data import slices
 from mim_jax.data.augment import DataError
-from mim_jax.data.class_file import Classes, read_classes
+from mim_jax.data.class_file import IGNORED, Classes, read_classes
 from mim_jax.data.decoding import in_bytes
 from mim_jax.data.listing import EXTENSIONS, few, shown
 from mim_jax.data.packed_names import Packed
@@ -20,7 +20,9 @@ from mim_jax.data.source import Source, evenly
 
 LABELS = ("labels", "annotations")
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid"), "test": ("test", "testing")}
-CHECKED = 1000  # pairs at most that are read before anything is computed
+CHECKED = 1000  # training pairs at most that are read before anything is computed
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
+NAMED = 20  # files in one message
 LAYOUT = (
     "DATA/images/train/NAME.jpg with DATA/labels/train/NAME.png, and so for validation; without such folders all are 'train'"
 )
@@ -46,8 +48,13 @@ class LabelMapSource(Source):
         return {"image": of(self.images), "label": tf.constant(-1), "label_map": tf.ensure_shape(numbers, [None, None])}
 
     def numbered(self, data):
-        with Image.open(io.BytesIO(in_bytes(data))) as image:
-            return self.classes.numbered(image)
+        try:
+            with Image.open(io.BytesIO(in_bytes(data))) as image:
+                return self.classes.numbered(image)
+        except DataError:
+            raise
+        except UNREADABLE as error:
+            raise DataError(f"the label map cannot be read: {error}") from error
 
     def describe(self, example_id):
         return shown(os.path.join(self.folder, self.images[int(example_id)]))
@@ -61,23 +68,50 @@ class LabelMapSource(Source):
     def sizes(self, count):
         return [os.path.getsize(os.path.join(self.folder, self.maps[int(i)])) for i in evenly(self.num_examples, count)]
 
-    def wrong(self, i) -> str:
-        """What is wrong with a pair, or ""."""
+    def looked(self, i):
+        """-> the file of a pair that cannot be used and why, or None; the file where only the image cannot be read, or None;
+        the classes that are there, bool [256]."""
         image, label_map = (os.path.join(self.folder, names[int(i)]) for names in (self.images, self.maps))
+        there = np.zeros(256, bool)
         try:
             with Image.open(image) as opened:
                 sides = opened.size
-        except OSError:
-            return ""  # an unreadable image is another matter (data/unreadable.py)
+        except UNREADABLE as error:
+            return None, (shown(image), f"the image cannot be read: {error}"), there
         try:
             with Image.open(label_map) as opened:
                 if opened.size != sides:
                     (w, h), (wide, high) = opened.size, sides
-                    return f"{shown(label_map)}: the label map is {h}x{w}, its image {high}x{wide} (height x width)"
-                self.classes.numbered(opened)
-        except (OSError, DataError) as error:
-            return f"{shown(label_map)}: {error}"
-        return ""
+                    words = f"the label map is {h}x{w}, its image {high}x{wide} (height x width)"
+                    return (shown(label_map), words), None, there
+                there = np.bincount(self.classes.numbered(opened).ravel(), minlength=256) > 0
+        except UNREADABLE as error:
+            return (shown(label_map), str(error)), None, there
+        return None, None, there
+
+    def require_sound(self, count: int = 0):
+        self.check(count or self.num_examples, images=True)
+
+    def check(self, count: int, images: bool = False):
+        """Reads so many pairs, spread evenly, and warns of classes that none of them has.
+
+        Raises DataError, naming them, for pairs that cannot be used; those whose image cannot be read only where `images`.
+        """
+        ids = evenly(self.num_examples, count)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            looked = list(pool.map(self.looked, ids))
+        wrong = [pair or images and image for pair, image, _ in looked if pair or images and image]
+        if wrong:
+            more = f"; they are {few((file for file, _ in wrong), NAMED)}" if len(wrong) > 1 else ""
+            raise DataError(
+                f"{len(wrong)} of {len(ids)} pairs of '{self.split}' cannot be used; the first: {': '.join(wrong[0])}{more}"
+            )
+        there = np.any([classes for *_, classes in looked], 0)
+        absent = [name for name, met in zip(self.class_names, there) if not met]
+        if absent and not images:  # said when the split was opened
+            words = f"no pixel of {len(ids)} label maps of '{self.split}' is of {few(absent)} ({len(absent)} of"
+            aside = "; some are 255 or 'ignored', which count nowhere" if there[IGNORED] else ""
+            logging.warning("%s: %s %d classes)%s", shown(self.folder), words, self.num_classes, aside)
 
 
 def open_label_maps(path: str, split: str, channels: int, holdout: int = 0) -> LabelMapSource:
@@ -102,17 +136,9 @@ def open_label_maps(path: str, split: str, channels: int, holdout: int = 0) -> L
         raise DataError(f"{split!r} of {path!r} holds no images with label maps; cut wider.")
     files = dict(images=Packed.of(pairs), maps=Packed.of(map(os.fsencode, pairs.values())), folder=os.fsencode(path))
     source = LabelMapSource("label_maps", split, len(pairs), classes.names, channels, classes=classes, **files)
-    _check(source)
+    source.check(CHECKED)
     logging.info("label maps %s: %d images of %s, %d classes", path, len(pairs), split, len(classes.names))
     return source
-
-
-def _check(source: LabelMapSource):
-    ids = evenly(source.num_examples, CHECKED)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        wrong = [words for words in pool.map(source.wrong, ids) if words]
-    if wrong:
-        raise DataError(f"{len(wrong)} of {len(ids)} label maps cannot be used; the first: {wrong[0]}")
 
 
 def _of_split(path: str, below: str, name: str, holdout: int):
@@ -128,8 +154,7 @@ def _of_split(path: str, below: str, name: str, holdout: int):
     if folders.get(name) is None:
         words = f"it has {', '.join(folders)}; data.holdout=10 takes a tenth of the training images for validation"
         raise DataError(f"{path!r} has no split {name!r}: {words}.")
-    images = {stem: file for stem, file in _files(path, "images", folders[name], EXTENSIONS)}
-    maps = {stem: file for stem, file in _files(path, below, folders[name], {b".png"})}
+    images, maps = _files(path, "images", folders[name], EXTENSIONS), _files(path, below, folders[name], {b".png"})
     alone = sorted({*images} ^ {*maps})
     if alone or not images:
         missing = [f"{stem} ({'no label map' if stem in images else 'no image'})" for stem in alone]
@@ -137,12 +162,15 @@ def _of_split(path: str, below: str, name: str, holdout: int):
     return {images[stem]: maps[stem] for stem in images}, bounds
 
 
-def _files(path: str, kind: str, folder: str, endings):
-    """Yields (path without ending, below the folder; path below `path`)."""
-    root = os.path.join(path, kind, folder)
+def _files(path: str, kind: str, folder: str, endings) -> dict:
+    """-> {path without ending, below the folder: path below `path`}. Raises DataError for two that differ in the ending."""
+    root, found = os.path.join(path, kind, folder), {}
     for place, _, names in os.walk(root):
         for name in names:
             stem, ending = os.path.splitext(name)
             if os.fsencode(ending.lower()) in endings and not name.startswith("."):
                 file = os.path.join(place, name)
-                yield os.path.relpath(os.path.join(place, stem), root), os.path.relpath(file, path)
+                key, below = os.path.relpath(os.path.join(place, stem), root), os.path.relpath(file, path)
+                if found.setdefault(key, below) != below:
+                    raise DataError(f"{path!r}: {found[key]} and {below} would have the same label map; rename or remove one")
+    return found

@@ -55,7 +55,7 @@ class ScaledCrop:
         """uint8 [h w c], uint8 [h w], [DRAWS] in [0, 1) -> uint8 [size c], uint8 [size], int32 [2]."""
         low, high = self.scale
         factor = low + float(draws[SCALE]) * (high - low)
-        sides = fitted(image.shape[:2], round(self.short * factor), round(self.long * factor))
+        sides = fitted(image.shape[:2], self.short, self.long, factor)
         rows, columns = (nearest(old, new) for old, new in zip(label_map.shape, sides))
         y, x, h, w = box = self.box(label_map, rows, columns, draws, size)
         pixels = pil_bicubic.bicubic(image, sides, part=box)

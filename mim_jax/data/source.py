@@ -72,6 +72,10 @@ class Source:
                 "images/ and labels/ (docs/segmentation.md)"
             )
 
+    def require_sound(self, count: int = 0):
+        """Looks at `count` examples, spread evenly, or at all (0), where files may be wrong in themselves: what an evaluation
+        would stop at hours later. Raises DataError naming them."""
+
     def listing(self) -> Names | None:
         """What the examples are called, in their order and wherever the data lies; None where that is not known."""
         return None

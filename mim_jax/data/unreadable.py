@@ -10,6 +10,7 @@ from absl import logging
 from mim_jax.data.augment import DataError
 from mim_jax.data.decoding import PLAIN, Decoding
 
+OURS = "DataError: "  # before what a source found wrong in a file itself
 LISTED = 100  # names in one message
 LOST = (
     "cannot be reached: has a folder been moved or renamed, or is a disk or a network file system (NFS) not there? "
@@ -17,6 +18,13 @@ LOST = (
 )
 
 
+GONE = (  # what a file out of reach raises; UnknownError: also what Python raises inside tf.data
+    OSError,
+    tf.errors.NotFoundError,
+    tf.errors.PermissionDeniedError,
+    tf.errors.UnavailableError,
+    tf.errors.UnknownError,
+)
 AGAIN = ("it could not be read a moment ago", True)
 
 
@@ -68,7 +76,7 @@ def why(source, example_id, how):
         item = item_of(source, tf.constant(example_id, tf.int64))
         example = source.load(item)
     except Exception as error:  # pylint: disable=broad-except  # TensorFlow and readers raise a dozen kinds
-        return reason(error), True
+        return reason(error), isinstance(error, GONE) and OURS not in str(error)
     try:
         source.decoded(example, how)
     except Exception as error:  # pylint: disable=broad-except
@@ -79,6 +87,7 @@ def why(source, example_id, how):
 def reason(error) -> str:
     """The line of an error that tells most, without the names of TensorFlow's nodes."""
     text = str(getattr(error, "message", error)).split("Summarized data: ")[-1]  # what an assertion says outside tf.data
+    text = text.split(OURS)[-1]
     lines = [line for line in text.splitlines() if line and not line.startswith((" ", "Traceback"))]
     return re.sub(r"\{\{.*?\}\} ?| \[Op:.*| <_io.BytesIO.*?>", "", (lines or [type(error).__name__])[0])[:300]
 

@@ -8,12 +8,10 @@ from mim_jax.data.augment import DataError
 from mim_jax.data.stream import Stream
 
 
-def fitted(sides, short: int, long: int) -> tuple[int, int]:
-    """(h, w) -> (h, w) of the same ratio: the shorter side becomes `short`, unless the longer became more than `long`; a
-    `short` of 0 leaves the size (mmcv's Resize)."""
-    if not short:
-        return tuple(sides)
-    factor = min(short / min(sides), long / max(sides))
+def fitted(sides, short: int, long: int, times: float = 1.0) -> tuple[int, int]:
+    """(h, w) -> (h, w) of the same ratio: the shorter side becomes `short`, unless the longer became more than `long`; both are
+    multiplied by `times` first (mmcv's Resize). A `short` of 0: the size itself is multiplied."""
+    factor = min(round(short * times) / min(sides), round(long * times) / max(sides)) if short else times
     return tuple(max(1, int(side * factor + 0.5)) for side in sides)
 
 
@@ -41,7 +39,7 @@ def whole_images(source, scales, short: int, long: int, limit: int = 0, process=
                 bad = source.describe(mine[place])
                 raise DataError(f"{bad}: {unreadable.reason(error)}") from error
             sides = example["image"].shape[:2]
-            sizes = [fitted(sides, round(short * scale), round(long * scale)) for scale in scales]
+            sizes = [fitted(sides, short, long, scale) for scale in scales]
             views = [pil_bicubic.bicubic(example["image"], size) for size in sizes]
             yield {**example, "views": views}
     finally:

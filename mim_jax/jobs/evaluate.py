@@ -88,7 +88,7 @@ def trained(config: Evaluate, source: saved.Saved) -> judges.Judged:
 
 def detector(config: EvaluateDetector, source: saved.Saved, workdir: epath.Path) -> judges.Judged:
     """The detector that the run trained, for images of the size here; results go to the workdir."""
-    there = ConfigDict(pretrain.saved_keys(source.config).to_dict() | {"image_size": config.image_size})
+    there = encoders.computed_as(pretrain.saved_keys(source.config), config)
     names = tuple(source.config.class_names)
     made = sections.read(detect.Detection, there, complete=True).detector_of(len(names))
     return judges.Judged(made, config, sharding.make_mesh(), class_names=names, folder=workdir)

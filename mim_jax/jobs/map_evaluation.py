@@ -32,7 +32,7 @@ class MapEvaluation(encoders.WithEncoder):
     scales: tuple[float, ...]
     flip: bool
     whole: bool
-    data: datasets.Images = sections.nested(datasets.Images)
+    data: datasets.MappedData = sections.nested(datasets.MappedData)
 
     def check(self):
         super().check()
@@ -68,15 +68,16 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     completed = inheritance.inherit(settings, source.config)
     config, trained = sections.read(MapEvaluation, completed), pretrain.saved_keys(source.config)
     names = tuple(source.config.class_names)
-    made = sections.read(Segmentation, trained, complete=True).objective(len(names))
+    here = encoders.computed_as(trained, config)
+    made = sections.read(Segmentation, here, complete=True).objective(len(names))
     mesh = sharding.make_mesh()
     judged = Judged(made, config, mesh, class_names=names)
     judges = {split: config.scores(split, trained).made(judged) for split in config.splits}
     params, words = weights.taken_over(source, made, config.encoder, mesh)
     stats = source.stats(jax.eval_shape(lambda: made.init(jax.random.key(0), made.example())), mesh)
-    origin = dict(
-        run=str(source.folder), step=source.step, asked={key: typed[key] for key in ("splits", "scales", "flip", "whole")}
-    )
+    data = {key: getattr(config.data, key) for key in inheritance.PLACE}
+    asked = {key: typed[key] for key in ("splits", "scales", "flip", "whole")}
+    origin = dict(run=str(source.folder), step=source.step, asked=asked, data=data)
     with claimed(workdir, typed, sections.defaults(MapEvaluation, completed)), logs.Logger(workdir) as logger:
         already = finished(workdir, origin)
         logger.say(f"workdir      {workdir}\nweights      {words}")

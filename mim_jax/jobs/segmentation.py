@@ -22,6 +22,7 @@ from mim_jax.train.experiment import Start
 from mim_jax.train.optimizer import AdamW, lr_scale
 
 SHOWN, LEVELS = 8, 4  # images of augmented.png; maps of UPerNet
+FAMILIES = ("vit", "swin")
 TAKEN = weights.Taken(
     "^encoder/",
     fresh=(r"^(neck|head|auxiliary)/", r"^encoder/block_\d+/(attn/relative_bias|gamma_\d)$"),
@@ -52,8 +53,8 @@ class UPerNet(Section):
 
 
 class Segmentation(training.Training):
-    """taps: four places in the encoder, fine maps first; (): a quarter of the depth apart. relative_bias, layer_scale: what a
-    ViT with absolute positions gets besides (LocalMIM's released segmentation)."""
+    """taps: four places in the encoder, fine maps first, the last at its end; (): a quarter of the depth apart. relative_bias,
+    layer_scale: what a ViT with absolute positions gets besides (LocalMIM's released segmentation)."""
 
     scratch: bool
     head: Literal["upernet", "linear"]
@@ -65,6 +66,11 @@ class Segmentation(training.Training):
     upernet: UPerNet = nested(UPerNet)
     data: datasets.SegmentationData = nested(datasets.SegmentationData)
     optim: SegmentationAdamW = one_of("name", {"adamw": SegmentationAdamW})
+
+    def check(self):
+        super().check()
+        if self.encoder.kind not in FAMILIES:
+            raise ConfigError(f"job={self.job} takes a ViT or a Swin; encoder.kind={self.encoder.kind} is no such encoder")
 
     def objective(self, classes: int) -> Segmenter:
         """Raises ConfigError for settings that cannot be, before any compute."""
@@ -80,9 +86,16 @@ class Segmentation(training.Training):
         return Segment(taps=taps, **shared, **{key: getattr(self.upernet, key) for key in keys})
 
     def places(self, made: Encoder) -> tuple[int, ...]:
-        taps = self.taps or tuple(math.ceil((i + 1) * made.levels / LEVELS) - 1 for i in range(LEVELS))
-        if len(taps) != LEVELS or sorted(taps) != list(taps) or not 0 <= taps[0] <= taps[-1] < made.levels:
-            raise ConfigError(f"taps={self.taps}: four {made.place}s from 0 to {made.levels - 1} are meant, in their order")
+        """Raises ConfigError unless there are four, in order, the last at the encoder's end: what lies above learns nothing."""
+        scaled = lambda parts: tuple(math.ceil(part * made.levels / parts[-1]) - 1 for part in parts)
+        taps, last = self.taps or scaled(range(1, LEVELS + 1)), made.levels - 1
+        if len(taps) != LEVELS or sorted(taps) != list(taps) or not 0 <= taps[0] <= taps[-1] <= last:
+            words = f"four {made.place}s from 0 to {last} are meant, in their order, or taps=(): a quarter of the depth apart"
+            raise ConfigError(f"taps={taps}: {words}")
+        if taps[-1] != last:
+            words = f"end below the last {made.place}, {last}, so that what lies above would be unused"
+            same = scaled([tap + 1 for tap in taps])
+            raise ConfigError(f"taps={taps} {words}; use {same}, as far apart here, or taps=(): a quarter of the depth apart")
         return taps
 
     def layer_scales(self, made: Encoder):
@@ -132,6 +145,6 @@ def save_augmented(workdir, config: Segmentation, inputs, batch, source):
     """Draws what the first step sees, once: nothing shows a wrong augmentation sooner."""
     shown = {key: x[:SHOWN] for key, x in batch.items() if key != "id"}
     seen = jax.jit(inputs)(shown, prng.stream(config.seed, "masks", 0))
-    pixels = 255 * np.asarray(config.normaliser().undo(seen["images"], shown["image"]))
+    pixels = 255 * np.asarray(config.normaliser().undo(seen["images"], shown["image"], shown.get("shown")))
     figure = draw_labelled(list(zip(pixels, np.asarray(seen["labels"]))), source.class_names, source.colours)
     write_png(figure, workdir / "augmented.png")

@@ -25,28 +25,33 @@ class Normaliser:
     std: tuple[float, ...]
     per_image: bool = False
 
-    def statistics(self, images):
-        """[b h w c] in [0, 1] -> mean and std that broadcast against it."""
+    def statistics(self, images, there=None):
+        """[b h w c] in [0, 1] -> mean and std that broadcast against it; `there` bool [b h w 1]: of these pixels alone."""
         if not self.per_image:
             return jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
-        mean = images.mean((1, 2, 3), keepdims=True)
-        return mean, jnp.maximum(images.std((1, 2, 3), keepdims=True), 1 / 255)
+        mean = images.mean((1, 2, 3), keepdims=True, where=there)
+        return mean, jnp.maximum(images.std((1, 2, 3), keepdims=True, where=there), 1 / 255)
 
     def __call__(self, images, shown=None):
         """uint8 [b h w c] -> float32 [b h w c]. shown [b 2]: how many rows and columns of each there are; beyond them it is
-        padding, and 0."""
-        images = images.astype(jnp.float32) / 255
-        mean, std = self.statistics(images)
+        padding, 0 and in no statistics."""
+        images, there = images.astype(jnp.float32) / 255, inside(images, shown)
+        mean, std = self.statistics(images, there)
         normalised = (images - mean) / std
-        if shown is None:
-            return normalised
-        rows, columns = (jnp.arange(side) < shown[:, i, None] for i, side in enumerate(images.shape[1:3]))
-        return jnp.where(rows[:, :, None, None] & columns[:, None, :, None], normalised, 0)
+        return normalised if there is None else jnp.where(there, normalised, 0)
 
-    def undo(self, normalised, images):
-        """float32 [b h w c] -> [b h w c] in [0, 1], by the statistics of the uint8 `images` it came from."""
-        mean, std = self.statistics(images.astype(jnp.float32) / 255)
+    def undo(self, normalised, images, shown=None):
+        """float32 [b h w c] -> [b h w c] in [0, 1], by the statistics of the uint8 `images` it came from, `shown` as then."""
+        mean, std = self.statistics(images.astype(jnp.float32) / 255, inside(images, shown))
         return jnp.clip(normalised * std + mean, 0, 1)
+
+
+def inside(images, shown):
+    """[b h w c], [b 2] of the rows and columns that are no padding -> bool [b h w 1]; None without."""
+    if shown is None:
+        return None
+    rows, columns = (jnp.arange(side) < shown[:, i, None] for i, side in enumerate(images.shape[1:3]))
+    return rows[:, :, None, None] & columns[:, None, :, None]
 
 
 def patch_statistics(patches):
