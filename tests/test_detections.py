@@ -18,6 +18,7 @@ from mim_jax.assemble import datasets
 from mim_jax.config import ConfigError
 from mim_jax.data import masks, scale_jitter
 from mim_jax.data.decoding import PLAIN
+from mim_jax.data.object_source import packed
 from mim_jax.data.sources import open_source
 from mim_jax.evaluators import coco_ap, object_results
 from mim_jax.evaluators.split_runner import SplitRunner
@@ -103,8 +104,16 @@ def test_nothing_found_is_nothing_right():
     truth, _ = recorded()
     scores = coco_ap.scores(truth, [])
     assert scores["box/AP"] == scores["mask/AR_100"] == 0
-    with pytest.raises(ConfigError, match="no annotations"):
-        coco_ap.require_truth(truth | {"annotations": []})
+    assert coco_ap.scores(truth | {"annotations": []}, [])["mask/AP"] == -1
+
+
+def test_images_without_objects_are_refused_before_they_are_judged(scenes):
+    object_results.require_truth(scenes, 0)
+    bare = scenes.take(np.arange(4))
+    bare.objects[1:] = [packed([])] * 3
+    object_results.require_truth(bare, 1)
+    with pytest.raises(ConfigError, match="none of the 3 images to be judged has an annotation"):
+        object_results.require_truth(bare.take(np.array([1, 2, 3])), 0)
 
 
 PART = """
