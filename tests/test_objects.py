@@ -158,11 +158,7 @@ def test_run_lengths_are_those_that_were_written():
 
 @pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4], [7, 7, 7, 8, 8]])
 def test_ids_of_annotations_do_not_change_ap(ids, tmp_path):
-    def numbered(found):
-        for each, number in zip(found["annotations"], ids, strict=True):
-            each["id"] = number
-
-    path = written(tmp_path, numbered)
+    path = written(tmp_path, lambda found: [a.update(id=i) for a, i in zip(found["annotations"], ids, strict=True)])
     as_usual, other = (opened(path, split).ground_truth() for split in ("train", "validation"))
     results = [{key: o[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.5} for o in as_usual["annotations"]]
     found = coco_ap.scores(other, results, kinds=("bbox",))
