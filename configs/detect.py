@@ -36,7 +36,7 @@ NORMS_AND_POSITIONS = (r"^encoder/block_\d+/norm\d/", r"^encoder/pos_embed$")
 DETECTOR = dict(width=256, hidden=1024, anchor_sizes=(32.0, 64.0, 128.0, 256.0, 512.0))
 DETECTOR |= dict(sampled_anchors=256, sampled_regions=512, before=(2000, 1000), after=(1000, 1000))
 DETECTOR |= dict(proposal_overlap=0.7, score=0.05, overlap=0.5, most=100)
-DATA = dict(source="coco", changed="refuse", normalise="run", mean=(), std=(), resize_ratio=1.0)
+DATA = dict(source="coco", changed="refuse", normalise="run", mean=(), std=())
 DATA |= dict(train_split="train", scale=(0.1, 2.0), flip=0.5, objects=100)
 PRESETS = {
     "vitdet_b": dict(layer_decay=0.7, drop_path=0.1),

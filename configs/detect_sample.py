@@ -44,7 +44,7 @@ def get_config(arg=""):
         proposal_overlap=0.7, score=0.05, overlap=0.5, most=20,
     ))  # fmt: skip
     c.data = ConfigDict(dict(
-        RUN_DATA, source="scenes", changed="refuse", normalise="dataset", mean=(0.45,), std=(0.25,), resize_ratio=1.0,
+        RUN_DATA, source="scenes", changed="refuse", normalise="dataset", mean=(0.45,), std=(0.25,),
         train_split="train", scale=(0.75, 1.5), flip=0.5, objects=8,
     ))  # fmt: skip
     c.optim = adamw(lr=1e-3, b2=0.999, no_decay=NORMS, warmup=duration("warmup", percent=10))

@@ -39,7 +39,9 @@ def get_config(arg=""):
     c.image_size = (a.size, a.size)
     c.compute_dtype = "auto"
     c.remat = False
-    c.data = ConfigDict(dict(RUN_DATA, normalise="run", mean=(), std=(), resize_ratio=0.0))
+    c.data = ConfigDict(dict(RUN_DATA, normalise="run", mean=(), std=()))
+    if not a.detect:  # a detector sees the whole image
+        c.data.resize_ratio = 0.0
     c.evals = ConfigDict()
     for name in (a.splits or ("validation" if a.detect else "validation-v2-real")).split("-"):
         split = SPLITS[choice("splits", name, SPLITS)]

@@ -13,15 +13,16 @@ from recorded import Case, from_released
 from mim_jax import tree
 from mim_jax.assemble import weights
 from mim_jax.assemble.encoders import encoder
-from mim_jax.boxes import coding, instance_masks, matching, sampling, suppression
+from mim_jax.boxes import coding, instance_masks, matching, roi_align, sampling, suppression
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.convert import detector_names, names
 from mim_jax.convert.layouts import our_shape
 from mim_jax.jobs import detect
+from mim_jax.models.box_head import BoxHead
 from mim_jax.models.posembed import sincos_table
 from mim_jax.models.vit import ViT
 from mim_jax.models.vitdet import ViTDet
-from mim_jax.objectives.mask_rcnn import MaskRCNN
+from mim_jax.objectives.mask_rcnn import MaskRCNN, scaled_gradient
 from mim_jax.train.optimizer import decays, lr_scale
 from mim_jax.train.schedule import Steps
 
@@ -119,6 +120,35 @@ def test_a_vit_becomes_a_backbone(position):
 def test_other_encoders_are_refused(e):
     with pytest.raises(ConfigError, match="is no such encoder"):
         detect.adapt(ConfigDict(dict(encoder=e)), ConfigDict())
+
+
+def test_heads_are_taken_over_by_a_detector_of_the_same_classes_alone():
+    there = lambda *names: ConfigDict(dict(job="detect", classes=len(names), class_names=names))
+    assert detect.taken_from(there("cat", "cup"), ("cat", "cup")) is weights.ALL
+    for other in (("cup", "cat"), ("cat", "dog"), ("cat",)):
+        assert "head" not in detect.taken_from(there("cat", "cup"), other).pattern
+        assert detect.taken_from(there("cat", "cup"), other) != weights.ALL
+    assert detect.taken_from(ConfigDict(dict(job="pretrain")), ("cat",)) is detect.FROM_A_VIT
+
+
+def test_a_scaled_gradient_leaves_the_value():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=1000), jnp.bfloat16)
+    np.testing.assert_array_equal(jax.jit(lambda x: scaled_gradient(x, 1 / 3))(x), x)
+    np.testing.assert_allclose(jax.grad(lambda x: scaled_gradient(x, 1 / 3))(2.0), 1 / 3, rtol=1e-6)
+
+
+def test_in_bfloat16_sums_and_last_layers_are_float32():
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal(size=(20, 24, 3)), jnp.bfloat16)
+    boxes = jnp.asarray([[3.0, 5.0, 60.0, 51.0], [0.0, 0.0, 90.0, 20.5]])
+    found = roi_align.align(features, boxes, 7, 0.25)
+    exact = roi_align.align(features.astype(jnp.float32), boxes, 7, 0.25).astype(jnp.bfloat16)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, exact)
+    head = BoxHead(classes=5, width=8, hidden=16, dtype=jnp.bfloat16)
+    outputs, _ = head.init_with_output(jax.random.key(0), found)
+    for x in outputs:
+        assert x.dtype == jnp.float32 and (x != x.astype(jnp.bfloat16)).any(), "rounded before"
 
 
 def test_global_blocks_are_spaced_evenly():

@@ -18,11 +18,13 @@ from mim_jax.assemble import datasets
 from mim_jax.config import ConfigError
 from mim_jax.data import masks, scale_jitter
 from mim_jax.data.decoding import PLAIN
+from mim_jax.data.object_source import packed
 from mim_jax.data.sources import open_source
 from mim_jax.evaluators import coco_ap, object_results
 from mim_jax.evaluators.split_runner import SplitRunner
 from mim_jax.figures.detections import Objects, best, colour, draw_batch, draw_detections, overlay
 from mim_jax.sections import read
+from mim_jax.targets.pixels import Normaliser
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SIZE, MOST, CELLS = (96, 160), 6, 28
@@ -60,8 +62,8 @@ class Planted(nn.Module):
 def judged(source, shift=0.0, folder=None, pictures=3):
     data = read(datasets.DetectionData, detection_data(), "data.")
     batches, count = datasets.split_batches(source, SIZE, data, 16)
-    normalise = lambda images: images.astype(jnp.float32) / 255 + 0.1
-    sums = [np.asarray(object_results.inside(normalise(b["image"]), b["size"]).sum((1, 2, 3)))[b["valid"]] for b in batches()]
+    normalise = Normaliser(mean=(-0.1,), std=(1.0,))
+    sums = [np.asarray(normalise(b["image"], b["size"]).sum((1, 2, 3)))[b["valid"]] for b in batches()]
     variables = {"params": table(source, shift) | {"sums": np.concatenate(sums)}}
     runner = SplitRunner(object_results.finder(Planted(), normalise), sharding.make_mesh(), batches, count)
     draw = object_results.drawer(source, PLAIN, pictures)
@@ -72,7 +74,7 @@ def judged(source, shift=0.0, folder=None, pictures=3):
 
 def detection_data(**changes):
     place = dict(source="scenes", path="", data_dir="", columns="", folders="", holdout=0)
-    seen = dict(exif="auto", bad_limit=0.1, normalise="dataset", mean=(0.5,), std=(0.25,), resize_ratio=1.0)
+    seen = dict(exif="auto", bad_limit=0.1, normalise="dataset", mean=(0.5,), std=(0.25,))
     return place | seen | dict(changed="refuse", train_split="train", scale=(0.1, 2.0), flip=0.5, objects=100) | changes
 
 
@@ -103,8 +105,16 @@ def test_nothing_found_is_nothing_right():
     truth, _ = recorded()
     scores = coco_ap.scores(truth, [])
     assert scores["box/AP"] == scores["mask/AR_100"] == 0
-    with pytest.raises(ConfigError, match="no annotations"):
-        coco_ap.require_truth(truth | {"annotations": []})
+    assert coco_ap.scores(truth | {"annotations": []}, [])["mask/AP"] == -1
+
+
+def test_images_without_objects_are_refused_before_they_are_judged(scenes):
+    object_results.require_truth(scenes, 0)
+    bare = scenes.take(np.arange(4))
+    bare.objects[1:] = [packed([])] * 3
+    object_results.require_truth(bare, 1)
+    with pytest.raises(ConfigError, match="none of the 3 images to be judged has an annotation"):
+        object_results.require_truth(bare.take(np.array([1, 2, 3])), 0)
 
 
 PART = """
@@ -151,8 +161,19 @@ def test_pictures_show_masks_in_their_colours_and_weak_ones_not():
     assert (picture[20, 20] == 100).all() and len({colour(k) for k in range(80)}) == 80
     batch = dict(image=image[None], boxes=found.boxes[None], classes=found.classes[None], valid=np.array([[True, False]]))
     assert (draw_batch(batch | {"instance_masks": np.packbits(bits, axis=-1)[None]}, ("cat", "cup")) == colour(0)).all(-1).any()
-    figure = draw_detections([image] * 3, [None] * 3, [found] * 3, ("cat", "cup"), "own images")
+    figure = draw_detections([(image, None, found)] * 3, ("cat", "cup"), "own images")
     assert figure.ndim == 3
+
+
+def test_what_is_not_drawn_is_not_pasted(scenes):
+    found = {key: x[:1] for key, x in table(scenes).items()}
+    found |= dict(size=np.array([[96, 96]]), original_size=scenes.sides[:1])
+    found["scores"][0, 0] = 0.1
+    whole, seen = object_results.on_the_original(found, 0), []
+    drawn = object_results.on_the_original(found, 0, lambda objects: seen.append(objects) or best(objects))
+    assert seen[0].masks.shape[1:] == (CELLS, CELLS) and 0 < len(drawn.scores) == len(whole.scores) - 1
+    for ours, theirs in zip(drawn, best(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_data_without_boxes_is_refused():

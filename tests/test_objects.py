@@ -14,6 +14,7 @@ from mim_jax.data.pipeline import TrainBatches, eval_batches
 from mim_jax.data.scale_jitter import ScaleJitter
 from mim_jax.data.sources import open_source
 from mim_jax.data.unreadable import Reading
+from mim_jax.evaluators import coco_ap
 
 SIDES = {7: (40, 60), 3: (64, 48), 12: (30, 30), 9: (50, 50)}  # image id: height, width
 SQUARE = [10, 8, 22, 8, 22, 20, 10, 20]
@@ -69,7 +70,7 @@ def test_ids_with_gaps_are_classes_by_order_and_images_come_by_id(tmp_path):
     (box,) = learned.objects_of(2)[0]["segmentation"]
     assert box == [20, 20, 28, 20, 28, 28, 20, 28], "a box stands for the mask that is not there"
     truth = source.ground_truth([1, 2])
-    assert [a["id"] for a in truth["annotations"]] == [1, 3, 4] and truth["annotations"][2]["iscrowd"] == 1
+    assert [a["id"] for a in truth["annotations"]] == [1, 2, 3] and truth["annotations"][2]["iscrowd"] == 1
     assert truth["categories"][1] == {"id": 17, "name": "cat"} and truth["images"][0]["height"] == 40
     part = opened(tmp_path, "train[:50%]+train[50%:]")
     assert part.image_ids.tolist() == source.image_ids.tolist() and part.split == "train[:50%]+train[50%:]"
@@ -100,6 +101,16 @@ ABSENT = {"id": 99, "file_name": "99.png", "height": 4, "width": 4}
         (lambda found: found["images"].append(ABSENT), ["1 of its 5", "99.png"]),
         (set_first("category_id", 5), ["1 of 5 annotations", "category_id", "among its categories: 5"]),
         (set_first("image_id", 123), ["image_id", "among its images: 123"]),
+        (set_first("bbox", [1, 2, 3]), ["1 of 5 annotations have a bbox", "(ids 1)"]),
+        (set_first("bbox", ["10", 8, 12, 12]), ["have a bbox that is not four finite numbers"]),
+        (set_first("bbox", [10, 8, float("nan"), 12]), ["have a bbox that is not four finite numbers"]),
+        (set_first("area", float("inf")), ["an area that is no finite number"]),
+        (set_first("segmentation", [[*SQUARE[:-1], float("nan")]]), ["1 of 5 annotations have a polygon", "(ids 1)"]),
+        (set_first("segmentation", SQUARE), ["have a polygon that is no list"]),
+        (set_first("segmentation", {"size": [40, 60]}), ["1 of 5 annotations have an RLE", "(ids 1)"]),
+        (set_first("segmentation", {"size": [40, 60], "counts": [1200, 1100]}), ["add up to height x width"]),
+        (set_first("segmentation", {"size": [40, 60], "counts": [2500, -100]}), ["none below 0"]),
+        (set_first("segmentation", {"size": [40, 60], "counts": "Xo5"}), ["have an RLE that cannot be"]),
         (set_first("segmentation", RUNS), ["mask of annotation 1", "64 x 48", "image 7 is 40 x 60"]),
         (lambda found: found["annotations"].clear(), ["has no annotations"]),
         (lambda found: found.pop("categories"), ["no COCO json", "'categories'"]),
@@ -129,6 +140,29 @@ def test_what_is_odd_is_counted(caplog):
     assert len(read.files) == 4 and read.files[0] == "3.png"
     for count, words in ((2, "a box of no area"), (1, "a box that leaves"), (1, "no polygon"), (1, "no mask")):
         assert f"{count} of 6 annotations have {words}" in caplog.text
+
+
+def test_run_lengths_are_those_that_were_written():
+    from pycocotools import mask
+
+    rng = np.random.default_rng(0)
+    for h, w, share in ((7, 5, 0.5), (300, 400, 0.002), (1, 1, 2), (2000, 1000, 0), (64, 48, 0.1)):
+        bits = np.asfortranarray(rng.random((h, w)) < share).astype(np.uint8, order="F")
+        text = mask.encode(bits)["counts"].decode()
+        edges = np.flatnonzero(np.diff(bits.ravel("F"), prepend=0, append=2))
+        np.testing.assert_array_equal(masks.runs({"counts": text}), np.diff(edges, prepend=0))
+        if len(text) > 1:
+            with pytest.raises(ValueError):
+                masks.runs({"counts": text[:-1] + "o"})
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4], [7, 7, 7, 8, 8]])
+def test_ids_of_annotations_do_not_change_ap(ids, tmp_path):
+    path = written(tmp_path, lambda found: [a.update(id=i) for a, i in zip(found["annotations"], ids, strict=True)])
+    as_usual, other = (opened(path, split).ground_truth() for split in ("train", "validation"))
+    results = [{key: o[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.5} for o in as_usual["annotations"]]
+    found = coco_ap.scores(other, results, kinds=("bbox",))
+    assert found == coco_ap.scores(as_usual, results, kinds=("bbox",)) and found["box/AP"] == pytest.approx(1.0)
 
 
 def training(source, **options):

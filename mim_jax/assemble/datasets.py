@@ -127,7 +127,7 @@ class FinetuningData(TrainingData):
     randaugment: RandAugmentation = nested(RandAugmentation)
 
 
-class ObjectData(Data):
+class ObjectData(Images):
     """Images with objects; evaluation fits the whole image into the size."""
 
     @property
@@ -245,12 +245,12 @@ def training_batches(config, source, augment: RandAugmentation | None = None):
     return TrainBatches(source, reading=data.reading(), augment=policy, **data.seen(source), **options)
 
 
-def split_batches(source, size, data: Data, batch_size: int, limit: int = 0):
+def split_batches(source, size, data: Data | ObjectData, batch_size: int, limit: int = 0):
     """-> (batches(), number of examples): padded batches over a split, each example once."""
     from mim_jax.data.pipeline import eval_batches
 
     whole, process = -(-batch_size // jax.device_count()) * jax.device_count(), (jax.process_index(), jax.process_count())
-    seen = dict(size=size, resize_ratio=data.resize_ratio, see=data.see, reading=data.reading())
-    options = dict(batch_size=whole, limit=limit, process=process, **seen)
+    seen = dict(see=data.see) if data.see else dict(resize_ratio=data.resize_ratio)
+    options = dict(size=size, batch_size=whole, limit=limit, process=process, reading=data.reading(), **seen)
     count = min(limit, source.num_examples) if limit else source.num_examples
     return lambda: eval_batches(source, **options), count

@@ -39,8 +39,8 @@ def named(batch: dict, images) -> dict:
 
 
 def labelled_inputs(objective: Objective, normalise: Normaliser):
-    """Normalised images and their classes."""
-    return lambda batch, key: objective.inputs(named(batch, normalise(batch["image"])), key)
+    """Normalised images, 0 beyond their `size` where they have one, and their classes or objects."""
+    return lambda batch, key: objective.inputs(named(batch, normalise(batch["image"], batch.get("size"))), key)
 
 
 def segmentation_inputs(normalise: Normaliser):

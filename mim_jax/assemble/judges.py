@@ -183,6 +183,7 @@ class Detections(Evaluation):
                 f"{source.name} '{self.split}' has the classes {', '.join(source.class_names[:5])}, ..., "
                 f"{source.num_classes} in all, and the detector learned {', '.join(names[:5])}, ..., {len(names)} in all"
             )
+        object_results.require_truth(source, self.examples)
         find = object_results.finder(judged.objective, judged.normalise)
         runner = judged.runner(find, source, self.batch_size, self.examples)
         draw = object_results.drawer(source, judged.config.data.reading().decoding, self.pictures)

@@ -41,12 +41,13 @@ def bins(start, end, side: int, out: int, sampling: int = 0):
 
 
 def align(features, boxes, out: int, scale: float, sampling: int = 0):
-    """[y x c], boxes [r 4] in pixels, cells per pixel -> [r out out c]."""
+    """[y x c], boxes [r 4] in pixels, cells per pixel -> [r out out c]; weights and sums are float32."""
     x0, y0, x1, y1 = jnp.moveaxis(boxes * scale, -1, 0)
-    rows = bins(y0, y1, features.shape[0], out, sampling).astype(features.dtype)
-    columns = bins(x0, x1, features.shape[1], out, sampling).astype(features.dtype)
-    found = jnp.einsum("rpy,yxc->rpxc", rows, features)
-    return jnp.einsum("rqx,rpxc->rpqc", columns, found)
+    rows = bins(y0, y1, features.shape[0], out, sampling)
+    columns = bins(x0, x1, features.shape[1], out, sampling)
+    found = jnp.einsum("rpy,yxc->rpxc", rows, features, preferred_element_type=jnp.float32)
+    found = jnp.einsum("rqx,rpxc->rpqc", columns, found, preferred_element_type=jnp.float32)
+    return found.astype(features.dtype)
 
 
 def pool(pyramid: dict, boxes, out: int, sampling: int = 0):

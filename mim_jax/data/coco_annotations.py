@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import math
 
 import numpy as np
 from absl import logging
@@ -16,6 +17,11 @@ FEW, FEWEST_NUMBERS = 5, 6  # named in one message; of a polygon
 BOX_ONLY = "have no mask: their boxes stand for it"
 LEFT_OUT = "have a box of no area or outside of their image, and are left out"
 BAD_POLYGON = "have no polygon of three corners or more, and are left out"
+NO_BOX = "have a bbox that is not four finite numbers x, y, width, height"
+NO_POLYGON = "have a polygon that is no list of finite numbers"
+NO_RUNS = "have an RLE that cannot be: 'counts' must be run lengths, none below 0, that add up to height x width"
+NO_AREA = "have an area that is no finite number"
+REFUSED = NO_BOX, NO_POLYGON, NO_RUNS, NO_AREA
 OUTSIDE = "have a box that leaves its image by more than a pixel: what is outside does not count"
 
 
@@ -44,7 +50,9 @@ def read(path) -> Annotations:
         raise DataError(f"{path} is no COCO json: it needs the lists 'images', 'annotations' and 'categories'.")
     try:
         return checked(path, *lists, hashlib.sha256(data).hexdigest()[:16])
-    except (KeyError, TypeError, IndexError) as error:
+    except DataError:
+        raise
+    except (KeyError, TypeError, IndexError, ValueError) as error:
         raise DataError(f"{path} is no COCO json of objects: an entry lacks or has a wrong {error}.") from error
 
 
@@ -72,6 +80,9 @@ def checked(path, images, annotations, categories, digest="") -> Annotations:
         made = _object(path, annotation, *sides[annotation["image_id"]], counted)
         if made:
             of_image[annotation["image_id"]].append(made)
+    for words in REFUSED:
+        if ids := counted.pop(words, ()):
+            raise DataError(f"{path}: {len(ids)} of {len(annotations)} annotations {words} (ids {_few(ids)}).")
     for words, ids in counted.items():
         logging.warning("%s: %d of %d annotations %s (ids %s)", path, len(ids), len(annotations), words, _few(ids))
     ids = [image["id"] for image in images]
@@ -82,6 +93,10 @@ def checked(path, images, annotations, categories, digest="") -> Annotations:
 
 def _object(path, a, h: int, w: int, counted) -> dict | None:
     """An annotation of an image of h x w -> what is kept of it, or None; `counted`: {words: ids} of what is odd."""
+    if len(a["bbox"]) != 4 or not _finite(a["bbox"]):
+        return counted[NO_BOX].append(a["id"])
+    if not _finite([a.get("area", 0)]):
+        return counted[NO_AREA].append(a["id"])
     x, y, wide, high = box = [float(v) for v in a["bbox"]]
     if wide <= 0 or high <= 0 or x >= w or y >= h or x + wide <= 0 or y + high <= 0:
         return counted[LEFT_OUT].append(a["id"])
@@ -93,7 +108,11 @@ def _object(path, a, h: int, w: int, counted) -> dict | None:
             tall, across = mask["size"]
             words = f"{tall} x {across} pixels (height, width), and image {a['image_id']} is {h} x {w}"
             raise DataError(f"{path}: the mask of annotation {a['id']} is {words}.")
+        if not _covers(mask, h * w):
+            return counted[NO_RUNS].append(a["id"])
     elif mask:
+        if not all(map(_finite, mask)):
+            return counted[NO_POLYGON].append(a["id"])
         mask = [polygon for polygon in mask if len(polygon) >= FEWEST_NUMBERS and len(polygon) % 2 == 0]
         if not mask:
             return counted[BAD_POLYGON].append(a["id"])
@@ -103,6 +122,23 @@ def _object(path, a, h: int, w: int, counted) -> dict | None:
     area = a["area"] if "area" in a else masks.area(mask, h, w)
     kept = dict(id=a["id"], category_id=a["category_id"], bbox=box, area=area, iscrowd=int(a.get("iscrowd", 0)))
     return kept | {"segmentation": mask}
+
+
+def _finite(numbers) -> bool:
+    """Whether it is a list of numbers, none of them NaN or infinite."""
+    try:
+        return isinstance(numbers, list) and math.isfinite(sum(numbers))
+    except (TypeError, OverflowError):
+        return False
+
+
+def _covers(lengths: dict, pixels: int) -> bool:
+    """Whether the run lengths of an RLE are those of so many pixels."""
+    try:
+        found = masks.runs(lengths)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return bool((found >= 0).all()) and int(found.sum()) == pixels
 
 
 def _few(ids) -> str:

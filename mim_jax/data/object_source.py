@@ -59,12 +59,14 @@ class ObjectSource(Source):
         return self if all(useful) else self.take(np.flatnonzero(useful))
 
     def ground_truth(self, ids=None) -> dict:
-        """The images at the places `ids`, or all, as the contents of a COCO json."""
+        """The images at the places `ids`, or all, as the contents of a COCO json, annotations numbered from 1: pycocotools
+        takes the id 0 for "matched by nothing", and one of two with the same id for both."""
         images, annotations = [], []
         for i in range(self.num_examples) if ids is None else ids:
             (h, w), image = self.sides[i].tolist(), int(self.image_ids[i])
             images.append({"id": image, "height": h, "width": w, "file_name": self.file_name(i)})
             annotations += [{**o, "image_id": image} for o in self.objects_of(i)]
+        annotations = [{**o, "id": k} for k, o in enumerate(annotations, 1)]
         names = [{"id": number, "name": name} for number, name in zip(self.category_ids, self.class_names)]
         return {"images": images, "annotations": annotations, "categories": names}
 
@@ -74,9 +76,9 @@ class ObjectSource(Source):
         require_sides(example["image"].shape[:2], example["sides"].numpy())
         return example
 
-    def is_broken(self, item) -> bool:
+    def is_broken(self, item, how=PLAIN) -> bool:
         try:
-            self.decoded(self.load(item), PLAIN)
+            self.decoded(self.load(item), how)
         except Exception:  # pylint: disable=broad-except  # PIL and TensorFlow raise a dozen kinds
             return True
         return False

@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from mim_jax.data.augment import DataError, decoded, with_pixels
+from mim_jax.data.decoding import PLAIN
 from mim_jax.data.packed_names import Names
 
 WAYS = """provide data in one of these ways:
@@ -116,10 +117,10 @@ class Source:
         """What `load` gives -> the same with pixels. Raises what TensorFlow does for an image that cannot be used."""
         return with_pixels(example, self.channels, how)
 
-    def is_broken(self, item) -> bool:
+    def is_broken(self, item, how=PLAIN) -> bool:
         """Whether an item cannot be read or decoded, or has something that does not fit its image; tries to."""
         try:
-            decoded(self.load(item), self.channels)
+            decoded(self.load(item), self.channels, how)
         except Exception:  # pylint: disable=broad-except  # PIL and TensorFlow raise a dozen kinds
             return True
         return False

@@ -97,7 +97,7 @@ def explain(error, source, items, how) -> DataError:
     words, bad = reason(error), {}
     try:
         for _, i, item in items:
-            if source.is_broken(item):
+            if source.is_broken(item, how):
                 bad[int(i)] = source.describe(int(i)), *(why(source, int(i), how) or (words, False))
     except tf.errors.OpError as reading:  # the records themselves, so there are no names
         words = reason(reading)

@@ -8,8 +8,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mim_jax.config import ConfigError
-
 KINDS = {"bbox": "box", "segm": "mask"}  # what pycocotools calls them, and we
 STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 RECALLS = ("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
@@ -75,9 +73,3 @@ def gathered(results: list[dict]) -> list[dict]:
         parts = [bytes(row[:n]) for row, n in zip(whole, lengths.reshape(-1).tolist())]
         results = [each for part in parts for each in json.loads(part)]
     return sorted(results, key=lambda each: each["image_id"])
-
-
-def require_truth(truth: dict):
-    """Raises ConfigError where there is nothing to judge by."""
-    if not truth["annotations"]:
-        raise ConfigError("the split has no annotations: there is nothing to judge detections by")

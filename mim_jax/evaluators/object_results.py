@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from mim_jax.boxes import paste
+from mim_jax.config import ConfigError
 from mim_jax.evaluators import coco_ap
 from mim_jax.evaluators.split_runner import SplitRunner
 from mim_jax.figures.detections import Objects, draw_detections
@@ -14,29 +15,27 @@ from mim_jax.figures.detections import Objects, draw_detections
 KEYS = ("classes", "scores", "mask_logits")
 
 
-def inside(images, size):
-    """Normalised [b h w c], (h, w) int32 [b 2] -> the same, zero beyond: padding is gray to the network, as in training."""
-    _, h, w, _ = images.shape
-    rows, columns = (np.arange(side)[None] < size[:, i, None] for i, side in enumerate((h, w)))
-    return jax.numpy.where((rows[:, :, None] & columns[:, None])[..., None], images, 0)
-
-
 def finder(objective, normalise) -> Callable:
-    """-> fn(variables, batch of evaluation) -> {name: [b ...]}: what MaskRCNN.detect gives, and of which image that is."""
+    """-> fn(variables, batch of evaluation) -> {name: [b ...]}: what MaskRCNN.detect gives, and of which image that is.
+
+    `normalise(images, shown)`: padding is gray to the network, as in training.
+    """
 
     def fn(variables, batch):
-        images = inside(normalise(batch["image"]), batch["size"])
+        images = normalise(batch["image"], batch["size"])
         found = objective.apply(variables, images, batch["size"], method="detect")
         return found | {key: batch[key] for key in ("id", "size", "original_size")}
 
     return fn
 
 
-def on_the_original(found: dict, k: int) -> Objects:
-    """Row k of `finder`'s arrays -> what was found in it, in pixels of the file."""
+def on_the_original(found: dict, k: int, chosen: Callable = lambda objects: objects) -> Objects:
+    """Row k of `finder`'s arrays -> what was found in it, in pixels of the file; `chosen` picks some before masks are pasted,
+    and sees their logits."""
     there, original = found["found"][k], found["original_size"][k]
     boxes, real = paste.rescaled(found["boxes"][k][there], found["size"][k], original)
-    boxes, classes, scores, logits = (x[real] for x in (boxes, *(found[key][k][there] for key in KEYS)))
+    classes, scores, logits = (found[key][k][there][real] for key in KEYS)
+    boxes, classes, logits, scores = chosen(Objects(boxes[real], classes, logits, scores))
     with np.errstate(over="ignore"):
         drawn = paste.pasted(1 / (1 + np.exp(-np.float32(logits))), boxes, original)
     return Objects(boxes, classes, drawn, scores)
@@ -70,12 +69,21 @@ def detected(runner: SplitRunner, variables, source) -> tuple[list[dict], list[i
     return coco_ap.gathered(mine), sorted(seen)
 
 
+def require_truth(source, examples: int):
+    """Raises ConfigError where none of the images that `examples` lets evaluation see has an object; 0: it sees all."""
+    from mim_jax.data.source import evenly
+
+    chosen = evenly(source.num_examples, examples or source.num_examples)
+    if not any(source.objects_of(i) for i in chosen):
+        words = f"none of the {len(chosen)} images to be judged has an annotation: there is nothing to judge detections by"
+        raise ConfigError(f"{source.name} '{source.split}': {words}")
+
+
 def judge(runner: SplitRunner, source, title: str, draw: Callable, folder, state):
     """AP and AR of boxes and masks, in 0 .. 1; `draw` as `drawer` makes it. With a folder the results are written there, as
-    COCO's results files have them. Raises ConfigError where no image has an object."""
+    COCO's results files have them."""
     results, seen = detected(runner, state.variables(), source)
     truth = source.ground_truth(seen)
-    coco_ap.require_truth(truth)
     if folder is not None and jax.process_index() == 0:
         (folder / f"detections_{title}.json").write_text(json.dumps(results))
     images = [image["id"] for image in truth["images"]]
@@ -92,14 +100,13 @@ def drawer(source, how, pictures: int) -> Callable:
         chosen = [seen[k * len(seen) // pictures] for k in range(min(pictures, len(seen)))]
         if not chosen or jax.process_index():
             return {}
-        images = [image_of(source, i, how) for i in chosen]
-        truths = [known(source, i) for i in chosen]
         grouped = {int(source.image_ids[i]): [] for i in chosen}
         for each in results:
             grouped.get(each["image_id"], []).append(each)
-        found = [scored(source, i, grouped[int(source.image_ids[i])]) for i in chosen]
+        found = lambda i: scored(source, i, grouped[int(source.image_ids[i])])
+        examples = ((image_of(source, i, how), known(source, i), found(i)) for i in chosen)
         title = f"{source.name}, {source.split}: objects annotated and found"
-        return {"detections/pictures": draw_detections(images, truths, found, source.class_names, title)}
+        return {"detections/pictures": draw_detections(examples, source.class_names, title)}
 
     return draw
 

@@ -71,16 +71,17 @@ def draw_batch(batch: dict, names, most: int = 8) -> np.ndarray:
     return panel_grid(rows, [""] * across, "what the first step sees", side=0)
 
 
-def draw_detections(images, truths, found, names, title: str) -> np.ndarray:
-    """uint8 [h w c] each, what is there (Objects, or None where it is not known) and what was found -> uint8 figure [H W 3].
+def draw_detections(examples, names, title: str) -> np.ndarray:
+    """Of each: image uint8 [h w c], what is there (Objects, or None where it is not known) and what was found -> uint8 figure
+    [H W 3].
 
-    Two images a row. Detections below LEAST_SCORE are left out.
+    Two images a row. Detections below LEAST_SCORE are left out. One example is looked at after the other: masks are large.
     """
-    panels = []
-    for image, truth, objects in zip(images, truths, found, strict=True):
+    panels, truth = [], None
+    for image, truth, objects in examples:
         panels += [overlay(image, truth, names)] if truth is not None else []
         panels.append(overlay(image, best(objects), names))
-    each = ["annotated", "found"] if truths and truths[0] is not None else ["found"]
+    each = ["annotated", "found"] if truth is not None else ["found"]
     across = 2 * len(each)
     panels += [np.full_like(panels[-1], 255)] * (-len(panels) % across)
     rows = [panels[k : k + across] for k in range(0, len(panels), across)]

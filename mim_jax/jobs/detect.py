@@ -54,7 +54,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     config = read(Detection, completed)
     mesh, images = training.devices(config), config.opened(config.data.train_split).trainable()
     made = config.detector_of(images.num_classes)
-    begin = Start() if saved.has_checkpoint(workdir) else start(config, source, made, mesh)
+    begin = Start() if saved.has_checkpoint(workdir) else start(config, source, made, images.class_names, mesh)
     e = training.experiment(
         config,
         completed,
@@ -99,14 +99,19 @@ def spaced(depth: int, count: int) -> tuple[int, ...]:
     return tuple((k + 1) * depth // count - 1 for k in range(count))
 
 
-def start(config: Detection, source: saved.Saved, made: MaskRCNN, mesh) -> Start:
+def start(config: Detection, source: saved.Saved, made: MaskRCNN, class_names: tuple[str, ...], mesh) -> Start:
     """The weights of the run at `init_from`, unless all are to be fresh. Raises ConfigError (CheckpointError)."""
     if config.scratch:
         return Start()
-    there, taken, section = source.config, FROM_A_VIT, source.config.encoder
-    if there.job == "detect":
-        section = config.encoder
-        same = there.get("classes") == made.classes
-        taken = weights.ALL if same else weights.Taken(r"^(encoder|pyramid|region_proposals)/", fresh=(r"^(box|mask)_head",))
-    replace, words = weights.taken_over(source, made, section, mesh, taken)
+    section = config.encoder if source.config.job == "detect" else source.config.encoder
+    replace, words = weights.taken_over(source, made, section, mesh, taken_from(source.config, class_names))
     return Start(replace, words, source.ancestry())
+
+
+def taken_from(there: ConfigDict, class_names: tuple[str, ...]) -> weights.Taken:
+    """What a detector of these classes, in this order, takes over from a run: of one of other classes all but its heads."""
+    if there.job != "detect":
+        return FROM_A_VIT
+    if tuple(there.get("class_names", ())) == tuple(class_names):
+        return weights.ALL
+    return weights.Taken(r"^(encoder|pyramid|region_proposals)/", fresh=(r"^(box|mask)_head",))

@@ -6,7 +6,7 @@ from mim_jax import sharding
 from mim_jax.assemble import inheritance
 from mim_jax.evaluators import object_results
 from mim_jax.evaluators.split_runner import SplitRunner
-from mim_jax.figures.detections import draw_detections
+from mim_jax.figures.detections import best, draw_detections
 from mim_jax.figures.sheet import write_png
 from mim_jax.jobs import detect
 from mim_jax.jobs.pretrain import saved_keys
@@ -30,15 +30,17 @@ def visualise(run: saved.Saved, out: str, images: int, split: str, place=("", ""
     source = config.data.images(split or ("train" if place[0] else "validation"), config.channels)
     batches, count = config.batches(source, BATCH, images)
     runner = SplitRunner(object_results.finder(made, config.normaliser()), mesh, batches, count)
-    pictures, truths, found = [], [], []
-    for part in runner.stream(run.variables(made, mesh)):
-        for k, i in enumerate(part["id"].tolist()):
-            pictures.append(image_of(source, i, config.data.reading().decoding))
-            truths.append(object_results.known(source, i) if hasattr(source, "objects_of") else None)
-            found.append(object_results.on_the_original(part, k))
+
+    def examples():
+        for part in runner.stream(run.variables(made, mesh)):
+            for k, i in enumerate(part["id"].tolist()):
+                truth = object_results.known(source, i) if hasattr(source, "objects_of") else None
+                image = image_of(source, i, config.data.reading().decoding)
+                yield image, truth, object_results.on_the_original(part, k, best)
+
     out = expanded(out) if out else run.workdir / "figures"
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"detections_step{run.step}.png"
-    write_png(draw_detections(pictures, truths, found, names, f"{source.name}, {source.split}: objects found"), path)
+    write_png(draw_detections(examples(), names, f"{source.name}, {source.split}: objects found"), path)
     print(path, flush=True)
     return [path]

@@ -1,4 +1,5 @@
-"""What a region holds and where exactly (Mask R-CNN's heads as ViTDet has them, arXiv 2203.16527, appendix)."""
+"""What a region holds and where exactly (Mask R-CNN's heads as ViTDet has them, arXiv 2203.16527, appendix). Last layers
+are float32, as logits and distances must not be rounded."""
 
 from typing import Any
 
@@ -42,10 +43,10 @@ class BoxHead(nn.Module):
         x = NormedConvs(self.width, self.dtype, name="convs")(x)
         x = Dense(self.hidden, self.dtype, kernel_init=caffe_xavier, name="fc")(x.reshape(len(x), -1))
         x = nn.relu(x)
-        logits = Dense(self.classes + 1, self.dtype, kernel_init=nn.initializers.normal(0.01), name="classes_out")(x)
+        logits = Dense(self.classes + 1, kernel_init=nn.initializers.normal(0.01), name="classes_out")(x)
         k = 1 if self.agnostic else self.classes
-        deltas = Dense(4 * k, self.dtype, kernel_init=nn.initializers.normal(0.001), name="deltas")(x)
-        return logits.astype(jnp.float32), deltas.reshape(-1, k, 4).astype(jnp.float32)
+        deltas = Dense(4 * k, kernel_init=nn.initializers.normal(0.001), name="deltas")(x)
+        return logits, deltas.reshape(-1, k, 4)
 
 
 class MaskHead(nn.Module):
@@ -59,5 +60,4 @@ class MaskHead(nn.Module):
     def __call__(self, x):
         x = NormedConvs(self.width, self.dtype, name="convs")(x)
         x = nn.relu(Upsample(self.width, self.dtype, kernel_init=msra, name="up")(x))
-        out = Dense(self.classes, self.dtype, kernel_init=nn.initializers.normal(0.001), name="pred")(x)
-        return out.astype(jnp.float32)
+        return Dense(self.classes, kernel_init=nn.initializers.normal(0.001), name="pred")(x)

@@ -96,7 +96,7 @@ class Buckets(nn.Module):
 
 def bucketed(q, rows, columns, table):
     """[y r h x e], [y k 7], [x l 7], [e 7 7] -> [r h y x k l]."""
-    of_bucket = jnp.einsum("yrhxe,eab->rhyxab", q, table)
+    of_bucket = jnp.einsum("yrhxe,eab->rhyxab", q, table, preferred_element_type=jnp.float32)
     by_key_row = jnp.einsum("rhyxab,yka->rhyxkb", of_bucket, rows)
     return jnp.einsum("rhyxkb,xlb->rhyxkl", by_key_row, columns, preferred_element_type=jnp.float32)
 

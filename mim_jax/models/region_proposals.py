@@ -17,7 +17,7 @@ small = nn.initializers.normal(0.01)
 
 class RegionProposals(nn.Module):
     """{level: [b y x c]} -> whether there is an object, logits [b n], and how it differs from the anchor, [b n 4], of the
-    anchors of all levels: level, row, column, ratio. The levels share all parameters."""
+    anchors of all levels: level, row, column, ratio, float32. The levels share all parameters."""
 
     width: int = 256
     each: int = len(anchors.RATIOS)
@@ -26,15 +26,15 @@ class RegionProposals(nn.Module):
     @nn.compact
     def __call__(self, pyramid: dict):
         convs = [Conv(self.width, self.dtype, kernel_init=small, name=f"conv_{i}") for i in range(2)]
-        objectness = Dense(self.each, self.dtype, kernel_init=small, name="objectness")
-        deltas = Dense(4 * self.each, self.dtype, kernel_init=small, name="deltas")
+        objectness = Dense(self.each, kernel_init=small, name="objectness")
+        deltas = Dense(4 * self.each, kernel_init=small, name="deltas")
         found = []
         for x in pyramid.values():
             for conv in convs:
                 x = nn.relu(conv(x))
             shape = (x.shape[0], x.shape[1] * x.shape[2] * self.each)
             found.append((objectness(x).reshape(shape), deltas(x).reshape(*shape, 4)))
-        return tuple(jnp.concatenate(parts, 1).astype(jnp.float32) for parts in zip(*found))
+        return tuple(jnp.concatenate(parts, 1) for parts in zip(*found))
 
 
 def pyramid_anchors(pyramid: dict, sizes, unit: float = 1.0) -> list[np.ndarray]:

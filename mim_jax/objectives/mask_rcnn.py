@@ -234,7 +234,8 @@ def clipped(boxes, size):
 
 def scaled_gradient(x, share: float):
     """x, whose gradient is multiplied by `share`."""
-    return x * share + jax.lax.stop_gradient(x * (1 - share))
+    value = jax.lax.stop_gradient(x)
+    return value + share * (x - value)
 
 
 def of_class(maps, classes):
