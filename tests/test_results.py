@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from experiments import make_tables, summarise
+from experiments import cost_tables, make_tables, method_tables, summarise, tables
 from mim_jax import provenance
 from mim_jax.config import flatten
 
@@ -95,7 +95,7 @@ def test_recorded_quickstarts_beat_their_baselines():
 @pytest.fixture
 def record(tmp_path, monkeypatch):
     """record("name.json", {...}): a result of its own in place of the recorded ones."""
-    monkeypatch.setattr(make_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     return lambda name, values: (tmp_path / name).write_text(json.dumps(values))
 
 
@@ -123,7 +123,7 @@ def cost(config, method, side, gflop, megabytes):
 
 
 def test_the_table_of_costs(record):
-    assert make_tables.costs() is None
+    assert cost_tables.costs() is None
     header = made_by("a" * 40, compute_dtype="float32", batch_size=8, remat=False)
     record(
         "costs_cpu.json",
@@ -139,7 +139,7 @@ def test_the_table_of_costs(record):
     )
     gpu = made_by("b" * 40, "GPU", compute_dtype="bfloat16", batch_size=8, remat=True)
     record("costs_GPU.json", {**gpu, "results": [cost("mae_vitb.py:size=448", "mae", 448, 300, 123)]})
-    head, rows = cells(make_tables.costs())
+    head, rows = cells(cost_tables.costs())
     assert head[5:7] == ["MB/image (GPU, bfloat16, batch 8, remat)", "MB/image (cpu, float32, batch 8)"]
     assert rows == [
         ["`mae_vitb.py`", "224", "85.6", "50.0", "–", "–", "–", "58 (400 epochs)"],
@@ -147,11 +147,11 @@ def test_the_table_of_costs(record):
         ["`mae_vitb.py`", "448", "85.6", "300.0", "1.50", "123", "900", "3.1 x LoMaR's"],
         ["`lomar_vitb.py`", "448", "85.6", "200.0", "1.00", "–", "400", ""],
     ]
-    assert make_tables.costs().endswith("Commits: aaaaaaaaa, bbbbbbbbb.")
+    assert cost_tables.costs().endswith("Commits: aaaaaaaaa, bbbbbbbbb.")
 
 
 def test_the_table_of_baselines(record):
-    assert make_tables.baselines() is None
+    assert method_tables.baselines() is None
     common = {"random_encoder_test": 0.48, "knn_random": 0.35, "flops_per_image": 12e9, "parameters": 2e6}
 
     def save(budget, method, seed, probe, knn, steps, rate=50):
@@ -165,20 +165,20 @@ def test_the_table_of_baselines(record):
     save("images", "lomar", 1, 0.7, 0.5, 2900)
     save("time", "lomar", 0, 0.55, 0.4, 1000)
     save("time", "beit_windows", 1, 0.5, 0.3, 700, rate=80)
-    head, rows = cells(make_tables.baselines())
-    assert len(rows) == len(make_tables.METHODS) and len(head) == 10
+    head, rows = cells(method_tables.baselines())
+    assert len(rows) == len(method_tables.METHODS) and len(head) == 10
     rows = {row[0]: row[1:] for row in rows}
     assert rows["LoMaR"] == ["50", "12.00", "2.00", "48.0 ± 0.0", "65.0 ± 7.1", "50.0 ± 0.0", "1000", "55.0", "40.0"]
     assert rows["BEiT with LoMaR's windows"] == ["80", "12.00", "2.00", "48.0", "–", "–", "700", "50.0", "30.0"]
     assert set(rows["BEiT"]) == {"–"}
-    assert make_tables.baselines().splitlines()[-1] == (
+    assert method_tables.baselines().splitlines()[-1] == (
         "Same images: 2900 steps. Same time: 120 to 121 s of training. kNN of random encoders: 35.0 %. "
         "Seeds: 0, 1. Commits: ccccccccc."
     )
 
 
 def test_the_table_of_fine_tuning(record):
-    assert make_tables.finetune() is None
+    assert method_tables.finetune() is None
 
     def save(method, kind, seed, top1, steps):
         runs = {name: made_by(git * 40)["provenance"] for name, git in (("pretrain", "b"), ("finetune", "a"))}
@@ -193,18 +193,18 @@ def test_the_table_of_fine_tuning(record):
         save("lomar", "scratch", seed, 0.5, 500)
     save("lomar", "scratch_long", 0, 0.55, 1400)
     save("mae", "pretrained", 0, 0.4, 500)
-    _, rows = cells(make_tables.finetune())
+    _, rows = cells(method_tables.finetune())
     assert rows == [
         ["LoMaR", "65.0 ± 7.1", "50.0 ± 0.0", "15.0 ± 7.1", "55.0", "1400", "2"],
         ["LocalMIM", "–", "–", "–", "–", "–", "0"],
         ["MAE", "40.0", "–", "–", "–", "–", "0"],
     ]
-    assert "500 steps of 32 images after 2900 of pretraining; 674 test tiles" in make_tables.finetune()
-    assert make_tables.finetune().endswith("Commits: aaaaaaaaa, bbbbbbbbb.")
+    assert "500 steps of 32 images after 2900 of pretraining; 674 test tiles" in method_tables.finetune()
+    assert method_tables.finetune().endswith("Commits: aaaaaaaaa, bbbbbbbbb.")
 
 
 def test_the_table_of_estimates_says_that_it_is_one(record):
-    assert make_tables.estimates() is None
+    assert cost_tables.estimates() is None
     shares = dict.fromkeys(("attention", "mlp", "decoder", "target", "optimiser", "collectives", "copies"), 0.125)
     numbers = dict(per_device=32, step_s=0.1677, images_per_second=1527.4, model_flops_share=0.3259, bytes_moved=26.4e9)
     more = dict(memory_bytes=4.4 * 2**30, fits=True, hours_of_run=93.2, shares=shares)
@@ -216,7 +216,7 @@ def test_the_table_of_estimates_says_that_it_is_one(record):
         ]
         header = made_by("a" * 40, init_from="configs/mae_vitb.py") | {"target": target, "compiler": {"libtpu": "0.0.52"}}
         record(f"target_{target}.json", {**header, "results": results})
-    _, rows = cells(make_tables.estimates())
+    _, rows = cells(cost_tables.estimates())
     assert [row[:2] for row in rows] == [
         ["`lomar_vitb.py`", "h100"],
         ["`lomar_vitb.py`", "tpu-v3-8"],
@@ -225,11 +225,11 @@ def test_the_table_of_estimates_says_that_it_is_one(record):
     ]
     assert rows[0][2:9] == ["32", "167.7", "1527", "33 %", "4.4", "–", "26.4"] and rows[0][-1] == "93"
     assert rows[2][6:8] == ["4.4 (does not fit)", "24"]
-    assert "ESTIMATES" in make_tables.estimates() and "Compilers: libtpu 0.0.52. Commits: aaaaaaaaa." in make_tables.estimates()
+    assert "ESTIMATES" in cost_tables.estimates() and "Compilers: libtpu 0.0.52. Commits: aaaaaaaaa." in cost_tables.estimates()
 
 
 def test_the_table_beside_pytorch(record):
-    assert make_tables.against_torch() is None
+    assert cost_tables.against_torch() is None
     each = dict(jax_of_torch=1.125, jax_median_s=4.5, torch_median_s=4.0, targets_share_of_step=0.031)
     each |= dict(jax_share_of_matmul_rate=0.75, torch_share_of_matmul_rate=0.875)
     rates, both = dict(jax=2e11, torch=1.5e11), lambda clock, cpu: dict(clock=clock, cpu=cpu)
@@ -238,7 +238,7 @@ def test_the_table_beside_pytorch(record):
     results = [{"config": "configs/mae_vitb.py", "seconds": kind, **each} for kind in ("clock", "cpu")]
     values = dict(results=results, matmul_flops_per_second=rates, torch="2.13.0", **shares, **asked)
     record("against_torch_cpu.json", values)
-    _, rows = cells(make_tables.against_torch())
+    _, rows = cells(cost_tables.against_torch())
     assert rows[0] == ["`mae_vitb.py`", "by the clock", "4.50", "4.00", "1.12", "75%", "88%", "3.1%"]
     assert rows[1] == ["`mae_vitb.py`", "of the CPU", *rows[0][2:]]
     for words in (
@@ -247,18 +247,18 @@ def test_the_table_beside_pytorch(record):
         "2.25 (2.00) times",
         "machine: tests. Commits: aaaaaaaaa.",
     ):
-        assert words in make_tables.against_torch()
+        assert words in cost_tables.against_torch()
 
 
 def test_the_table_of_communication(record):
-    assert make_tables.communication() is None
+    assert cost_tables.communication() is None
     sent = {"all-gather": dict(count=36, bytes=3e8, asynchronous=9), "reduce-scatter": dict(count=2, bytes=1e6, asynchronous=0)}
     here = made_by("a" * 40, batch_size=32)
     here["provenance"]["device"]["count"] = 8
     record("fsdp_8_cpu.json", {"results": [{"communication": sent}], **here})
     there = {"communication": {}, "devices": 32, "per_device": 16}
     record("fsdp_v3.json", {"target": "tpu-v3-32", "results": [there], **made_by("b" * 40)})
-    _, rows = cells(make_tables.communication())
+    _, rows = cells(cost_tables.communication())
     assert rows == [
         ["cpu", "8", "4", "300 in 36", "1 in 2", "–", "9 of 38"],
         ["tpu-v3-32", "32", "16", "–", "–", "–", "0 of 0"],
@@ -266,7 +266,7 @@ def test_the_table_of_communication(record):
 
 
 def test_the_sentence_on_448_px(record):
-    assert make_tables.ratios() is None
+    assert cost_tables.ratios() is None
     result = lambda name, **values: {"config": f"configs/{name}_vitb.py:size=448", **values}
     record(
         "costs_448px_cpu.json",
@@ -281,7 +281,7 @@ def test_the_sentence_on_448_px(record):
         "benchmark_448px_cpu.json",
         {"results": [result("lomar", step_median_s=2.0), result("mae", step_median_s=4.2)], **made_by("", batch_size=2)},
     )
-    said = make_tables.ratios()
+    said = cost_tables.ratios()
     assert (
         "1.50 times the FLOPs" in said
         and "2.5 times the memory" in said
