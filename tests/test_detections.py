@@ -119,6 +119,7 @@ def test_images_without_objects_are_refused_before_they_are_judged(scenes):
 
 PART = """
 import json, sys, jax
+sys.path.insert(0, {tests!r})
 jax.distributed.initialize("localhost:{port}", 2, int(sys.argv[1]))
 from test_detections import recorded
 from mim_jax.evaluators import coco_ap
@@ -133,9 +134,9 @@ print(json.dumps([list(map(float, coco_ap.evaluated(truth, found, kind).stats)) 
 def test_two_processes_gather_to_the_last_digit():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        code = PART.format(port=free.getsockname()[1])
+        code = PART.format(port=free.getsockname()[1], tests=str(GOLDEN.parent))
     start = lambda p: subprocess.Popen(
-        [sys.executable, "-c", code, str(p)], stdout=subprocess.PIPE, text=True, cwd=GOLDEN.parent
+        [sys.executable, "-c", code, str(p)], stdout=subprocess.PIPE, text=True, cwd=GOLDEN.parent.parent
     )
     processes = [start(p) for p in (0, 1)]
     outputs = [p.communicate(timeout=300)[0] for p in processes]

@@ -187,6 +187,7 @@ def test_the_last_tap_may_lie_below_the_top():
         ("conv1", (3, 2, 1, 1)),
         ("conv", (5, 3, 4, 4)),
         ("patch", (5, 3, 4, 4)),
+        ("flat", (2, 147)),
         ("deconv", (3, 5, 2, 2)),
         ("merge", (12,)),
         ("merge_linear", (6, 12)),
@@ -199,7 +200,7 @@ def test_every_layout_has_its_inverse(layout, shape):
     ours = layouts.to_ours(array, layout)
     np.testing.assert_array_equal(layouts.to_released(ours, layout, patch=4), array)
     np.testing.assert_array_equal(layouts.to_ours(layouts.to_released(ours, layout, patch=4), layout), ours)
-    assert len(layouts.LAYOUTS) == 11  # none is left out here
+    assert len(layouts.LAYOUTS) == 12  # none is left out here
 
 
 def test_a_pixel_shuffle_becomes_the_order_of_patches():
