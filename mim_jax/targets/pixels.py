@@ -29,8 +29,8 @@ class Normaliser:
         """[b h w c] in [0, 1] -> mean and std that broadcast against it; `there` bool [b h w 1]: of these pixels alone."""
         if not self.per_image:
             return jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
-        mean = images.mean((1, 2, 3), keepdims=True, where=there)
-        return mean, jnp.maximum(images.std((1, 2, 3), keepdims=True, where=there), 1 / 255)
+        over = dict(axis=(1, 2, 3), keepdims=True, where=there)
+        return jnp.mean(images, **over), jnp.maximum(jnp.std(images, **over), 1 / 255)
 
     def __call__(self, images, shown=None):
         """uint8 [b h w c] -> float32 [b h w c]. shown [b 2]: how many rows and columns of each there are; beyond them it is
