@@ -14,7 +14,7 @@ from mim_jax import provenance
 def read(*parts):
     path = os.path.join(*parts)
     if not os.path.exists(path):
-        raise SystemExit(f"error: {path} is missing; run the pretraining and the probe first (see the Makefile)")
+        raise SystemExit(f"error: {path} is missing; run first what the Makefile runs before this")
     with open(path) as f:
         return json.load(f)
 

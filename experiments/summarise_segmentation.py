@@ -3,10 +3,10 @@
 FOLDER holds `upernet`, `upernet_scratch`, `linear` and `linear_scratch`, the folders of four runs of configs/segment_sample.py.
 """
 
-import json
 import os
 import sys
 
+from experiments.summarise import read
 from mim_jax import provenance
 
 RUNS = ("upernet", "upernet_scratch", "linear", "linear_scratch")
@@ -15,13 +15,7 @@ KEYS = ("test/miou", "test/pixel_accuracy", "validation/miou", "validation/pixel
 
 def summarise(folder: str) -> tuple[dict, dict]:
     """-> {run: its numbers}, and the provenance of each."""
-    results = {}
-    for name in RUNS:
-        path = os.path.join(folder, name, "result.json")
-        if not os.path.exists(path):
-            raise SystemExit(f"error: {path} is missing; `make segment` writes it")
-        with open(path) as f:
-            results[name] = json.load(f)
+    results = {name: read(folder, name, "result.json") for name in RUNS}
     numbers = {name: {key: result[key] for key in KEYS} for name, result in results.items()}
     return numbers, {name: provenance.of(result) for name, result in results.items()}
 

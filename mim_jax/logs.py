@@ -22,6 +22,10 @@ class Logging(Section):
     tensorboard: bool
 
 
+class OfMany(float):
+    """A number of which there are many, as a class's score: it goes into the logs, not into the line that is said."""
+
+
 class Logger(contextlib.AbstractContextManager):
     """`scalars`, `images`, `text` for a step; a progress line for the terminal. Process 0 writes."""
 

@@ -27,6 +27,12 @@ def unpatchify(patches, patch: int):
     return rearrange(patches, "b r s (p q c) -> b (r p) (s q) c", p=patch, q=patch)
 
 
+def padded(maps, multiple: int):
+    """[b h w d] -> the same with zeros to the right and below, sides multiples of `multiple`."""
+    rows, columns = (-side % multiple for side in maps.shape[1:3])
+    return jnp.pad(maps, ((0, 0), (0, rows), (0, columns), (0, 0))) if rows or columns else maps
+
+
 def to_cells(hidden, scale: float):
     """[b y x] -> [b scale*y scale*x]: repeated, or, as a share, averaged (LocalMIM: a fractional weight)."""
     if scale >= 1:

@@ -54,7 +54,7 @@ def recipe(request):
 def test_parameters_decay_and_rates_are_those_recorded(recipe):
     case, config, rules, made, params = recipe
     assert sum(np.prod(x.shape) for x in params.values()) == FACTS[f"{case}/parameters"]
-    facts, scale, optim = FACTS[f"{case}/param_groups"], config.layer_scales(made.encoder), config.optim
+    facts, scale, optim = FACTS[f"{case}/param_groups"], config.optim.scales(made.encoder), config.optim
     assert f"lr {'4' if 'vit' in case else '6'}e" in FACTS[f"{case}/optimizer"] and optim.lr in (4e-4, 6e-5)
     paths = {name: names.our_name(name, rules)[0] for name in facts}
     assert sorted(paths.values()) == sorted(params)

@@ -8,10 +8,10 @@ from PIL import Image
 
 from mim_jax.data import augment, pil_bicubic
 from mim_jax.data.augment import DataError
+from mim_jax.data.class_file import IGNORED
 from mim_jax.data.decoding import PLAIN
 from mim_jax.data.whole_images import fitted
 
-IGNORED = 255
 TRIES = 11  # a crop, and ten more while one class has too much of it
 SCALE, MIRROR, COLOURS = 2 * TRIES, 2 * TRIES + 1, 2 * TRIES + 2  # places among the draws; before them the crops' corners
 DRAWS = COLOURS + 9

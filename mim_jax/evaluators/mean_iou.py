@@ -12,6 +12,7 @@ from mim_jax import sharding
 from mim_jax.config import ConfigError
 from mim_jax.evaluators import confusion, sliding
 from mim_jax.figures.segmented import draw_segmented
+from mim_jax.logs import OfMany
 
 AHEAD = 4  # batches of images that may wait for others of their size
 COLUMNS = 128  # an image counts as wide as the next multiple: fewer programs
@@ -118,7 +119,7 @@ class Judge:
         """-> ({name: float}, {name: picture}); a class that is not there has no number."""
         found = {key: scores[key] for key in ("miou", "mean_accuracy", "pixel_accuracy")} | {"images": seen}
         own = zip(self.names, scores["iou"], strict=True)
-        found |= {f"iou/{name}": float(value) for name, value in own if np.isfinite(value)}
+        found |= {f"iou/{name}": OfMany(value) for name, value in own if np.isfinite(value)}
         figures = {"predictions": draw_segmented(drawn, self.names, self.colours)} if drawn else {}
         return tuple({f"{self.title}/{key}": value for key, value in part.items()} for part in (found, figures))
 

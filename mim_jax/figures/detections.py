@@ -82,8 +82,8 @@ def draw_detections(examples, names, title: str) -> np.ndarray:
         panels += [overlay(image, truth, names)] if truth is not None else []
         panels.append(overlay(image, best(objects), names))
     each = ["annotated", "found"] if truth is not None else ["found"]
-    across = 2 * len(each)
+    across = min(2 * len(each), len(panels))
     panels += [np.full_like(panels[-1], 255)] * (-len(panels) % across)
     rows = [panels[k : k + across] for k in range(0, len(panels), across)]
     note = f"detections of a score of {LEAST_SCORE} and more, at most {MOST}; colours are those of the classes"
-    return panel_grid(rows, each * 2, title, [note], side=0)
+    return panel_grid(rows, (each * 2)[:across], title, [note], side=0)

@@ -8,7 +8,7 @@ from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.figures.detections import draw_batch
 from mim_jax.figures.sheet import write_png
 from mim_jax.jobs import training
-from mim_jax.jobs.finetune import LayerwiseAdamW
+from mim_jax.jobs.finetune import AveragedAdamW
 from mim_jax.objectives.mask_rcnn import MaskRCNN
 from mim_jax.runs import saved
 from mim_jax.sections import BelowOne, Natural, build, defaults, kept, nested, one_of, read
@@ -18,7 +18,7 @@ from mim_jax.train.experiment import Start
 FROM_A_VIT = weights.Taken("^encoder/", fresh=(r"^(?!encoder/)", r"/rel_pos_[hw]$"), left=(r"^encoder/(norm/|cls_token$)",))
 
 
-class DetectionAdamW(LayerwiseAdamW):
+class DetectionAdamW(AveragedAdamW):
     """AdamW of detectron2's ViTDet: biases, channel norms and relative positions decay as all else, but for `no_decay`."""
 
     decay_vectors = True

@@ -58,16 +58,29 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     origin = dict(
         run=str(source.folder), step=source.step, image_size=list(config.image_size), splits=typed["evals"], data=data
     )
-    with claimed(workdir, typed, sections.defaults(kind, completed)), logs.Logger(workdir) as logger:
+
+    def judge(logger):
+        for evaluator in evaluators:
+            scalars, images = evaluator.run(loaded)
+            report(logger, 0, evaluator.name, scalars, images)
+            yield scalars
+
+    return recorded(workdir, typed, sections.defaults(kind, completed), origin, began, words, judge)
+
+
+def recorded(workdir: epath.Path, typed: dict, known: dict, origin: dict, began: float, words: str, judge) -> dict:
+    """The numbers that `judge(logger)` yields, with their `origin` in result.json; or those that are there of the same origin.
+
+    typed, known: as of runs.workdir.claimed; words: about the weights.
+    """
+    with claimed(workdir, typed, known), logs.Logger(workdir) as logger:
         already = finished(workdir, origin)
         logger.say(f"workdir      {workdir}\nweights      {words}")
         if already:
             logger.say(f"this evaluation is finished: {workdir / RESULT}")
             return already
         results = {}
-        for evaluator in evaluators:
-            scalars, images = evaluator.run(loaded)
-            report(logger, 0, evaluator.name, scalars, images)
+        for scalars in judge(logger):
             results.update(scalars)
         results.update(origin, seconds=time.perf_counter() - began)
         return provenance.write_result(workdir / RESULT, results, provenance.this_run(typed, results["seconds"]))

@@ -26,23 +26,31 @@ SHOWN = 24  # images of augmented.png
 
 
 class LayerwiseAdamW(AdamW):
-    """AdamW with learning rates by layer, and a moving average of the weights (decay `average`; 0: none)."""
+    """AdamW with learning rates by layer."""
 
     layer_decay: float
-    average: float = 0.0
 
     def check(self):
         super().check()
         self.require(0 < self.layer_decay <= 1, "layer_decay", "is not between 0 (not included) and 1")
+
+    def scales(self, made: Encoder):
+        """-> scale(path) of the learning rate, over blocks, or over the blocks of all stages."""
+        return lambda path: jnp.float32(lr_scale(path, made, self.layer_decay))
+
+
+class AveragedAdamW(LayerwiseAdamW):
+    """And with a moving average of the weights (decay `average`; 0: none)."""
+
+    average: float = 0.0
+
+    def check(self):
+        super().check()
         self.require(0 <= self.average < 1, "average", "is the decay of a moving average: 0 (none), or such as 0.9999")
 
     def transform(self, lr, lr_scales=None):
         made = super().transform(lr, lr_scales)
         return optax.chain(made, moving_average(self.average)) if self.average else made
-
-    def scales(self, made: Encoder):
-        """-> scale(path) of the learning rate, over blocks, or over the blocks of all stages."""
-        return lambda path: jnp.float32(lr_scale(path, made, self.layer_decay))
 
 
 class Mixing(Section):
@@ -64,7 +72,7 @@ class Finetune(training.Training):
     erasing: Share
     data: datasets.FinetuningData = nested(datasets.FinetuningData)
     mixing: Mixing = nested(Mixing)
-    optim: LayerwiseAdamW = one_of("name", {"adamw": LayerwiseAdamW})
+    optim: AveragedAdamW = one_of("name", {"adamw": AveragedAdamW})
 
     def check(self):
         super().check()

@@ -1,12 +1,11 @@
 """`job=segment_eval`: a finished segmentation on splits that its config names, at several scales and mirrored if asked."""
 
-import dataclasses
 import time
 
 import jax
 from etils import epath
 
-from mim_jax import logs, provenance, sections, sharding, tree
+from mim_jax import sections, sharding, tree
 from mim_jax.assemble import datasets, encoders, inheritance, weights
 from mim_jax.assemble.judged import Judged
 from mim_jax.assemble.map_scores import MapScores
@@ -14,8 +13,8 @@ from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.durations import Duration
 from mim_jax.figures.sheet import write_png
 from mim_jax.jobs import pretrain
+from mim_jax.jobs.evaluate import Loaded, recorded
 from mim_jax.jobs.segmentation import Segmentation
-from mim_jax.runs.workdir import RESULT, claimed, finished
 from mim_jax.sections import Count, Natural
 from mim_jax.train.loop import report
 
@@ -48,16 +47,6 @@ class MapEvaluation(encoders.WithEncoder):
         return MapScores(type="segment", on=True, every=Duration("every"), split=split, **seen, **asked)
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """Weights of a checkpoint, as evaluators ask a state for them."""
-
-    held: dict
-
-    def variables(self) -> dict:
-        return self.held
-
-
 def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     """-> the scores of each split, also in result.json; predictions_SPLIT.png has its first images."""
     began = time.perf_counter()
@@ -78,18 +67,14 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     data = {key: getattr(config.data, key) for key in inheritance.PLACE}
     asked = {key: typed[key] for key in ("splits", "scales", "flip", "whole")}
     origin = dict(run=str(source.folder), step=source.step, asked=asked, data=data)
-    with claimed(workdir, typed, sections.defaults(MapEvaluation, completed)), logs.Logger(workdir) as logger:
-        already = finished(workdir, origin)
-        logger.say(f"workdir      {workdir}\nweights      {words}")
-        if already:
-            logger.say(f"this evaluation is finished: {workdir / RESULT}")
-            return already
-        results = {}
-        for split, judge in judges.items():
-            scores, pictures = judge(Loaded({"params": tree.nest(params), **stats}))
+    loaded = Loaded({"trained": {"params": tree.nest(params), **stats}})
+
+    def judge(logger):
+        for split, of_split in judges.items():
+            scores, pictures = of_split(loaded)
             report(logger, 0, split, scores, {})
-            results.update(scores)
             for name, picture in pictures.items() if logger.write else ():
                 write_png(picture, workdir / f"{name.partition('/')[2]}_{split}.png")
-        results.update(origin, seconds=time.perf_counter() - began)
-        return provenance.write_result(workdir / RESULT, results, provenance.this_run(typed, results["seconds"]))
+            yield scores
+
+    return recorded(workdir, typed, sections.defaults(MapEvaluation, completed), origin, began, words, judge)

@@ -14,12 +14,12 @@ from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.figures.segmented import draw_labelled
 from mim_jax.figures.sheet import write_png
 from mim_jax.jobs import training
+from mim_jax.jobs.finetune import LayerwiseAdamW
 from mim_jax.models.encoder import Encoder
 from mim_jax.objectives.segment import DenseProbe, Segment, Segmenter
 from mim_jax.runs import saved
 from mim_jax.sections import BelowOne, Count, NotNegative, Section, defaults, nested, one_of, read
 from mim_jax.train.experiment import Start
-from mim_jax.train.optimizer import AdamW, lr_scale
 
 SHOWN, LEVELS = 8, 4  # images of augmented.png; maps of UPerNet
 FAMILIES = ("vit", "swin")
@@ -30,16 +30,11 @@ TAKEN = weights.Taken(
 )
 
 
-class SegmentationAdamW(AdamW):
-    """AdamW with learning rates by layer. decay_vectors: whether weight decay goes for biases and norms too, but for those that
+class SegmentationAdamW(LayerwiseAdamW):
+    """decay_vectors: whether weight decay goes for biases and norms too, but for those that
     `no_decay` names (the released segmentation of Swin)."""
 
-    layer_decay: float
     decay_vectors: bool
-
-    def check(self):
-        super().check()
-        self.require(0 < self.layer_decay <= 1, "layer_decay", "is not between 0 (not included) and 1")
 
 
 class UPerNet(Section):
@@ -98,10 +93,6 @@ class Segmentation(training.Training):
             raise ConfigError(f"taps={taps} {words}; use {same}, as far apart here, or taps=(): a quarter of the depth apart")
         return taps
 
-    def layer_scales(self, made: Encoder):
-        """-> scale(path) of the learning rate."""
-        return lambda path: np.float32(lr_scale(path, made, self.optim.layer_decay))
-
 
 def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     """-> the last numbers of the run."""
@@ -123,7 +114,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
         source=images,
         start=begin,
         mesh=mesh,
-        lr_scales=config.layer_scales(made.encoder),
+        lr_scales=config.optim.scales(made.encoder),
         preview=lambda folder, batch: save_augmented(folder, config, inputs, batch, images),
     )
     return training.run(e, workdir, settings.to_dict(), defaults(Segmentation, completed))

@@ -95,7 +95,7 @@ def segmenting(settings: ConfigDict) -> Parts:
     config = read(segmentation.Segmentation, segmentation.adapt(inheritance.inherit(settings, source(settings))))
     made = config.objective(SEGMENTED)
     batch = {"label_map": (config.image_size, np.uint8), "shown": ((2,), np.int32)}
-    return Parts(config, made, inputs.segmentation_inputs(config.normaliser()), config.layer_scales(made.encoder), batch)
+    return Parts(config, made, inputs.segmentation_inputs(config.normaliser()), config.optim.scales(made.encoder), batch)
 
 
 def source(settings: ConfigDict) -> ConfigDict:

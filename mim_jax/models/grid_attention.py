@@ -12,6 +12,7 @@ from einops import rearrange
 
 from mim_jax import platforms
 from mim_jax.models import irpe
+from mim_jax.models.bilinear import bilinear_matrix
 from mim_jax.models.layers import Dense
 from mim_jax.models.self_attention import Attention
 
@@ -113,11 +114,5 @@ def by_offset(table, old: int, new: int):
     As a product with a constant, whose gradient adds up in a fixed order.
     """
     at = np.arange(new)
-    rows = linear_matrix(2 * old - 1, 2 * new - 1)[at[:, None] - at + new - 1]  # [new new 2 old - 1]
+    rows = bilinear_matrix(2 * old - 1, 2 * new - 1).astype(np.float32)[at[:, None] - at + new - 1]  # [new new 2 old - 1]
     return jnp.einsum("qkt,te->qke", jnp.asarray(rows), table, precision=jax.lax.Precision.HIGHEST)
-
-
-def linear_matrix(old: int, new: int) -> np.ndarray:
-    """-> [new old]: weights of linear resizing with half-pixel centres and clamped borders."""
-    x = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    return np.maximum(0, 1 - np.abs(x[:, None] - np.arange(old))).astype(np.float32)

@@ -48,6 +48,11 @@ class Dense(nn.Module):
         return y if bias is None else y + bias
 
 
+def convolved(x, kernel):
+    """[b y x c], [h w c features] -> [b y x features]: stride 1, zeros around."""
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
 class Mlp(nn.Module):
     """[... d] -> [... d]: linear, exact GELU (erf; flax defaults to tanh), linear."""
 

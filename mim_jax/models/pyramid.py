@@ -3,12 +3,11 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from mim_jax.config import ConfigError
 from mim_jax.models.decoders import Upsample, fan_in
-from mim_jax.models.layers import Dense, LayerNorm
+from mim_jax.models.layers import Dense, LayerNorm, convolved
 
 LEVELS = (2, 3, 4, 5, 6)  # level l has stride 2^l pixels
 POOLED = (2, 3, 4, 5)  # of these regions are taken
@@ -56,5 +55,4 @@ class Conv(nn.Module):
     def __call__(self, x):
         kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype) if self.use_bias else 0
-        sides = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x.astype(self.dtype), kernel, (1, 1), "SAME", dimension_numbers=sides) + bias
+        return convolved(x.astype(self.dtype), kernel) + bias

@@ -66,7 +66,7 @@ class Attention(nn.Module):
         q, k, v = self.projected(x, self.heads // group)
         keys = RelativeKeys(x.shape[-1] // self.heads, self.dtype, name="rpe_k")(None, buckets) if self.relative else None
         out = lane_attention.attention(q, k, v, keys, bias, group)
-        return Dense(x.shape[-1], self.dtype, name="proj")(out, _from_heads, x.shape[-1])
+        return Dense(x.shape[-1], self.dtype, name="proj")(out, from_heads, x.shape[-1])
 
     def projected(self, x, groups: int = 0):
         """[r n d] -> queries, keys, values [r h n e], or of `groups` of heads [r groups n x].
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         """
         width = x.shape[-1]
         dense = Dense(3 * width, self.dtype, use_bias=self.qkv_bias == "all", name="qkv")
-        qkv = dense(x, functools.partial(_to_heads, groups)) if groups else dense(x)
+        qkv = dense(x, functools.partial(to_heads, groups)) if groups else dense(x)
         if self.qkv_bias == "qv":
             q, v = (self.param(name, nn.initializers.zeros, (width,)) for name in ("q_bias", "v_bias"))
             bias = jnp.concatenate([q, jnp.zeros_like(q), v]).astype(self.dtype)
@@ -87,14 +87,14 @@ def _of_heads(bias, heads: int):
     return rearrange(bias, "(three h e) -> three h 1 e", three=3, h=heads)
 
 
-def _to_heads(heads: int, x, kernel, bias):
+def to_heads(heads: int, x, kernel, bias):
     """[r n d], [d 3d] -> three times [r h n e]."""
     kernels = rearrange(kernel, "d (three h e) -> three d h e", three=3, h=heads)
     found = [jnp.einsum("rnd,dhe->rhne", x, each) for each in kernels]
     return found if bias is None else [y + b for y, b in zip(found, _of_heads(bias, heads))]
 
 
-def _from_heads(x, kernel, bias):
+def from_heads(x, kernel, bias):
     """[r h n e], [d d] -> [r n d]."""
     return jnp.einsum("rhne,hed->rnd", x, rearrange(kernel, "(h e) d -> h e d", h=x.shape[1])) + bias
 

@@ -13,13 +13,7 @@ from einops import rearrange
 from mim_jax.models.layers import LAYER_NORM_EPS, DropPath, LayerNorm, Mlp
 from mim_jax.models.swin import Merge, Swin
 from mim_jax.models.window_attention import WindowAttention, WindowLayout
-from mim_jax.tokens import patchify
-
-
-def padded(maps, multiple: int):
-    """[b h w d] -> the same with zeros to the right and below, sides multiples of `multiple`."""
-    rows, columns = (-side % multiple for side in maps.shape[1:3])
-    return jnp.pad(maps, ((0, 0), (0, rows), (0, columns), (0, 0))) if rows or columns else maps
+from mim_jax.tokens import padded, patchify
 
 
 class MapBlock(nn.Module):

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from mim_jax.models import flops
 from mim_jax.models.bilinear import pooled, resized
 from mim_jax.models.heads import BatchNorm
-from mim_jax.models.layers import Dense
+from mim_jax.models.layers import Dense, convolved
 
 POOLS = (1, 2, 3, 6)  # bins of a side of the pyramid pooling
 BATCH_NORM_EPS = 1e-5
@@ -28,10 +27,7 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         kernel = self.param("kernel", fan_out, (self.side, self.side, x.shape[-1], self.features))
-        axes = ("NHWC", "HWIO", "NHWC")
-        x = jax.lax.conv_general_dilated(
-            x.astype(self.dtype), kernel.astype(self.dtype), (1, 1), "SAME", dimension_numbers=axes
-        )
+        x = convolved(x.astype(self.dtype), kernel.astype(self.dtype))
         return nn.relu(BatchNorm(affine=True, eps=BATCH_NORM_EPS, name="norm")(x, train)).astype(self.dtype)
 
 

@@ -15,12 +15,12 @@ from mim_jax.models.grid_attention import GridAttention
 from mim_jax.models.layers import Dense, DropPath, LayerNorm, Mlp
 from mim_jax.models.posembed import resize_table, sincos_table
 from mim_jax.sections import BelowOne, Count, Natural, Positive
-from mim_jax.tokens import patchify
+from mim_jax.tokens import padded, patchify
 
 POSITIONS = ("decomposed", "rpe")
 
 
-class MapBlock(nn.Module):
+class GridBlock(nn.Module):
     """[b y x d] -> [b y x d]: pre-norm attention and MLP; `window` 0: among all cells, else in windows of so many a side.
 
     Maps are padded right and below to whole windows, with zeros after the norm, and nothing is masked: padding is looked at
@@ -49,9 +49,7 @@ class MapBlock(nn.Module):
 
 def cut(x, window: int):
     """[b y x d] -> [(b m) window window d], padded with zeros."""
-    below, right = (-side % window for side in x.shape[1:3])
-    x = jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)))
-    return rearrange(x, "b (m i) (n j) d -> (b m n) i j d", i=window, j=window)
+    return rearrange(padded(x, window), "b (m i) (n j) d -> (b m n) i j d", i=window, j=window)
 
 
 def joined(windows, size):
@@ -90,7 +88,7 @@ class ViTDet(Encoder):
         if self.position == "decomposed":
             table = lambda _: jnp.asarray(sincos_table(self.width, self.table, cls=True))[None]
             self.pos_embed = self.param("pos_embed", table)
-        block = nn.remat(MapBlock, static_argnums=(2,)) if self.remat else MapBlock
+        block = nn.remat(GridBlock, static_argnums=(2,)) if self.remat else GridBlock
         for i in range(self.depth):
             window = 0 if i in self.global_blocks else self.window
             side = window or self.span or max(self.grid)

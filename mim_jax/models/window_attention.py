@@ -14,7 +14,7 @@ from mim_jax import platforms
 from mim_jax.config import ConfigError
 from mim_jax.models.layers import Dense, token_init
 from mim_jax.models.relative_bias import bias_matrix, offsets
-from mim_jax.models.self_attention import _from_heads, _to_heads
+from mim_jax.models.self_attention import from_heads, to_heads
 from mim_jax.tokens import Visible, keep, spread
 
 EXACT = jax.lax.Precision.HIGHEST  # of products that only pick: in float32 they are no less exact than a gather
@@ -110,14 +110,14 @@ class WindowLayout:
 def split_heads(dense: Dense, x, heads: int):
     """[r n d] -> queries, keys, values [r h n e], in the layout that suits what is compiled for (see self_attention.py)."""
     if platforms.current() == "tpu":
-        return dense(x, functools.partial(_to_heads, heads))
+        return dense(x, functools.partial(to_heads, heads))
     return rearrange(dense(x), "r n (three h e) -> three r h n e", three=3, h=heads)
 
 
 def joined_heads(dense: Dense, x):
     """[r h n e] -> [r n d]."""
     if platforms.current() == "tpu":
-        return dense(x, _from_heads, x.shape[1] * x.shape[3])
+        return dense(x, from_heads, x.shape[1] * x.shape[3])
     return dense(rearrange(x, "r h n e -> r n (h e)"))
 
 

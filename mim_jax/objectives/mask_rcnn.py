@@ -77,15 +77,13 @@ class MaskRCNN(Objective):
     # Inputs.
 
     def inputs(self, batch: dict, key) -> dict:
-        images, size = batch["images"], batch["size"]
-        b, h, w, _ = images.shape
-        inside = (jnp.arange(h)[:, None] < size[:, 0, None, None]) & (jnp.arange(w) < size[:, 1, None, None])
-        named = {name: batch[name] for name in ("size", "boxes", "classes", "valid", "instance_masks")}
+        b, h, w, _ = batch["images"].shape
+        named = {name: batch[name] for name in ("images", "size", "boxes", "classes", "valid", "instance_masks")}
         noise = lambda name, n: jax.random.uniform(prng.named(key, name), (b, n))
         counts = anchor_counts(h // self.encoder.patch, w // self.encoder.patch)
         regions = min(self.after[0], len(LEVELS) * min(self.before[0], max(counts))) + batch["boxes"].shape[1]
         drawn = {"anchor_noise": noise("anchors", sum(counts)), "region_noise": noise("regions", regions)}
-        return {"images": jnp.where(inside[..., None], images, 0), **named, **drawn}
+        return named | drawn
 
     def example(self, batch_size: int = 2) -> dict:
         batch = {name: jnp.zeros((batch_size, *shape), kind) for name, (shape, kind) in self.batch_shapes().items()}

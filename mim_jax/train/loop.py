@@ -8,7 +8,7 @@ import jax
 
 from mim_jax import sharding
 from mim_jax.clock import Clock
-from mim_jax.logs import Logger
+from mim_jax.logs import Logger, OfMany
 from mim_jax.runs.checkpoint import Checkpoints
 from mim_jax.runs.stopping import Stopping
 from mim_jax.train.experiment import Experiment
@@ -119,5 +119,5 @@ def report(logger: Logger, step: int, name: str, scalars: dict, images: dict):
     logger.scalars(step, scalars)
     logger.images(step, images)
     if scalars:
-        told = {key: value for key, value in scalars.items() if "/iou/" not in key}  # of each class: the log has them
+        told = {key: value for key, value in scalars.items() if not isinstance(value, OfMany)}
         logger.say(f"step {step:>7} {name}: " + "  ".join(f"{key} {value:.4f}" for key, value in told.items()))
