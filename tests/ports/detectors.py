@@ -135,7 +135,7 @@ class DetectorPort(WholePort):
 
     def inputs(self, report: Report) -> dict:
         case, batch = self.case, objects_of(self.case)
-        images = self.normalise(jnp.asarray(last(case["input/images_padded"])))
+        images = self.normalise(jnp.asarray(last(case["input/images_padded"])), batch["size"])
         made = self.objective.inputs(batch | {"images": images}, jax.random.key(0))
         normalised = np.moveaxis(np.asarray(made["images"]), -1, 1)[..., ::8, ::8]
         report.add("derived/normalised_every8", normalised, case["derived/normalised_every8"])
