@@ -1,4 +1,4 @@
-"""Segmentation of the embedded sample, in minutes on two cores: which photograph is each pixel of a collage from?
+"""Segmentation of the embedded sample, on CPU cores: which photograph is each pixel of a collage from?
 
     make segment     # on runs/quickstart/pretrain, beside random weights
 
