@@ -23,6 +23,15 @@ from mim_jax.sections import BelowOne, Count, Natural, NotNegative, Positive
 from mim_jax.tokens import Visible, keep, patchify
 
 
+def branches(block, x, attend, train: bool):
+    """The two residual branches of a block, inside its compact method: `attend` of the normed tokens, and the MLP."""
+    drop = DropPath(block.drop_path)
+    h = LayerNorm(block.dtype, block.eps, name="norm1")(x)
+    x = x + drop(attend(h), train)
+    h = LayerNorm(block.dtype, block.norm2_eps, name="norm2")(x)
+    return x + drop(Mlp(round(x.shape[-1] * block.mlp_ratio), block.dtype, name="mlp")(h), train)
+
+
 class SwinBlock(nn.Module):
     """[b u s s d] -> [b u s s d]: pre-norm window attention and MLP, each in a residual branch."""
 
@@ -36,11 +45,8 @@ class SwinBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, visible: Visible | None = None, train: bool = False):
-        drop = DropPath(self.drop_path)
-        h = LayerNorm(self.dtype, self.eps, name="norm1")(x)
-        x = x + drop(WindowAttention(self.heads, self.layout, self.dtype, name="attn")(h, visible), train)
-        h = LayerNorm(self.dtype, self.norm2_eps, name="norm2")(x)
-        return x + drop(Mlp(round(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(h), train)
+        attend = lambda h: WindowAttention(self.heads, self.layout, self.dtype, name="attn")(h, visible)
+        return branches(self, x, attend, train)
 
 
 class Merge(nn.Module):

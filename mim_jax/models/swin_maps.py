@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
 
-from mim_jax.models.layers import LAYER_NORM_EPS, DropPath, LayerNorm, Mlp
-from mim_jax.models.swin import Merge, Swin
+from mim_jax.models.layers import LAYER_NORM_EPS
+from mim_jax.models.swin import Merge, Swin, branches
 from mim_jax.models.window_attention import WindowAttention, WindowLayout
 from mim_jax.tokens import padded, patchify
 
@@ -31,15 +31,15 @@ class MapBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        drop, (rows, columns) = DropPath(self.drop_path), x.shape[1:3]
-        y = padded(LayerNorm(self.dtype, self.eps, name="norm1")(x), self.window)
+        return branches(self, x, self.attended, train)
+
+    def attended(self, x):
+        rows, columns = x.shape[1:3]
+        y = padded(x, self.window)
         grid, shift = y.shape[1:3], self.window // 2 if self.shifted else 0
         layout = WindowLayout(grid, 1, (self.window, self.window), (shift, shift))
         y = WindowAttention(self.heads, layout, self.dtype, name="attn")(rearrange(y, "b y x d -> b (y x) 1 1 d"))
-        y = rearrange(y, "b (y x) 1 1 d -> b y x d", y=grid[0])[:, :rows, :columns]
-        x = x + drop(y, train)
-        y = LayerNorm(self.dtype, self.norm2_eps, name="norm2")(x)
-        return x + drop(Mlp(round(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(y), train)
+        return rearrange(y, "b (y x) 1 1 d -> b y x d", y=grid[0])[:, :rows, :columns]
 
 
 class MapStage(nn.Module):
