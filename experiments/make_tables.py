@@ -26,6 +26,9 @@ TABLES = {
     "baselines": method_tables.baselines,
     "joined": method_tables.joined,
     "late": method_tables.late,
+    "dense": method_tables.dense,
+    "detection": method_tables.detection,
+    "segmentation": method_tables.segmentation,
     **{f"efficiency_{figure}": functools.partial(cost_tables.cost_by, figure) for figure in efficiency.COMPARISONS},
     "finetune": method_tables.finetune,
 }

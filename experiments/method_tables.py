@@ -102,7 +102,9 @@ def joined() -> str | None:
 
 
 def late() -> str | None:
-    return methods_compared(LATE, {m: f"late_images_{m}_seed*.json" for m in LATE}, "late")
+    return methods_compared(
+        LATE, {m: "quickstart_seed*.json" if m == "lomar" else f"late_images_{m}_seed*.json" for m in LATE}, "late"
+    )
 
 
 def methods_compared(methods: dict, same_images: dict, name: str) -> str | None:
@@ -160,6 +162,54 @@ def methods_compared(methods: dict, same_images: dict, name: str) -> str | None:
         f"Commits: {commits(every)}.",
     ]
     return table(head, rows) + "\n\n" + " ".join(parts)
+
+
+def dense() -> str | None:
+    """One linear layer on the frozen maps of the methods. None: nothing recorded."""
+    found = {method: load(f"dense_{method}_seed*.json") for method in METHODS}
+    every = [run for runs in found.values() for run in runs]
+    if not every:
+        return None
+    rows = []
+    for method, runs in found.items():
+        scores = {name: [run[name]["test/miou"] for run in runs] for name in ("pretrained", "random")}
+        gains = [a - b for a, b in zip(scores["pretrained"], scores["random"])]
+        rows += (
+            [[METHODS[method], *map(percent, (scores["pretrained"], scores["random"], gains)), str(len(runs))]] if runs else []
+        )
+    head = ["", "pretrained: mIoU, test %", "random weights", "gain, points", "seeds"]
+    return table(head, rows) + f"\n\n{every[0]['pretrained']['steps']} steps of the layer. Commits: {commits(every)}."
+
+
+def segmentation() -> str | None:
+    """`make segment`. None: nothing recorded."""
+    runs = load("segment_seed*.json")
+    if not runs:
+        return None
+    rows = []
+    for head, title in (("upernet", "UPerNet, all trained"), ("linear", "one linear layer, encoder frozen")):
+        column = lambda name, key: [run[name][key] for run in runs]
+        for name, start in ((head, "pretrained"), (f"{head}_scratch", "random weights")):
+            cells = [percent(column(name, f"test/{key}")) for key in ("miou", "pixel_accuracy")]
+            rows.append([title, start, *cells, f"{statistics.median(column(name, 'steps')):.0f}"])
+    head = ["", "encoder", "mIoU, test %", "pixel accuracy, test %", "steps"]
+    return table(head, rows) + f"\n\n{len(runs)} seeds. Commits: {commits(runs)}."
+
+
+SHOWN_AP = ("AP", "AP50", "AP75", "AP_small", "AP_medium")
+
+
+def detection() -> str | None:
+    """`make detect`. None: nothing recorded."""
+    runs = load("detect_seed*.json")
+    if not runs:
+        return None
+    rows = []
+    for name, start in (("detect", "pretrained"), ("detect_scratch", "random weights")):
+        for kind in ("box", "mask"):
+            rows.append([kind, start, *(percent([run[name][f"{kind}/{key}"] for run in runs]) for key in SHOWN_AP)])
+    steps = runs[0]["detect"]["steps"]
+    return table(["", "encoder", *SHOWN_AP], rows) + f"\n\n{len(runs)} seeds, {steps} steps. Commits: {commits(runs)}."
 
 
 FINETUNED = {"lomar": "LoMaR", "localmim": "LocalMIM", "mae": "MAE"}

@@ -47,28 +47,27 @@ def speed(name: str, methods) -> dict:
     return json.loads(path.read_text())
 
 
+def pretrain(method: str, steps: int, seed: int, folder: str):
+    """Into FOLDER/pretrain, unless it is finished there."""
+    if method.startswith("beit"):
+        command("mim_jax.main", "--config=configs/tokenizer.py:sample", f"--workdir={TOKENIZER}")
+    length = f"--config.total_steps={steps}"
+    more = [f"--config.seed={seed}", "--config.evals.nmi.on=False", f"--workdir={folder}/pretrain"]
+    command("mim_jax.main", f"--config={SPECS[method]}", length, *more)
+
+
 def record(name: str, method: str, budget: str, steps: int, seed: int, measured: dict, origin: dict):
     """Pretrains, probes and writes one file of results. measured, origin: the method's speed, and the provenance of that."""
     out = RESULTS / f"{name}_{budget}_{method}_seed{seed}.json"
     if out.exists():
         return
     folder = f"runs/{name}/{budget}_{method}_seed{seed}"
-    seeded = f"--config.seed={seed}"
-    if method.startswith("beit"):
-        command("mim_jax.main", "--config=configs/tokenizer.py:sample", f"--workdir={TOKENIZER}")
-    command(
-        "mim_jax.main",
-        f"--config={SPECS[method]}",
-        seeded,
-        f"--config.total_steps={steps}",
-        "--config.evals.nmi.on=False",
-        f"--workdir={folder}/pretrain",
-    )
+    pretrain(method, steps, seed, folder)
     command(
         "mim_jax.main",
         "--config=configs/linprobe.py",
         f"--config.init_from={folder}/pretrain",
-        seeded,
+        f"--config.seed={seed}",
         f"--workdir={folder}/probe",
     )
     command("experiments.summarise", folder)
