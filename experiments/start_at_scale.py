@@ -16,11 +16,13 @@ import time
 
 import numpy as np
 
+from experiments.tables import REPO
 from mim_jax import provenance
 
 CLASSES, EACH = 1000, 1300  # of the real files
 MANY, MOST_EACH = 21_000, 666  # of the made-up listing: classes, images of each
 SHARDS, IN_SHARD = 1400, 10_000
+SELF = (sys.executable, "-m", "experiments.start_at_scale")
 SETTINGS = dict(
     folders=CLASSES, files_each=EACH, made_up_folders=MANY, made_up_each=MOST_EACH, shards=SHARDS, images_each=IN_SHARD
 )
@@ -104,11 +106,12 @@ def start(name, path):
 
 
 def starts(name, path, times):
-    run = lambda: subprocess.run([sys.executable, __file__, name, path], capture_output=True, text=True, check=True).stdout
+    run = lambda: subprocess.run([*SELF, name, path], cwd=REPO, stdout=subprocess.PIPE, text=True, check=True).stdout
     return [json.loads(run().splitlines()[-1]) for _ in range(times)]
 
 
 def main(root, out):
+    root = os.path.abspath(root)
     begun, results = time.monotonic(), {}
     make_files(f"{root}/files")
     make_list(f"{root}/list.csv", "files")
@@ -123,4 +126,6 @@ def main(root, out):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
     (start if sys.argv[1] in ("folder", "list", "webdataset") else main)(*sys.argv[1:])
