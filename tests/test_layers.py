@@ -201,6 +201,14 @@ def test_compute_needs_no_tensorflow(module, run_python):
     assert done.stdout.split("\n")[0] == "loaded []"
 
 
+def test_a_start_imports_no_compiler_of_pixels(run_python):
+    """numba and pyarrow take 140 MB of each process of a start: whoever needs them imports them then."""
+    script = "import sys, mim_jax.data.sources, mim_jax.runs.same_data; print(sorted({'numba', 'pyarrow'} & set(sys.modules)))"
+    done = run_python(script)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("\n")[0] == "[]"
+
+
 if __name__ == "__main__":
     page = REPO / "README.md"
     before, rest = page.read_text().split("## Map of the code\n")

@@ -10,7 +10,6 @@ import functools
 import numpy as np
 from absl import logging
 
-from mim_jax.data import pil_bicubic
 from mim_jax.data.augment import DataError
 from mim_jax.data.masks import around
 from mim_jax.data.object_source import ObjectArrays, packed
@@ -49,6 +48,8 @@ def outline(rng, h: int, w: int) -> np.ndarray:
 
 def texture(block, side: int, part) -> np.ndarray:
     """The part (y, x, h, w) of a block that is brought to `side`."""
+    from mim_jax.data import pil_bicubic  # here, as in data/placed.py
+
     return pil_bicubic.bicubic(np.ascontiguousarray(block)[..., None], (side, side), part=part)[..., 0]
 
 
