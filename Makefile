@@ -11,7 +11,7 @@ STAMP = $(VENV)/.requirements-installed
 TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_CPP_MIN_LOG_LEVEL
 
-.PHONY: env test test-torch torch-tests test-targets targets-tests quickstart detect segment compare costs clean
+.PHONY: env test test-torch torch-tests test-targets targets-tests pretrained quickstart detect segment compare costs clean
 
 env: $(STAMP)
 
@@ -52,16 +52,18 @@ targets-tests:
 	$(PY) -m pip install --disable-pip-version-check -r requirements-targets.txt
 	$(PY) -m pytest tests/with_targets -m targets
 
-# Pretrain on the embedded sample, look at it, probe it, print the table.
-quickstart: env
+# On the embedded sample; a run that is finished is left alone.
+pretrained: env
 	$(PY) -m mim_jax.main --config=configs/lomar_sample.py --config.seed=$(SEED) --workdir="$(RUN)/pretrain"
+
+# Pretrain, look at it, probe it, print the table.
+quickstart: pretrained
 	$(PY) -m mim_jax.visualise --workdir="$(RUN)/pretrain"
 	$(PY) -m mim_jax.main --config=configs/linprobe.py --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/probe"
 	$(PY) -m experiments.summarise "$(RUN)"
 
 # Detection on scenes of the embedded sample, from the quickstart's weights and from random ones.
-detect: env
-	$(PY) -m mim_jax.main --config=configs/lomar_sample.py --config.seed=$(SEED) --workdir="$(RUN)/pretrain"
+detect: pretrained
 	$(PY) -m mim_jax.main --config=configs/detect_sample.py --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/detect"
 	$(PY) -m mim_jax.main --config=configs/detect_sample.py:scratch --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/detect_scratch"
 	$(PY) -m mim_jax.visualise --workdir="$(RUN)/detect" --split=test
@@ -92,11 +94,11 @@ SEGMENT_upernet_scratch = configs/segment_sample.py:scratch
 SEGMENT_linear = configs/segment_sample.py:head=linear
 SEGMENT_linear_scratch = configs/segment_sample.py:head=linear,scratch
 
-segment: $(SEGMENTATIONS:%=segment-%)
-	$(PY) -m experiments.summarise_segmentation "$(RUN)/segment_seed$(SEED)"
+segment: pretrained $(SEGMENTATIONS:%=segment-%)
+	$(PY) -m experiments.summarise_segmentation "$(RUN)/segment"
 
-segment-%: env
-	$(PY) -m mim_jax.main --config=$(SEGMENT_$*) --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/segment_seed$(SEED)/$*"
+segment-%: pretrained
+	$(PY) -m mim_jax.main --config=$(SEGMENT_$*) --config.init_from="$(RUN)/pretrain" --config.seed=$(SEED) --workdir="$(RUN)/segment/$*"
 
 # What every full-size config costs at three sizes, compiled but not run. Swins at 384 px need windows that tile it.
 WINDOWS_224 = 4
