@@ -86,7 +86,7 @@ def adamw(*, base_lr=0.0, lr=0.0, min_lr=0.0, b2=0.95, no_decay=(), clip_norm=0.
     follows a cosine to `min_lr`, or `steps`: dict(warmup_start, milestones, milestone_rate) of train/schedule.py."""
     fall = dict(schedule="steps", **steps) if steps else dict(schedule="cosine", min_lr=min_lr)
     return ConfigDict(dict(name="adamw", base_lr=base_lr, lr=lr, b1=0.9, b2=b2, weight_decay=0.05, no_decay=no_decay,
-                           clip_norm=clip_norm, **fall, **warmup))  # fmt: skip
+                           clip_norm=clip_norm, moment_dtype="float32", **fall, **warmup))  # fmt: skip
 
 
 def imagenet_pretraining(c, *, method: str, epochs: float, batch_size: int, size: int):

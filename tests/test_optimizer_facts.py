@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ports.maskfeat import MaskfeatPort
@@ -140,6 +141,26 @@ def test_the_recorded_optimiser_is_the_one_here(model, table):
     tx = adamw(lambda _: 1.0, b1=b1, b2=b2, weight_decay=WEIGHT_DECAY)
     updates, _ = tx.update({"bias": gradient}, tx.init({"bias": params}), {"bias": params})
     np.testing.assert_allclose(updates["bias"], -0.5, rtol=1e-4)
+
+
+def test_a_first_moment_of_half_the_bytes():
+    """It is rounded between steps only: the update is of what was added up in float32."""
+    gradients = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32)
+    exact, short = (
+        adamw(lambda _: 1.0, b1=0.9, b2=0.95, weight_decay=0.0, moment_dtype=kind) for kind in ("float32", "bfloat16")
+    )
+    params = {"bias": jnp.zeros(50)}
+    states, kept = [exact.init(params), short.init(params)], jnp.zeros(50, jnp.bfloat16)
+    for g in gradients:
+        want, states[0] = exact.update({"bias": g}, states[0], params)
+        found, states[1] = short.update({"bias": g}, states[1], params)
+        moment = np.float32(0.9) * kept.astype(jnp.float32) + np.float32(0.1) * g
+        kept = moment.astype(jnp.bfloat16)
+        ratio = moment / states[0][0].mu["bias"]  # of the two updates, which divide by the same root
+        np.testing.assert_allclose(found["bias"], want["bias"] * ratio, rtol=1e-5)
+        np.testing.assert_allclose(found["bias"], want["bias"], atol=0.02)
+    assert states[1][0].mu["bias"].dtype == jnp.bfloat16 and states[1][0].nu["bias"].dtype == jnp.float32
+    np.testing.assert_array_equal(states[1][0].mu["bias"], kept)
 
 
 def test_layers_of_a_swin_are_counted_over_its_stages():

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class AdamW(Optim):
     b2: BelowOne
     no_decay: tuple[str, ...]
     clip_norm: NotNegative
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # in which the first moment is kept
     decay_vectors: ClassVar[bool] = False  # whether biases and norms, which have one axis, decay too
 
     def check(self):
@@ -58,7 +59,8 @@ class AdamW(Optim):
     def transform(self, lr, lr_scales=None) -> optax.GradientTransformation:
         """`lr` a function of the step; `lr_scales`: path -> what the learning rate of this parameter is multiplied by."""
         return adamw(lr, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay, no_decay=self.no_decay,
-                     clip_norm=self.clip_norm, lr_scales=lr_scales, vectors=self.decay_vectors)  # fmt: skip
+                     clip_norm=self.clip_norm, lr_scales=lr_scales, vectors=self.decay_vectors,
+                     moment_dtype=self.moment_dtype)  # fmt: skip
 
 
 class Lars(Optim):
@@ -86,42 +88,42 @@ def lr_scale(path: str, encoder: Encoder, layer_decay: float) -> float:
     return layer_decay ** (encoder.layers + 1 - encoder.layer_of(path))
 
 
-def adamw(
-    lr, *, b1: float, b2: float, weight_decay: float, no_decay=(), clip_norm: float = 0.0, lr_scales=None, vectors: bool = False
-):
+def adamw(lr, *, b1: float, b2: float, weight_decay: float, no_decay=(), clip_norm: float = 0.0, lr_scales=None, **more):
     """AdamW as torch has it: decoupled decay, scaled by the learning rate; eps 1e-8 outside the root.
 
     `lr` is a function of the step; `lr_scales` a function of the path (layer-wise decay), applied to the whole update;
-    `vectors`: see `decays`.
+    more: `vectors`, see `decays`, and `moment_dtype`, see `scale_by_adam`.
     """
+    vectors, moment_dtype = more.pop("vectors", False), more.pop("moment_dtype", "float32")
     decay = lambda params: tree.map_named(lambda p, x: decays(p, x, no_decay, vectors), params)
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    parts += [scale_by_adam(b1, b2), optax.add_decayed_weights(weight_decay, decay)]
+    parts += [scale_by_adam(b1, b2, moment_dtype=moment_dtype), optax.add_decayed_weights(weight_decay, decay)]
     if lr_scales is not None:
         parts.append(scale_by_path(lr_scales))
     return optax.chain(*parts, optax.scale_by_learning_rate(lr))
 
 
-def scale_by_adam(b1: float, b2: float, eps: float = 1e-8) -> optax.GradientTransformation:
+def scale_by_adam(b1: float, b2: float, eps: float = 1e-8, moment_dtype="float32") -> optax.GradientTransformation:
     """optax.scale_by_adam with the bias correction 1 - b^t as expm1(t log b).
 
-    optax subtracts in float32, which at b2 = .999 is off by 1e-5 in the first steps; torch uses doubles.
+    optax subtracts in float32, which at b2 = .999 is off by 1e-5 in the first steps; torch uses doubles. The first moment is
+    kept in `moment_dtype` between steps, and is float32 within one.
     """
 
     def correction(b, count):
         return -jnp.expm1(count.astype(jnp.float32) * math.log(b))
 
     def init(params):
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, zeros)
+        zeros = lambda dtype: jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(moment_dtype), zeros(None))
 
     def update(grads, state, params=None):
         count = state.count + 1
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        mu = jax.tree.map(lambda m, g: b1 * m.astype(g.dtype) + (1 - b1) * g, state.mu, grads)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
         c1, c2 = correction(b1, count), correction(b2, count)
         updates = jax.tree.map(lambda m, v: (m / c1) / (jnp.sqrt(v / c2) + eps), mu, nu)
-        return updates, optax.ScaleByAdamState(count, mu, nu)
+        return updates, optax.ScaleByAdamState(count, jax.tree.map(lambda m: m.astype(moment_dtype), mu), nu)
 
     return optax.GradientTransformation(init, update)
 
