@@ -62,8 +62,9 @@ def collage(blocks, draw):
     nearest = np.argmin([(y + wobble[0] - cy) ** 2 + (x + wobble[1] - cx) ** 2 for cy, cx in centres], 0)
     image, label_map = np.empty((SIDE, SIDE), np.uint8), np.empty((SIDE, SIDE), np.uint8)
     for part, label in enumerate(draw.choice(list(blocks), count, replace=False)):
-        here = nearest == part
-        image[here], label_map[here] = standard(cut(blocks[label], draw)[here]), label
+        here, own = nearest == part, cut(blocks[label], draw)
+        if here.any():  # others may lie nearer everywhere
+            image[here], label_map[here] = standard(own[here]), label
     return image, label_map
 
 
