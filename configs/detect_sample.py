@@ -39,13 +39,13 @@ def get_config(arg=""):
     c.global_blocks = 1
     c.drop_path = 0.0
     c.detector = ConfigDict(dict(
-        cascade=False, width=32, hidden=128, anchor_sizes=(6.0, 12.0, 24.0, 48.0, 96.0),
+        framework="detectron2", cascade=False, width=32, hidden=128, anchor_sizes=(6.0, 12.0, 24.0, 48.0, 96.0),
         sampled_anchors=64, sampled_regions=32, before=(200, 100), after=(100, 50),
         proposal_overlap=0.7, score=0.05, overlap=0.5, most=20,
     ))  # fmt: skip
     c.data = ConfigDict(dict(
         RUN_DATA, source="scenes", changed="refuse", normalise="dataset", mean=(0.45,), std=(0.25,),
-        train_split="train", scale=(0.75, 1.5), flip=0.5, objects=8,
+        train_split="train", scale=(0.75, 1.5), flip=0.5, per_axis=False, objects=8,
     ))  # fmt: skip
     c.optim = adamw(lr=1e-3, b2=0.999, no_decay=NORMS, warmup=duration("warmup", percent=10))
     c.optim.update(dict(weight_decay=0.1, layer_decay=0.7, average=0.0))

@@ -17,7 +17,7 @@ from ports.beit import BeitPort
 from ports.classifiers import ClassifierPort
 from ports.coco_ap import CocoApPort
 from ports.detection import BackbonePort, DetectionsPort, HeadsPort, ProposalsPort, PyramidPort, RoiAlignPort
-from ports.detectors import CascadePort, DetectorPort
+from ports.detectors import CascadePort, DetectorPort, VitaePort
 from ports.greenmim import GreenmimPort
 from ports.hog import HogPort, MaskfeatHogPort
 from ports.localmim import LocalSwinPort, LocalVitPort
@@ -55,6 +55,7 @@ PORTS = (
     ("UPerNet on a Swin", has("param/decode_head.conv_seg.weight", "param/backbone.norm0.weight"), UPerNetSwinPort),
     ("MaskFeat's HOG", lambda case: any(key.startswith("ambiguous/") for key in case.arrays), MaskfeatHogPort),
     ("detectors on a ViT", has("param/backbone.net.patch_embed.proj.weight"), DetectorPort),
+    ("ViTAE's detector on a ViT", has("param/backbone.fpn1.1.ln.weight", "param/rpn_conv.0.ln.weight"), VitaePort),
     ("a detector's cascade", has("param/box_head.0.conv1.weight"), CascadePort),
     ("a detector's heads", has("param/box_head.conv1.weight", "input/roi7"), HeadsPort),
     ("a detector's proposals", has("param/objectness_logits.weight", "input/p2"), ProposalsPort),

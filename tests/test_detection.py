@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,13 @@ from mim_jax import tree
 from mim_jax.assemble import weights
 from mim_jax.assemble.encoders import encoder
 from mim_jax.boxes import coding, instance_masks, matching, roi_align, sampling, suppression
-from mim_jax.config import ConfigDict, ConfigError
+from mim_jax.config import ConfigDict, ConfigError, load
 from mim_jax.convert import detector_names, names
 from mim_jax.convert.layouts import our_shape
+from mim_jax.convert.writing.written_model import safetensors
 from mim_jax.jobs import detect
 from mim_jax.models.box_head import BoxHead
-from mim_jax.models.posembed import sincos_table
+from mim_jax.models.posembed import resize_table, sincos_table
 from mim_jax.models.vit import ViT
 from mim_jax.models.vitdet import ViTDet
 from mim_jax.objectives.mask_rcnn import MaskRCNN, scaled_gradient
@@ -30,6 +32,12 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = REPO / "tests" / "golden"
 FACTS = json.loads((GOLDEN / "opt_facts_vitdet.json").read_text())
 CASES = ("vitdet_vit_tiny_nonsquare", "vitdet_irpe_tiny", "roialign_tiny", "inference_tiny", "cascade_tiny", "vitdet_full_tiny")
+CASES += ("vitae_vitdet_tiny",)
+NAMES = {
+    "vitdet_full_tiny": detector_names.detector(),
+    "cascade_tiny": detector_names.heads("^", 3),
+    "vitae_vitdet_tiny": detector_names.vitae(),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -38,16 +46,29 @@ def test_recorded_tensors(case):
     assert found["passed"], (found["failed"], found["not_compared"], found["errors"])
 
 
-@pytest.mark.parametrize("case,stages", [("vitdet_full_tiny", 1), ("cascade_tiny", 3)])
-def test_released_names_lead_back(case, stages):
-    """What export writes under detectron2's names is what was read under them, to the bit."""
+def recorded_params(case: str) -> tuple[dict, dict]:
+    """-> those of a case by their released names, and by ours."""
     recorded = Case(str(GOLDEN / f"{case}.npz")).under("param/")
-    rules = detector_names.detector(stages) if stages == 1 else detector_names.heads("^", stages)
-    ours = tree.flatten(from_released(recorded, rules))
-    back = names.to_released_state(ours, rules, patch=16)
+    return recorded, tree.flatten(from_released(recorded, NAMES[case]))
+
+
+@pytest.mark.parametrize("case,patch", [("vitdet_full_tiny", 16), ("cascade_tiny", 16), ("vitae_vitdet_tiny", 4)])
+def test_released_names_lead_back(case, patch):
+    """What export writes under released names is what was read under them, to the bit."""
+    recorded, ours = recorded_params(case)
+    back = names.to_released_state(ours, NAMES[case], patch)
     assert back.keys() == recorded.keys()
     for name, x in back.items():
         np.testing.assert_array_equal(x, recorded[name], err_msg=name)
+
+
+def test_of_the_other_framework_export_writes_the_encoder_alone():
+    recorded, ours = recorded_params("vitae_vitdet_tiny")
+    config = ConfigDict(dict(job="detect", detector=dict(framework="vitae", cascade=False), encoder=dict(patch=4)))
+    written = safetensors(config, ours, encoder_only=True)
+    assert written.tensors.keys() == {name for name in recorded if re.match(r"backbone\.(?!fpn)", name)}
+    with pytest.raises(ConfigError, match="no released names of the heads of detector.framework=vitae"):
+        safetensors(config, ours)
 
 
 LARGE = dict(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23))
@@ -77,6 +98,21 @@ def test_sizes_and_optimiser_groups_are_the_published_ones(sizes, cascade, count
     assert seen == params.keys()
 
 
+def test_the_other_framework_decays_matrices_that_are_no_positions():
+    """And is made, and its losses traced, from what the config says."""
+    c = load(str(REPO / "configs" / "detect.py:framework=vitae"))
+    assert (c.total_steps, c.optim.milestones, c.data.per_axis) == (183_250, (0.88, 0.96), True)
+    e = ViTDet(grid=(2, 4), width=8, depth=2, heads=2, global_blocks=(1,), table=None, final_norm=True, scaled_query=True)
+    made = MaskRCNN(e, framework=c.detector.framework, classes=2, objects=1, width=8, hidden=4)
+    params = tree.flatten(jax.eval_shape(lambda: made.init(jax.random.key(0), made.example()))["params"])
+    assert params["encoder/pos_embed"].shape == (1, 8, 8) and params["pyramid/p2_up_1/kernel"].shape == (8, 4 * 8)
+    for path, x in params.items():
+        positions = re.search(r"pos_embed|rel_pos_[hw]", path)
+        assert decays(path, x, c.optim.no_decay, vectors=True) == (len(x.shape) > 1 and not positions), path
+    with pytest.raises(ConfigError, match="framework is 'mmdet'; it must be one of detectron2, vitae"):
+        load(str(REPO / "configs" / "detect.py:framework=mmdet"))
+
+
 def test_the_schedule_is_detectron2s():
     facts = FACTS["vitdet_b/lr_multiplier"]
     shares = tuple(step / facts["max_iter"] for step in facts["milestones"])
@@ -86,18 +122,22 @@ def test_the_schedule_is_detectron2s():
         assert float(lr(step)) == pytest.approx(expected, rel=1e-6), step
 
 
-@pytest.mark.parametrize("position", ["rpe", "absolute", "learned"])
-def test_a_vit_becomes_a_backbone(position):
-    """Every parameter of the new encoder but relative positions per axis is one of the old, as it was."""
+@pytest.mark.parametrize(
+    "position,framework",
+    [("rpe", "detectron2"), ("absolute", "detectron2"), ("learned", "detectron2"), ("learned", "vitae"), ("rpe", "vitae")],
+)
+def test_a_vit_becomes_a_backbone(position, framework):
+    """Every parameter of the new encoder but relative positions per axis is one of the old, as it was; of ViTAE's detector the
+    table of positions as it is at the new size."""
     sizes = dict(patch=4, width=8, depth=4, heads=2, mlp_ratio=4.0)
     vit = ViT((4, 5), channels=1, position=position, **sizes)
     own = jax.jit(vit.init)(jax.random.key(0), jnp.zeros((1, 16, 20, 1)))["params"]
     loaded = {f"encoder/{path}": x for path, x in tree.flatten(own).items()}
     settings = dict(encoder=dict(kind="vit", position=position, **sizes), image_size=(32, 24))
-    settings = detect.adapt(
-        ConfigDict(settings | dict(window=3, global_blocks=2, drop_path=0.1)), ConfigDict(dict(image_size=(16, 20)))
-    )
-    made = encoder(settings.encoder, (32, 24), 1)
+    settings |= dict(window=3, global_blocks=2, drop_path=0.1, detector=dict(framework=framework))
+    settings = detect.adapt(ConfigDict(settings), ConfigDict(dict(image_size=(16, 20))))
+    made, vitae = encoder(settings.encoder, (32, 24), 1), framework == "vitae"
+    assert made.final_norm == vitae and made.scaled_query == (vitae and position != "rpe")
     assert (made.global_blocks, made.window, made.span) == ((1, 3), 3, 8)
     fitted, _ = weights.fit_tables(loaded, vit, made)
     wanted = jax.eval_shape(lambda: made.init(jax.random.key(0), jnp.zeros((1, 32, 24, 1))))["params"]
@@ -109,11 +149,19 @@ def test_a_vit_becomes_a_backbone(position):
             continue
         assert found.shape == x.shape, path
         before = loaded.get(f"encoder/{path}")
+        if vitae and path == "pos_embed":
+            before = resize_table(before, (4, 5), (8, 6), cls=True)[:, 1:]
         if before is not None:
             np.testing.assert_array_equal(found, before[..., : found.shape[-1]])
     assert fresh == (set() if position == "rpe" else {"rel_pos_h", "rel_pos_w"})
     if position == "absolute":
         np.testing.assert_array_equal(fitted["encoder/pos_embed"][0], sincos_table(8, (4, 5), cls=True))
+
+
+def test_a_framework_that_is_none_is_refused():
+    settings = dict(encoder=dict(kind="vit", position="rpe", depth=2), detector=dict(framework="mmdet"))
+    with pytest.raises(ConfigError, match="detector.framework is 'mmdet'; it must be one of detectron2, vitae"):
+        detect.adapt(ConfigDict(settings), ConfigDict())
 
 
 @pytest.mark.parametrize("e", [dict(kind="swin"), dict(kind="vit", position="shared_bias")])
@@ -207,6 +255,21 @@ def test_padding_is_matched_by_nothing_and_no_objects_make_background():
     assert found.positive[:2].all() and (found.which < 2).all() and not (found.positive & found.negative).any()
     found = matching.match(boxes, objects, jnp.zeros(5, bool), low=0.3, high=0.7, each=True)
     assert found.negative.all() and not found.positive.any()
+
+
+def test_claims_of_mmdetections_rule():
+    """The best box of a near object becomes its own, of several the last one's; a far object has none."""
+    boxes = jnp.asarray([[0.0, 0, 10, 10], [20, 0, 30, 10], [90, 90, 99, 99]])
+    tall, short, far = [0.0, 0, 10, 9], [0.0, 0, 10, 6], [25.0, 0, 60, 10]  # .9 and .6 of the first box, .125 of the second
+    rule = dict(low=0.3, high=0.7, each=True)
+    for objects, claim, which, positive in (
+        ([tall, short, far], 0.3, 1, [True, False, False]),
+        ([short, tall, far], 0.3, 1, [True, False, False]),
+        ([tall, short, far], 0.0, 0, [True, True, False]),
+    ):
+        found = matching.match(boxes, jnp.asarray([*objects, [0.0] * 4]), jnp.arange(4) < 3, claim=claim, **rule)
+        assert found.which[0] == which and found.positive.tolist() == positive
+        assert (found.negative == ~found.positive).all()
 
 
 def test_masks_are_unpacked_as_they_were_packed():

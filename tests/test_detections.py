@@ -75,7 +75,8 @@ def judged(source, shift=0.0, folder=None, pictures=3):
 def detection_data(**changes):
     place = dict(source="scenes", path="", data_dir="", columns="", folders="", holdout=0)
     seen = dict(exif="auto", bad_limit=0.1, normalise="dataset", mean=(0.5,), std=(0.25,))
-    return place | seen | dict(changed="refuse", train_split="train", scale=(0.1, 2.0), flip=0.5, objects=100) | changes
+    jitter = dict(scale=(0.1, 2.0), flip=0.5, per_axis=False, objects=100)
+    return place | seen | dict(changed="refuse", train_split="train") | jitter | changes
 
 
 @pytest.fixture(scope="module")

@@ -237,8 +237,16 @@ def test_the_box_of_a_cut_polygon(polygon):
     assert found is None or np.abs(found - brute).max() < 0.1
 
 
+@pytest.mark.parametrize("per_axis,x", [(False, 0), (True, 32)])
+def test_a_place_is_drawn_once_or_for_each_axis(per_axis, x):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    draws = [0.9, 1.0, 0.0, 1.0]  # not mirrored, twice the result, at the upper edge; for each axis at the right one
+    found = ScaleJitter({}, per_axis=per_axis).see(pixels, "[]", draws, (32, 32))
+    np.testing.assert_array_equal(found["image"], pixels[:32, x : x + 32])
+
+
 def test_an_object_smaller_than_a_pixel_keeps_the_one_it_touches():
-    where = scale_jitter.placement((400, 400), (16, 16), False, 0.5, 0)
+    where = scale_jitter.placement((400, 400), (16, 16), False, 0.5, (0, 0))
     objects = [{"iscrowd": 0, "class": 1, "segmentation": [[210, 100, 220, 100, 215, 110]]}]
     found = scale_jitter.moved_objects(objects, where, (16, 16), 2)
     assert found["valid"].tolist() == [True, False]

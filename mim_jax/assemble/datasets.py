@@ -151,13 +151,14 @@ class ObjectData(Images):
 
 class DetectionData(ObjectData):
     """Training sees them by large-scale jitter (data/scale_jitter.py): `scale` times the size, mirrored with the probability
-    `flip`; at most `objects` of an image are learned from."""
+    `flip`, cut at a place drawn once for both axes or `per_axis`; at most `objects` of an image are learned from."""
 
     changed: Literal["refuse", "continue"] = "refuse"
     train_split: str
     scale: tuple[float, float] = (0.1, 2.0)
     flip: Share = 0.5
     objects: Count = 100
+    per_axis: bool = False
 
     def seen(self, source) -> dict:
         """-> the options of TrainBatches; says how many images have more objects than are learned from."""
@@ -168,7 +169,7 @@ class DetectionData(ObjectData):
             words = f"have more than {self.prefix}objects={self.objects} (up to {max(counts)}): the first that are seen count"
             logging.warning("%s '%s': %d of %d images %s", source.name, source.split, more, len(counts), words)
         class_of = {number: k for k, number in enumerate(source.category_ids)}
-        return dict(crop=ScaleJitter(class_of, self.scale, self.flip, self.objects))
+        return dict(crop=ScaleJitter(class_of, self.scale, self.flip, self.objects, self.per_axis))
 
 
 class ProbeData(Data):

@@ -81,7 +81,7 @@ def fit_tables(loaded: dict, there: Encoder, here: Encoder) -> tuple[dict, str]:
     Learned positions and relative biases are brought to the other grid or window, bicubic; where only this encoder
     learns positions, they start from the fixed table of the other.
     """
-    fitted, old, resized, words = dict(here.adopted(loaded)), there.tables(), [], ""
+    fitted, old, resized, words = dict(loaded), there.tables(), [], ""
     for path, table in there.fixed_tables().items():
         if path in here.tables():
             fitted[f"encoder/{path}"], old = jnp.asarray(table), {**old, path: there.grid}
@@ -91,14 +91,15 @@ def fit_tables(loaded: dict, there: Encoder, here: Encoder) -> tuple[dict, str]:
         if name not in fitted or path not in old or old[path] == new:
             continue
         if path == "pos_embed":
-            fitted[name] = resize_table(fitted[name], old[path], new, cls=True)
+            cls = fitted[name].shape[1] > old[path][0] * old[path][1]
+            fitted[name] = resize_table(fitted[name], old[path], new, cls)
         else:
             fitted[name] = resize_offsets(fitted[name], old[path], new, cls=here.has_cls)
         resized.append(f"{path} {old[path][0]}x{old[path][1]} -> {new[0]}x{new[1]}")
     if resized:
         more = f" and {len(resized) - 2} more" if len(resized) > 2 else ""
         words += f", resized {', '.join(resized[:2])}{more}"
-    return fitted, words
+    return here.adopted(fitted), words
 
 
 def tokenizer_weights(config, made: Objective, mesh) -> tuple[dict, str]:

@@ -17,11 +17,13 @@ class Match(NamedTuple):
     negative: jax.Array
 
 
-def match(boxes, objects, real, *, low: float, high: float, each: bool = False) -> Match:
+def match(boxes, objects, real, *, low: float, high: float, each: bool = False, claim: float = 0.0) -> Match:
     """[n 4], [g 4], bool [g] which objects are no padding -> Match: positive from overlap `high` on, negative below `low`.
 
     each: a box whose overlap equals the largest that some object has with any box is positive too, so that every object is
     to be found by a box. Such a box keeps the object that itself overlaps most. An object that no box meets claims none.
+    claim: then only objects that some box overlaps by so much have such boxes, which become theirs: of several objects the
+    last one's (mmdetection's rule).
     """
     overlap = jnp.where(real[:, None], pairwise_iou(objects, boxes), -1.0)
     # Equality below holds for the very same bits only; without this, XLA may compute them twice, rounded otherwise.
@@ -30,5 +32,8 @@ def match(boxes, objects, real, *, low: float, high: float, each: bool = False) 
     positive, negative = best >= high, best < low
     if each:
         most = overlap.max(1, keepdims=True)
-        positive |= ((overlap == most) & (most > 0)).any(0)
+        claimed = (overlap == most) & (most >= claim) & (most > 0)
+        positive |= claimed.any(0)
+        if claim:
+            which = jnp.where(claimed.any(0), len(objects) - 1 - claimed[::-1].argmax(0), which)
     return Match(which.astype(jnp.int32), positive, negative & ~positive)

@@ -1,4 +1,4 @@
-"""Names of detectron2's detectors on a plain ViT <-> ours, as convert/names.py has them."""
+"""Names of released detectors on a plain ViT <-> ours, as convert/names.py has them: detectron2's, and part of another's."""
 
 from mim_jax.convert.names import block, linear, norm
 
@@ -66,3 +66,17 @@ def detector(stages: int = 1) -> tuple:
     """A whole one, as it is released."""
     parts = backbone(r"^backbone\.net\."), pyramid(r"^backbone\."), region_proposals(r"^proposal_generator\.rpn_head\.")
     return sum(parts, ()) + heads(r"^roi_heads\.", stages)
+
+
+def vitae() -> tuple:
+    """Of github.com/ViTAE-Transformer/ViTDet: encoder, pyramid, proposals' convolutions; of the rest none are recorded."""
+    rules = backbone(r"^backbone\.") + norm(r"^backbone\.norm", "encoder/norm")
+    for there, here in ((r"1\.0", "p2_up_0"), (r"1\.3", "p2_up_1"), (r"2\.0", "p3_up_0")):
+        rules += linear(rf"^backbone\.fpn{there}", f"pyramid/{here}", "deconv")
+    rules += norm(r"^backbone\.fpn1\.1\.ln", "pyramid/p2_up_norm")
+    found = [(rf"^rpn_conv\.{i}\.", f"region_proposals/conv_{i}", f"region_proposals/norm_{i}", "conv") for i in range(2)]
+    for i in range(4):
+        for part, here, layout in (("lateral", "lateral", "conv1"), ("fpn", "output", "conv")):
+            own = f"pyramid/p{i + 2}_{here}"
+            found.append((rf"^neck\.{part}_convs\.{i}\.", own, f"{own}_norm", layout))
+    return rules + sum((conv(there + "conv", *(one, how)) + norm(there + "ln", two) for there, one, two, how in found), ())

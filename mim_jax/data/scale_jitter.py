@@ -1,8 +1,8 @@
 """Large-scale jitter (arXiv 2012.07177) as detectron2's ViTDet has it: images, boxes and masks, flipped, scaled and cut.
 
 An image is mirrored or not, fitted into the square of the result times a scale drawn from a range, with PIL's antialiased
-bilinear filter, and cut to the result at a place drawn once for both axes. What is left of an object is its mask there and the
-box around that; what is smaller than the result stands in its upper left corner.
+bilinear filter, and cut to the result at a place drawn once for both axes, or for each. What is left of an object is its mask
+there and the box around that; what is smaller than the result stands in its upper left corner.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from mim_jax.data.decoding import PLAIN
 from mim_jax.data.object_source import require_sides
 
 LEAST = 1e-5  # pixels of a side, below which a box is empty
-FLIP, SCALE, PLACE = range(3)  # which of the uniforms is which
+FLIP, SCALE, PLACE, ACROSS = range(4)  # which of the uniforms is which
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Placement:
     kept: tuple[int, int]
 
 
-def placement(sides, size, mirror: bool, scale: float, place: float) -> Placement:
-    """An image of `sides` in a result of `size`, both (h, w); `place` in 0 .. 1 says where it is cut."""
+def placement(sides, size, mirror: bool, scale: float, places: tuple[float, float]) -> Placement:
+    """An image of `sides` in a result of `size`, both (h, w); `places` (y, x) in 0 .. 1 say where it is cut."""
     ratio = min(scale * size[0] / sides[0], scale * size[1] / sides[1])
     resized = tuple(max(int(round(side * ratio)), 1) for side in sides)
-    offset = tuple(int(round(max(new - old, 0) * place)) for new, old in zip(resized, size))
+    offset = tuple(int(round(max(new - old, 0) * place)) for new, old, place in zip(resized, size, places))
     kept = tuple(min(new, old) for new, old in zip(resized, size))
     return Placement(tuple(sides), mirror, resized, offset, kept)
 
@@ -133,6 +133,7 @@ class ScaleJitter:
     scale: tuple[float, float] = (0.1, 2.0)
     flip: float = 0.5  # the probability
     objects: int = 100  # of an image, at most; further ones are not learned from
+    per_axis: bool = False  # whether the place of the cut is drawn for each axis
 
     def __post_init__(self):
         if not 0 < self.scale[0] <= self.scale[1]:
@@ -144,7 +145,8 @@ class ScaleJitter:
         draws = [float(u) for u in uniforms]
         low, high = self.scale
         scale, mirror = low + draws[SCALE] * (high - low), draws[FLIP] < self.flip
-        where = placement(pixels.shape[:2], size, mirror, scale, draws[PLACE])
+        places = draws[PLACE], draws[ACROSS if self.per_axis else PLACE]
+        where = placement(pixels.shape[:2], size, mirror, scale, places)
         objects = [{**o, "class": self.class_of[o["category_id"]]} for o in json.loads(text)]
         image = {"image": padded(moved_image(pixels, where), size), "size": np.array(where.kept, np.int32)}
         return image | moved_objects(objects, where, size, self.objects)

@@ -4,18 +4,20 @@ from etils import epath
 
 from mim_jax.assemble import datasets, encoders, inheritance, weights
 from mim_jax.assemble.inputs import labelled_inputs
-from mim_jax.config import ConfigDict, ConfigError
+from mim_jax.config import ConfigDict, ConfigError, choice
 from mim_jax.figures.detections import draw_batch
 from mim_jax.figures.sheet import write_png
 from mim_jax.jobs import training
 from mim_jax.jobs.finetune import AveragedAdamW
+from mim_jax.models.frameworks import FRAMEWORKS
 from mim_jax.objectives.mask_rcnn import MaskRCNN
 from mim_jax.runs import saved
 from mim_jax.sections import BelowOne, Natural, build, defaults, kept, nested, one_of, read
 from mim_jax.tokens import grid_size
 from mim_jax.train.experiment import Start
 
-FROM_A_VIT = weights.Taken("^encoder/", fresh=(r"^(?!encoder/)", r"/rel_pos_[hw]$"), left=(r"^encoder/(norm/|cls_token$)",))
+FRESH = (r"^(?!encoder/)", r"/rel_pos_[hw]$", r"^encoder/norm/")  # a ViT fine-tuned with pool=mean has no norm
+FROM_A_VIT = weights.Taken("^encoder/", fresh=FRESH, left=(r"^encoder/(norm/|cls_token$)",))
 
 
 class DetectionAdamW(AveragedAdamW):
@@ -41,10 +43,10 @@ class Detection(training.Training):
         side = 2 * self.encoder.get("patch", 16)
         self.require(not any(s % side for s in self.image_size), "image_size", f"is not divisible by two patches, {side} px")
 
-    def detector_of(self, classes: int) -> MaskRCNN:
-        """Raises ConfigError for settings that cannot be, before any compute."""
+    def detector_of(self, classes: int, complete: bool = False) -> MaskRCNN:
+        """`complete`: of an old run, which may lack keys. Raises ConfigError for what cannot be, before any compute."""
         given = dict(encoder=self.made(), classes=classes, objects=self.data.objects, dtype=encoders.dtype(self.compute_dtype))
-        return build(MaskRCNN, self.detector, "detector.", **given)
+        return build(MaskRCNN, self.detector, "detector.", complete, **given)
 
 
 def run(settings: ConfigDict, workdir: epath.Path) -> dict:
@@ -73,24 +75,27 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
 def adapt(settings: ConfigDict, source: ConfigDict) -> ConfigDict:
     """The encoder of the run as a backbone: its blocks in windows, its positions resized in every forward pass.
 
-    iRPE stays what it is; a ViT that adds positions gets relative ones per axis as well, as ViTDet has it. Raises ConfigError
-    for an encoder that cannot be one.
+    iRPE stays what it is; a ViT that adds positions gets relative ones per axis as well, as ViTDet has it. Norm and scales are
+    those of `detector.framework`. Raises ConfigError for an encoder that cannot be one.
     """
     e = settings.encoder
     if e.kind not in ("vit", "vitdet") or e.get("position") not in ("rpe", "absolute", "learned", "decomposed"):
         words = f"kind={e.kind}" + (f", position={e.position}" if "position" in e else "")
         raise ConfigError(f"job=detect takes a ViT with iRPE or with positions that are added; {words} is no such encoder")
+    own = FRAMEWORKS[choice("detector.framework", settings.detector.get("framework", "detectron2"), FRAMEWORKS)]
     depth, count = e.depth, settings.global_blocks if settings.window else e.depth
     if count > depth:
         raise ConfigError(f"global_blocks={count} is more than the {depth} blocks of the encoder")
     if e.kind == "vit":
-        table = grid_size(tuple(source.image_size), e.patch)
-        own = {key: e[key] for key in ("patch", "width", "depth", "heads", "mlp_ratio")}
+        table = None if own.own_table else grid_size(tuple(source.image_size), e.patch)
+        same = {key: e[key] for key in ("patch", "width", "depth", "heads", "mlp_ratio")}
         position = "rpe" if e.position == "rpe" else "decomposed"
         span = max(grid_size(tuple(settings.image_size), e.patch))
-        settings.encoder = ConfigDict(dict(kind="vitdet", position=position, table=table, span=span, **own))
+        settings.encoder = ConfigDict(dict(kind="vitdet", position=position, table=table, span=span, **same))
     changed = dict(window=settings.window or 14, global_blocks=spaced(depth, count), drop_path=settings.drop_path)
     settings.encoder.update(changed)
+    scaled = own.scaled_query and settings.encoder.position == "decomposed"
+    settings.encoder.update(dict(final_norm=own.final_norm, scaled_query=scaled))
     return settings
 
 

@@ -26,7 +26,7 @@ def visualise(run: saved.Saved, out: str, images: int, split: str, place=("", ""
 
     settings = saved_keys(inheritance.with_other_data(run.config, *place))
     config, names = read(detect.Detection, settings, complete=True), tuple(run.config.class_names)
-    made, mesh = config.detector_of(len(names)), sharding.make_mesh()
+    made, mesh = config.detector_of(len(names), complete=True), sharding.make_mesh()
     source = config.data.images(split or ("train" if place[0] else "validation"), config.channels)
     batches, count = config.batches(source, BATCH, images)
     runner = SplitRunner(object_results.finder(made, config.normaliser()), mesh, batches, count)

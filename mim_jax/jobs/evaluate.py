@@ -103,7 +103,7 @@ def detector(config: EvaluateDetector, source: saved.Saved, workdir: epath.Path)
     """The detector that the run trained, for images of the size here; results go to the workdir."""
     there = encoders.computed_as(pretrain.saved_keys(source.config), config)
     names = tuple(source.config.class_names)
-    made = sections.read(detect.Detection, there, complete=True).detector_of(len(names))
+    made = sections.read(detect.Detection, there, complete=True).detector_of(len(names), complete=True)
     return judges.Judged(made, config, sharding.make_mesh(), class_names=names, folder=workdir)
 
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mim_jax.models.decoders import Upsample
-from mim_jax.models.layers import Dense, LayerNorm
+from mim_jax.models.layers import LAYER_NORM_EPS, Dense, LayerNorm
 from mim_jax.models.pyramid import Conv
 
 msra = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -20,12 +20,13 @@ class NormedConvs(nn.Module):
 
     width: int
     dtype: Any = jnp.float32
+    eps: float = LAYER_NORM_EPS
 
     @nn.compact
     def __call__(self, x):
         for i in range(CONVS):
             x = Conv(self.width, self.dtype, use_bias=False, kernel_init=msra, name=f"conv_{i}")(x)
-            x = nn.relu(LayerNorm(self.dtype, name=f"norm_{i}")(x))
+            x = nn.relu(LayerNorm(self.dtype, self.eps, name=f"norm_{i}")(x))
         return x
 
 
@@ -37,10 +38,11 @@ class BoxHead(nn.Module):
     hidden: int = 1024
     agnostic: bool = False
     dtype: Any = jnp.float32
+    eps: float = LAYER_NORM_EPS
 
     @nn.compact
     def __call__(self, x):
-        x = NormedConvs(self.width, self.dtype, name="convs")(x)
+        x = NormedConvs(self.width, self.dtype, self.eps, name="convs")(x)
         x = Dense(self.hidden, self.dtype, kernel_init=caffe_xavier, name="fc")(x.reshape(len(x), -1))
         x = nn.relu(x)
         logits = Dense(self.classes + 1, kernel_init=nn.initializers.normal(0.01), name="classes_out")(x)
@@ -55,9 +57,10 @@ class MaskHead(nn.Module):
     classes: int
     width: int = 256
     dtype: Any = jnp.float32
+    eps: float = LAYER_NORM_EPS
 
     @nn.compact
     def __call__(self, x):
-        x = NormedConvs(self.width, self.dtype, name="convs")(x)
+        x = NormedConvs(self.width, self.dtype, self.eps, name="convs")(x)
         x = nn.relu(Upsample(self.width, self.dtype, kernel_init=msra, name="up")(x))
         return Dense(self.classes, kernel_init=nn.initializers.normal(0.001), name="pred")(x)

@@ -24,18 +24,20 @@ class GridAttention(Attention):
 
     position "decomposed": logits += q . row table[row offset] + q . column table[column offset] (ViTDet, arXiv 2203.16527;
     MViTv2, 2112.01526), tables made for `span` (rows, columns) and resized for other maps. "rpe": iRPE without a cls token.
-    Both by the *unscaled* q.
+    Both by the *unscaled* q; with `scaled_query` the former by q as the products with keys have it.
     """
 
     position: str = "decomposed"
     span: tuple[int, int] | None = None
+    scaled_query: bool = False
 
     @nn.compact
     def __call__(self, x):
         rows, columns, width = x.shape[1:]
         groups = self.heads if platforms.current() == "tpu" else 0
         q, k, v = self.projected(rearrange(x, "r y x d -> r (y x) d"), groups)
-        kind = functools.partial(Decomposed, self.span or (rows, columns)) if self.position == "decomposed" else Buckets
+        own = functools.partial(Decomposed, self.span or (rows, columns), self.scaled_query)
+        kind = own if self.position == "decomposed" else Buckets
         by_row, by_column, *table = kind(dtype=self.dtype, name="rpe_k")(q.shape[-1], (rows, columns))
         some = functools.partial(attended, k=k, v=v, by_column=by_column, table=table)
         q = rearrange(q, "r h (y x) e -> y r h x e", y=rows)
@@ -65,16 +67,18 @@ def in_chunks(fn, rows, most: int):
 
 
 class Decomposed(nn.Module):
-    """Two tables [2 side - 1, e], zero at first -> rows [y k e] and columns [x l e] of query and key."""
+    """Two tables [2 side - 1, e], zero at first -> rows [y k e] and columns [x l e] of query and key, `scaled` as q is."""
 
     span: tuple[int, int]
+    scaled: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, e: int, grid):
         sides = zip(("rel_pos_h", "rel_pos_w"), self.span, grid)
         made = [(self.param(name, nn.initializers.zeros, (2 * old - 1, e)), old, new) for name, old, new in sides]
-        return tuple(by_offset(*each).astype(self.dtype) for each in made)
+        scale = e**-0.5 if self.scaled else 1
+        return tuple((scale * by_offset(*each)).astype(self.dtype) for each in made)
 
 
 def decomposed(q, rows, columns):

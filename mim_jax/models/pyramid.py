@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mim_jax.config import ConfigError
 from mim_jax.models.decoders import Upsample, fan_in
-from mim_jax.models.layers import Dense, LayerNorm, convolved
+from mim_jax.models.layers import LAYER_NORM_EPS, Dense, LayerNorm, convolved
 
 LEVELS = (2, 3, 4, 5, 6)  # level l has stride 2^l pixels
 POOLED = (2, 3, 4, 5)  # of these regions are taken
@@ -16,9 +16,12 @@ doubling = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")  # U(+-
 
 class Pyramid(nn.Module):
     """[b y x d] of stride 16 -> {level: [b y' x' width]}: upsampled, kept or pooled, then a 1x1 and a 3x3 convolution, each
-    followed by a LayerNorm over channels and by no activation; level 6 is every second cell of level 5."""
+    followed by a LayerNorm over channels (of this `eps`) and by no activation; level 6 is every second cell of level 5.
+    halving: every upsampling halves the width."""
 
     width: int = 256
+    halving: bool = True
+    eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -30,7 +33,8 @@ class Pyramid(nn.Module):
 
     def branch(self, x, level: int):
         own = f"p{level}"
-        up = lambda x, i: Upsample(x.shape[-1] // 2, self.dtype, kernel_init=doubling, name=f"{own}_up_{i}")(x)
+        part = 2 if self.halving else 1
+        up = lambda x, i: Upsample(x.shape[-1] // part, self.dtype, kernel_init=doubling, name=f"{own}_up_{i}")(x)
         if level <= 3:
             x = up(x, 0)
         if level == 2:
@@ -38,9 +42,9 @@ class Pyramid(nn.Module):
         if level == 5:
             x = nn.max_pool(x, (2, 2), (2, 2))
         x = Dense(self.width, self.dtype, use_bias=False, kernel_init=fan_in, name=f"{own}_lateral")(x)
-        x = LayerNorm(self.dtype, name=f"{own}_lateral_norm")(x)
+        x = LayerNorm(self.dtype, self.eps, name=f"{own}_lateral_norm")(x)
         x = Conv(self.width, self.dtype, use_bias=False, kernel_init=fan_in, name=f"{own}_output")(x)
-        return LayerNorm(self.dtype, name=f"{own}_output_norm")(x)
+        return LayerNorm(self.dtype, self.eps, name=f"{own}_output_norm")(x)
 
 
 class Conv(nn.Module):

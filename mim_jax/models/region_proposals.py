@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mim_jax.boxes import anchors, coding, suppression
-from mim_jax.models.layers import Dense
+from mim_jax.models.layers import Dense, LayerNorm
 from mim_jax.models.pyramid import Conv
 
 small = nn.initializers.normal(0.01)
@@ -17,21 +17,25 @@ small = nn.initializers.normal(0.01)
 
 class RegionProposals(nn.Module):
     """{level: [b y x c]} -> whether there is an object, logits [b n], and how it differs from the anchor, [b n 4], of the
-    anchors of all levels: level, row, column, ratio, float32. The levels share all parameters."""
+    anchors of all levels: level, row, column, ratio, float32. The levels share all parameters. norm_eps: of LayerNorms after
+    the convolutions, which have no bias then; 0: there are none."""
 
     width: int = 256
+    norm_eps: float = 0.0
     each: int = len(anchors.RATIOS)
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, pyramid: dict):
-        convs = [Conv(self.width, self.dtype, kernel_init=small, name=f"conv_{i}") for i in range(2)]
+        normed, same = self.norm_eps > 0, lambda x: x
+        convs = [Conv(self.width, self.dtype, not normed, kernel_init=small, name=f"conv_{i}") for i in range(2)]
+        norms = [LayerNorm(self.dtype, self.norm_eps, name=f"norm_{i}") if normed else same for i in range(2)]
         objectness = Dense(self.each, kernel_init=small, name="objectness")
         deltas = Dense(4 * self.each, kernel_init=small, name="deltas")
         found = []
         for x in pyramid.values():
-            for conv in convs:
-                x = nn.relu(conv(x))
+            for conv, norm in zip(convs, norms):
+                x = nn.relu(norm(conv(x)))
             shape = (x.shape[0], x.shape[1] * x.shape[2] * self.each)
             found.append((objectness(x).reshape(shape), deltas(x).reshape(*shape, 4)))
         return tuple(jnp.concatenate(parts, 1) for parts in zip(*found))

@@ -32,6 +32,7 @@ class GridBlock(nn.Module):
     mlp_ratio: float = 4.0
     position: str = "decomposed"
     span: tuple[int, int] | None = None
+    scaled_query: bool = False
     drop_path: float = 0.0
     dtype: Any = jnp.float32
 
@@ -40,7 +41,8 @@ class GridBlock(nn.Module):
         drop, (rows, columns) = DropPath(self.drop_path), x.shape[1:3]
         h = LayerNorm(self.dtype, name="norm1")(x)
         h = cut(h, self.window) if self.window else h
-        h = GridAttention(self.heads, dtype=self.dtype, position=self.position, span=self.span, name="attn")(h)
+        options = dict(position=self.position, span=self.span, scaled_query=self.scaled_query)
+        h = GridAttention(self.heads, dtype=self.dtype, **options, name="attn")(h)
         h = joined(h, (rows, columns)) if self.window else h
         x = x + drop(h, train)
         h = LayerNorm(self.dtype, name="norm2")(x)
@@ -60,11 +62,13 @@ def joined(windows, size):
 
 
 class ViTDet(Encoder):
-    """Patch embedding, positions, blocks; no cls token and no final norm. Blocks have the names of the ViT's.
+    """Patch embedding, positions, blocks; no cls token, and a norm at the end only with `final_norm`. Blocks have the names of
+    the ViT's.
 
-    position: "decomposed" (ViTDet: relative positions per axis, and `pos_embed`, a learned table of the pretraining grid
-    `table` whose first row, cls, nobody reads, resized in every forward pass); "rpe" (LoMaR's iRPE in every block, windows or
-    not, and nothing added: this project's definition, no detector with it was released).
+    position: "decomposed" (ViTDet: relative positions per axis, by the scaled q with `scaled_query`, and `pos_embed`, a learned
+    table of the pretraining grid `table` whose first row, cls, nobody reads, resized in every forward pass; `table` None: of
+    this grid without that row, resized when it is loaded); "rpe" (LoMaR's iRPE in every block, windows or not, and nothing
+    added: this project's definition, no detector with it was released).
     span: of the tables of global blocks, rows and columns; 0: the larger side of the grid. Other maps resize them.
     """
 
@@ -74,8 +78,10 @@ class ViTDet(Encoder):
     position: str = "decomposed"
     window: Count = 14
     global_blocks: tuple[int, ...] = (2, 5, 8, 11)
-    table: tuple[int, int] = (14, 14)
+    table: tuple[int, int] | None = (14, 14)
     span: Natural = 0
+    scaled_query: bool = False
+    final_norm: bool = False
     drop_path: BelowOne = 0.0
 
     kind = "vitdet"
@@ -86,27 +92,33 @@ class ViTDet(Encoder):
             raise ConfigError(f"encoder.global_blocks has {wrong[0]}; blocks are 0 to {self.depth - 1}")
         self.patch_embed = Dense(self.width, self.dtype)
         if self.position == "decomposed":
-            table = lambda _: jnp.asarray(sincos_table(self.width, self.table, cls=True))[None]
+            cls = self.table is not None
+            table = lambda _: jnp.asarray(sincos_table(self.width, self.table or self.grid, cls))[None]
             self.pos_embed = self.param("pos_embed", table)
         block = nn.remat(GridBlock, static_argnums=(2,)) if self.remat else GridBlock
         for i in range(self.depth):
             window = 0 if i in self.global_blocks else self.window
             side = window or self.span or max(self.grid)
             rate = self.drop_path * i / max(self.depth - 1, 1)
-            made = block(self.heads, window, self.mlp_ratio, self.position, (side, side), rate, self.dtype)
-            setattr(self, f"block_{i:02d}", made)
+            place = self.position, (side, side), self.scaled_query
+            setattr(self, f"block_{i:02d}", block(self.heads, window, self.mlp_ratio, *place, rate, self.dtype))
+        if self.final_norm:
+            self.norm = LayerNorm(self.dtype)
 
     @property
     def levels(self) -> int:
         return self.depth
 
     def tables(self) -> dict[str, tuple[int, int]]:
-        return {"pos_embed": self.table} if self.position == "decomposed" else {}
+        return {"pos_embed": self.table or self.grid} if self.position == "decomposed" else {}
 
     def adopted(self, params: dict) -> dict:
-        """iRPE's tables without the entry of a cls token, the last."""
-        table = re.compile(r"encoder/block_\d+/attn/rpe_k/table")
-        return {path: x[:, : irpe.CLS_BUCKET] if table.fullmatch(path) else x for path, x in params.items()}
+        """Without the entry of a cls token: the last of iRPE's tables, the first of positions where none is for it."""
+        table, cells = re.compile(r"encoder/block_\d+/attn/rpe_k/table"), self.grid[0] * self.grid[1]
+        found = {path: x[:, : irpe.CLS_BUCKET] if table.fullmatch(path) else x for path, x in params.items()}
+        if self.table is None and (positions := found.get("encoder/pos_embed")) is not None:
+            found["encoder/pos_embed"] = positions[:, -cells:]
+        return found
 
     def flops(self, kept: int | None = None) -> int:
         rows, columns = self.grid
@@ -124,7 +136,9 @@ class ViTDet(Encoder):
         x = self.patch_embed(patchify(images, self.patch))
         if self.position != "decomposed":
             return x
-        table = resize_table(self.pos_embed[:, 1:], self.table, x.shape[1:3], cls=False)
+        table = self.pos_embed
+        if self.table is not None:
+            table = resize_table(table[:, 1:], self.table, x.shape[1:3], cls=False)
         return x + table.reshape(1, *x.shape[1:]).astype(self.dtype)
 
     def encode_tapped(self, images, taps: Sequence[int] = (), train: bool = False):
@@ -133,4 +147,5 @@ class ViTDet(Encoder):
             x = getattr(self, f"block_{i:02d}")(x, train)
             if i in taps:
                 tapped.append(rearrange(x, "b y x d -> b (y x) d"))
+        x = self.norm(x) if self.final_norm else x
         return rearrange(x, "b y x d -> b (y x) d"), tapped

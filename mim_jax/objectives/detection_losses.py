@@ -29,12 +29,12 @@ def most_positive(size: int) -> int:
     return size // 4
 
 
-def of_proposals(logits, deltas, anchors, inputs: dict, size: int) -> dict:
+def of_proposals(logits, deltas, anchors, inputs: dict, size: int, claim: float = 0.0) -> dict:
     """Logits [b n] and differences [b n 4] of anchors [n 4] -> {name: []}: `size` anchors of every image, half of them
-    positive at most; both sums are divided by size times b."""
+    positive at most; both sums are divided by size times b. claim: as of matching.match."""
 
     def one(logits, deltas, objects, real, noise):
-        found = matching.match(anchors, objects, real, low=LOW, high=HIGH, each=True)
+        found = matching.match(anchors, objects, real, low=LOW, high=HIGH, each=True, claim=claim)
         drawn = sampling.draw(found.positive, found.negative, noise, size, size // 2)
         logits, labels = logits[drawn.index], drawn.positive.astype(jnp.float32)
         wanted = coding.encode(objects[found.which[drawn.index]], anchors[drawn.index])

@@ -4,10 +4,11 @@ Cascade (1712.00726). Numbers and rules are those of detectron2's configs of ViT
 Everything has a fixed shape: padding is marked, never dropped. Boxes are x0 y0 x1 y1 in pixels of the padded image.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from mim_jax import prng
 from mim_jax.boxes import coding, instance_masks, roi_align, suppression
@@ -15,6 +16,7 @@ from mim_jax.boxes.anchors import RATIOS
 from mim_jax.config import ConfigError
 from mim_jax.models import flops
 from mim_jax.models.box_head import BoxHead, MaskHead
+from mim_jax.models.frameworks import FRAMEWORKS
 from mim_jax.models.pyramid import LEVELS, POOLED, Pyramid
 from mim_jax.models.region_proposals import RegionProposals, proposals, pyramid_anchors
 from mim_jax.objectives import detection_losses
@@ -36,6 +38,7 @@ class MaskRCNN(Objective):
     `valid` bool [b g]; `instance_masks` uint8 [b g h ceil(w/8)], rows packed by np.packbits; `anchor_noise` [b n] and
     `region_noise` [b after + g], uniform, by which losses sample.
 
+    framework: whose rules and norms, see models/frameworks.py.
     anchor_sizes: pixels of a side, of each level. sampled_anchors, sampled_regions: of an image, so many are in the losses.
     before, after: boxes of a level before suppression and of all levels after it, in training and in `detect`.
     """
@@ -45,6 +48,7 @@ class MaskRCNN(Objective):
     width: Count = 256
     hidden: Count = 1024
     cascade: bool = False
+    framework: Literal[*FRAMEWORKS] = "detectron2"
     anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
     sampled_anchors: Count = 256
     sampled_regions: Count = 512
@@ -61,14 +65,15 @@ class MaskRCNN(Objective):
     def setup(self):
         if len(self.anchor_sizes) != len(LEVELS):
             raise ConfigError(f"detector.anchor_sizes needs one size for each of the {len(LEVELS)} levels, of strides 4 to 64")
-        self.pyramid = Pyramid(self.width, self.dtype)
-        self.region_proposals = RegionProposals(self.width, dtype=self.dtype)
-        head = (self.classes, self.width, self.hidden, self.cascade, self.dtype)
+        own = FRAMEWORKS[self.framework]
+        self.pyramid = Pyramid(self.width, own.halving, own.eps, self.dtype)
+        self.region_proposals = RegionProposals(self.width, own.eps if own.proposal_norms else 0, dtype=self.dtype)
+        head = (self.classes, self.width, self.hidden, self.cascade, self.dtype, own.eps)
         if self.cascade:
             self.box_heads = [BoxHead(*head, name=f"box_head_{i}") for i in range(len(OVERLAPS))]
         else:
             self.box_head = BoxHead(*head)
-        self.mask_head = MaskHead(self.classes, self.width, self.dtype)
+        self.mask_head = MaskHead(self.classes, self.width, self.dtype, own.eps)
 
     @property
     def heads(self) -> list:
@@ -100,8 +105,8 @@ class MaskRCNN(Objective):
 
     def maps(self, images, train: bool = False) -> dict:
         """[b h w c] -> {level: [b y x c]}."""
-        top = self.encoder.levels - 1
-        return self.pyramid(self.encoder.maps(images, (top,), train)[0])
+        tokens, _ = self.encoder.encode_tapped(images, train=train)
+        return self.pyramid(rearrange(tokens, "b (y x) d -> b y x d", y=images.shape[1] // self.encoder.patch))
 
     def anchors(self, pyramid: dict) -> list:
         """Of every level [n 4]."""
@@ -141,7 +146,8 @@ class MaskRCNN(Objective):
         pyramid = self.maps(inputs["images"], train)
         found, size = self.region_proposals(pyramid), inputs["size"]
         anchors = jnp.concatenate(self.anchors(pyramid))
-        losses = detection_losses.of_proposals(*found, anchors, inputs, self.sampled_anchors)
+        claim = FRAMEWORKS[self.framework].claim
+        losses = detection_losses.of_proposals(*found, anchors, inputs, self.sampled_anchors, claim)
         boxes, there = self.proposed(pyramid, found, size, train=True)
         losses |= self.region_losses(pyramid, boxes, there, inputs)
         return sum(losses.values()), losses
@@ -206,9 +212,10 @@ class MaskRCNN(Objective):
     def flops(self) -> int:
         (rows, columns), d, w = self.encoder.grid, self.encoder.top_width, self.width
         n = rows * columns
-        total = self.encoder.flops() + flops.dense(n, d, 2 * d) * 2 + flops.dense(4 * n, d // 2, d)  # upsampling
+        once, twice = (d // 2, d // 4) if FRAMEWORKS[self.framework].halving else (d, d)
+        total = self.encoder.flops() + flops.dense(n, d, 4 * once) * 2 + flops.dense(4 * n, once, 4 * twice)  # upsampling
         cells = {2: 16 * n, 3: 4 * n, 4: n, 5: n // 4, 6: n // 16}
-        total += sum(flops.dense(cells[level], {2: d // 4, 3: d // 2}.get(level, d) + 9 * w, w) for level in POOLED)
+        total += sum(flops.dense(cells[level], {2: twice, 3: once}.get(level, d) + 9 * w, w) for level in POOLED)
         total += sum(flops.dense(count, 18 * w + 15, w) for count in cells.values())
         convs = lambda count: flops.dense(count, 4 * 9 * w, w)
         head = convs(49) + flops.dense(1, 49 * w, self.hidden) + flops.dense(1, self.hidden, 5 * self.classes + 1)

@@ -1,13 +1,18 @@
-"""Whole detectors on a plain ViT, and the heads of a cascade."""
+"""Whole detectors on a plain ViT, the heads of a cascade, and what is recorded of another implementation."""
 
 import functools
+import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from recorded import Case, Report, capture, from_released
 
+from mim_jax import tree
 from mim_jax.convert import detector_names
+from mim_jax.models.frameworks import FRAMEWORKS
+from mim_jax.models.pyramid import LEVELS
 from mim_jax.models.region_proposals import proposals, pyramid_anchors
 from mim_jax.models.vitdet import ViTDet
 from mim_jax.objectives import detection_losses
@@ -179,3 +184,56 @@ class DetectorPort(WholePort):
         report.add("target/masks_count", fg.sum(1), case["target/masks_count"])
         found = jax.jit(lambda p, x, size: made.apply({"params": p}, x, size, method="detect"))
         self.compare_detections(report, found(params, inputs["images"], inputs["size"]))
+
+
+class VitaePort:
+    """Encoder, pyramid and the proposals' convolutions of github.com/ViTAE-Transformer/ViTDet."""
+
+    def __init__(self, case: Case):
+        self.case, meta, own = case, case.meta, FRAMEWORKS["vitae"]
+        self.rules, side, every = detector_names.vitae(), meta["img"] // meta["patch"], meta["interval"]
+        encoder = ViTDet(
+            grid=(side, side),
+            patch=meta["patch"],
+            width=meta["dim"],
+            depth=meta["depth"],
+            heads=meta["heads"],
+            window=meta["window"],
+            table=None,
+            global_blocks=tuple(range(every - 1, meta["depth"], every)),
+            scaled_query=own.scaled_query,
+            final_norm=own.final_norm,
+        )
+        self.objective = MaskRCNN(encoder, width=meta["channels"], framework="vitae")
+        found, key = tree.flatten(from_released(case.under("param/"), self.rules)), jax.random.key(0)
+        shapes = jax.eval_shape(lambda: self.objective.init(key, case.images(), method=self.look))["params"]
+        fresh = {path: jnp.zeros(x.shape) for path, x in tree.flatten(shapes).items() if re.search("objectness|deltas", path)}
+        self.params = tree.nest(found | fresh)
+
+    @staticmethod
+    def look(made, images):
+        return made.region_proposals(made.maps(images))
+
+    def compare(self, report: Report):
+        case, made, images = self.case, self.objective, self.case.images()
+
+        def loss(params):
+            look = dict(method=self.look, capture_intermediates=True, mutable=["intermediates"])
+            seen = made.apply({"params": params}, images, **look)[1]["intermediates"]
+            hidden = [nn.relu(x) for x in seen["region_proposals"]["norm_1"]["__call__"]]
+            parts = [(x * last(case[f"rand/cotangent_p{level}"])).mean() for level, x in zip(LEVELS, hidden, strict=True)]
+            return sum(parts), (parts, hidden, seen)
+
+        (total, (parts, hidden, seen)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(self.params)
+        report.add("loss/total", total, case["loss/total"], floor=max(map(abs, parts)))  # a sum of levels that cancel
+        add_gradients(report, case, (gradient, {}), self.rules)
+        for name in (*(f"block{i}" for i in range(made.encoder.depth)), "norm"):
+            x = capture(seen, "encoder/" + name.replace("block", "block_0"))
+            report.add(f"out/{name}", x.reshape(case[f"out/{name}"].shape), case[f"out/{name}"])
+        top = seen["encoder"]["norm"]["__call__"][0]
+        parts = {"fpn_in1": seen["pyramid"]["p3_up_0"]["__call__"][0], "fpn_in2": top}
+        parts["fpn_in3"] = nn.max_pool(top, (2, 2), (2, 2))
+        parts |= {f"p{level}": x for level, x in seen["pyramid"]["__call__"][0].items()}
+        parts |= {f"rpn_hidden_p{level}": x for level, x in zip(LEVELS, hidden)}
+        for name, x in parts.items():
+            report.add(f"out/{name}", np.moveaxis(np.asarray(x), -1, 1), case[f"out/{name}"])

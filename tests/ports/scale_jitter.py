@@ -19,7 +19,7 @@ class ScaleJitterPort:
         look = lambda key, ours: report.add(f"{key}_{i}", ours, case[f"{key}_{i}"])
         image, polygons = case[f"input/image_{i}"], case[f"input/polygons_{i}"]
         sides = image.shape[:2]
-        where = scale_jitter.placement(sides, size, facts["flip"], facts["scale"], facts["crop_uniform"])
+        where = scale_jitter.placement(sides, size, facts["flip"], facts["scale"], (facts["crop_uniform"],) * 2)
         h, w = where.kept
         look("out/image", scale_jitter.moved_image(image, where))
         whole = np.array([masks.bitmap([p.tolist()], *sides) for p in polygons])

@@ -55,7 +55,7 @@ def npz(config, params: dict, encoder_only: bool = False) -> Written:
 
 
 def safetensors(config, params: dict, encoder_only: bool = False) -> Written:
-    """The names and layouts of the method's released code (of iRPE: docs/irpe_vit.md), of a detector those of detectron2.
+    """The names and layouts of the method's released code (of iRPE: docs/irpe_vit.md), of a detector those of its framework.
 
     Its fixed tables are written with a pretraining. BEiT's tokenizer is a model of its own. Raises ConfigError for what has
     no released names.
@@ -63,6 +63,11 @@ def safetensors(config, params: dict, encoder_only: bool = False) -> Written:
     if config.job == "detect":
         taken, left = choose(params, ENCODER if encoder_only else "")
         rules = detector_names.detector(3 if config.detector.cascade else 1)
+        if config.detector.get("framework") == "vitae":
+            if not encoder_only:
+                words = "knows no released names of the heads of detector.framework=vitae; --encoder_only writes its encoder"
+                raise ConfigError(f"--to=safetensors {words}, and {ANY}")
+            rules = detector_names.vitae()
         return Written(released(taken, rules, config.encoder.patch, "safetensors"), left, {})
     pretraining, tuned = config.job == "pretrain", config.job == "finetune"
     rules = names.released_rules(config) if pretraining or tuned else None
