@@ -158,10 +158,13 @@ def test_a_vit_becomes_a_backbone(position, framework):
         np.testing.assert_array_equal(fitted["encoder/pos_embed"][0], sincos_table(8, (4, 5), cls=True))
 
 
-def test_a_framework_that_is_none_is_refused():
+def test_a_framework_that_is_none_or_another_is_refused():
     settings = dict(encoder=dict(kind="vit", position="rpe", depth=2), detector=dict(framework="mmdet"))
     with pytest.raises(ConfigError, match="detector.framework is 'mmdet'; it must be one of detectron2, vitae"):
         detect.adapt(ConfigDict(settings), ConfigDict())
+    settings = ConfigDict(dict(encoder=dict(kind="vitdet", position="rpe", depth=2), detector=dict(framework="vitae")))
+    with pytest.raises(ConfigError, match="is vitae, and init_from is a detector of detectron2"):
+        detect.adapt(settings, ConfigDict(dict(detector=dict(cascade=False))))
 
 
 @pytest.mark.parametrize("e", [dict(kind="swin"), dict(kind="vit", position="shared_bias")])

@@ -73,7 +73,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
 
 
 def adapt(settings: ConfigDict, source: ConfigDict) -> ConfigDict:
-    """The encoder of the run as a backbone: its blocks in windows, its positions resized in every forward pass.
+    """The encoder of the run as a backbone: its blocks in windows, its positions for any size.
 
     iRPE stays what it is; a ViT that adds positions gets relative ones per axis as well, as ViTDet has it. Norm and scales are
     those of `detector.framework`. Raises ConfigError for an encoder that cannot be one.
@@ -82,7 +82,10 @@ def adapt(settings: ConfigDict, source: ConfigDict) -> ConfigDict:
     if e.kind not in ("vit", "vitdet") or e.get("position") not in ("rpe", "absolute", "learned", "decomposed"):
         words = f"kind={e.kind}" + (f", position={e.position}" if "position" in e else "")
         raise ConfigError(f"job=detect takes a ViT with iRPE or with positions that are added; {words} is no such encoder")
-    own = FRAMEWORKS[choice("detector.framework", settings.detector.get("framework", "detectron2"), FRAMEWORKS)]
+    name = choice("detector.framework", framework(settings), FRAMEWORKS)
+    own = FRAMEWORKS[name]
+    if e.kind == "vitdet" and name != (there := framework(source)):
+        raise ConfigError(f"detector.framework is {name}, and init_from is a detector of {there}: set it to {there}")
     depth, count = e.depth, settings.global_blocks if settings.window else e.depth
     if count > depth:
         raise ConfigError(f"global_blocks={count} is more than the {depth} blocks of the encoder")
@@ -97,6 +100,11 @@ def adapt(settings: ConfigDict, source: ConfigDict) -> ConfigDict:
     scaled = own.scaled_query and settings.encoder.position == "decomposed"
     settings.encoder.update(dict(final_norm=own.final_norm, scaled_query=scaled))
     return settings
+
+
+def framework(config: ConfigDict) -> str:
+    """Of a detector; runs before there were two do not say it."""
+    return config.detector.get("framework", "detectron2")
 
 
 def spaced(depth: int, count: int) -> tuple[int, ...]:
