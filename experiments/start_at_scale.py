@@ -1,10 +1,11 @@
-"""`python -m experiments.start_at_scale DIR OUT.json`: seconds and memory of a start with 1.3 and 14 million examples.
+"""`python -m experiments.start_at_scale --folder=DIR`: seconds and memory of a start with 1.3 and 14 million examples.
 
-In the empty folder DIR it makes a folder of 1.3 million empty files, a list of them, and what a start keeps of 14 million
+In DIR, which must be empty, it makes a folder of 1.3 million empty files, a list of them, and what a start keeps of 14 million
 made-up images in a folder and in tar shards. Every start is a fresh process that opens the split and makes what a checkpoint
-says of it.
+says of it. Writes results/start_at_scale.json.
 """
 
+import argparse
 import json
 import os
 import random
@@ -106,7 +107,11 @@ def start(name, path):
 
 
 def starts(name, path, times):
-    run = lambda: subprocess.run([*SELF, name, path], cwd=REPO, stdout=subprocess.PIPE, text=True, check=True).stdout
+    run = lambda: (
+        subprocess.run(
+            [*SELF, f"--start={name}", f"--folder={path}"], cwd=REPO, stdout=subprocess.PIPE, text=True, check=True
+        ).stdout
+    )
     return [json.loads(run().splitlines()[-1]) for _ in range(times)]
 
 
@@ -126,6 +131,12 @@ def main(root, out):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        raise SystemExit(__doc__)
-    (start if sys.argv[1] in ("folder", "list", "webdataset") else main)(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", required=True)
+    parser.add_argument("--out", default="results/start_at_scale.json")
+    parser.add_argument("--start", choices=("folder", "list", "webdataset"), help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.start:
+        start(flags.start, flags.folder)
+    else:
+        main(flags.folder, flags.out)
