@@ -27,7 +27,7 @@ def get_config(arg=""):
     data = dict(short=0, long=0, scale=(1.0, 1.0), class_share=1.0, photometric=False)
     segmentation(c, steps=0, lr=0.0, layer_decay=0.75, size=48, data=data)
     linear = choice("head", a.head, ("upernet", "linear")) == "linear"
-    collages(c, steps=400 if linear else 600, batch_size=16, lr=1e-2 if linear else 2e-3)
+    collages(c, steps=400, batch_size=16, lr=1e-2 if linear else 2e-3)
     c.upernet.channels = 32
     c.scratch = a.scratch
     c.head = a.head
