@@ -11,7 +11,7 @@ STAMP = $(VENV)/.requirements-installed
 TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_CPP_MIN_LOG_LEVEL
 
-.PHONY: env test test-torch torch-tests test-targets targets-tests pretrained quickstart detect segment compare costs clean
+.PHONY: env test test-torch torch-tests test-beam beam-tests test-targets targets-tests pretrained quickstart detect segment compare costs clean
 
 env: $(STAMP)
 
@@ -41,6 +41,15 @@ torch-tests: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 torch-tests: env
 	$(PY) -m pip install --disable-pip-version-check -r requirements-torch.txt
 	$(PY) -m pytest tests/with_torch -m torch
+
+# Shards made by Apache Beam, in an environment of its own: it wants some packages older.
+test-beam:
+	$(MAKE) beam-tests VENV=.venv-beam
+
+beam-tests: export JAX_PLATFORMS = cpu
+beam-tests: env
+	$(PY) -m pip install --disable-pip-version-check -r requirements-beam.txt
+	$(PY) -m pytest tests/with_beam -m beam
 
 # LoMaR :toy through the compilers of a TPU and of a GPU, which need no device, in an environment of its own.
 test-targets:
@@ -116,5 +125,5 @@ costs-%: env
 
 # The default environment and caches only: never runs/, never an environment named by VENV=.
 clean:
-	rm -rf .venv .venv-ci .venv-torch .venv-targets .cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-ci .venv-torch .venv-beam .venv-targets .cache .pytest_cache .ruff_cache
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

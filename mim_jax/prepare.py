@@ -32,6 +32,8 @@ QUALITY = flags.DEFINE_integer("quality", 95, "of JPEG, chroma 4:2:0")
 SHARDS = flags.DEFINE_integer("shards", 0, "files; default one for every 1,000 images, at most 1,024")
 WORKERS = flags.DEFINE_integer("workers", 0, "processes; default one for each core")
 HOST = flags.DEFINE_string("host", "0/1", "which host this is, and of how many, each of which makes its share of the shards")
+BEAM = flags.DEFINE_string("beam", "", "let a runner of Apache Beam make the shards: DirectRunner, FlinkRunner, ...")
+BEAM_OPTIONS = flags.DEFINE_multi_string("beam_options", [], "of that runner, once for each: --beam_options=--key=value")
 
 
 def main(_):
@@ -54,9 +56,15 @@ def main(_):
         )
         if unread := [name for name in ("format", "quality") if flags.FLAGS[name].present and not SHORTER.value]:
             raise ConfigError(f"--{unread[0]} is of images that --shorter resizes; without it all keep their bytes.")
+        if BEAM.value and (ours := [name for name in ("workers", "host") if flags.FLAGS[name].present]):
+            words = "shares the shards out itself, over as many workers as its --beam_options say."
+            raise ConfigError(f"--{ours[0]} beside --beam: {BEAM.value} {words}")
+        if BEAM_OPTIONS.value and not BEAM.value:
+            raise ConfigError("--beam_options are of a runner that --beam names, such as --beam=DirectRunner.")
         stored = dict(shorter=SHORTER.value, format=FORMAT.value, quality=QUALITY.value)
         workers, share = WORKERS.value or len(os.sched_getaffinity(0)), (int(host[1]), int(host[2]))
-        asked = Asked(opening, OUT.value, NAME.value, stored, SHARDS.value, workers, share, BAD_LIMIT.value)
+        beam = (BEAM.value, tuple(BEAM_OPTIONS.value)) if BEAM.value else ()
+        asked = Asked(opening, OUT.value, NAME.value, stored, SHARDS.value, workers, share, BAD_LIMIT.value, beam)
         made = prepare(asked)
     except ConfigError as error:
         fail(str(error))

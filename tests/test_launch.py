@@ -209,7 +209,7 @@ def test_tensorflow_is_chosen_once_on_every_platform():
 def test_pyproject_extras():
     declared = project()
     assert declared["name"] == "mim_jax" and declared["license"] == "Apache-2.0"
-    assert {"cuda", "cuda12", "tpu", "targets", "convert", "dev"} == set(declared["optional-dependencies"])
+    assert {"cuda", "cuda12", "tpu", "targets", "convert", "beam", "dev"} == set(declared["optional-dependencies"])
     known = set(metadata("jax").get_all("Provides-Extra"))
     for extra in ("cuda", "cuda12", "tpu"):
         (requirement,) = map(Requirement, declared["optional-dependencies"][extra])
@@ -225,6 +225,15 @@ def test_the_compilers_of_targets_are_those_of_the_extra():
     assert asked["jax"].extras == extra["jax"].extras
     (compiler,) = asked.keys() - {pin.name for pin in pins()}
     assert all(extra[compiler].specifier.contains(spec.version) for spec in asked[compiler].specifier)
+
+
+def test_the_pins_of_beam_are_within_the_bounds():
+    lines = [line for line in (ROOT / "requirements-beam.txt").read_text().splitlines() if line[0] != "#"]
+    declared = project()
+    bounds = {r.name: r for r in map(Requirement, declared["dependencies"] + declared["optional-dependencies"]["beam"])}
+    for pin in map(Requirement, lines):
+        (exact,) = pin.specifier
+        assert bounds[pin.name].specifier.contains(exact.version), pin
 
 
 def test_no_machine_paths():

@@ -132,7 +132,7 @@ def test_heavy_packages_stay_where_they_belong(file):
     own = part_of(file)
     for package, line, inside in outer_imports(file):
         where = f"{name_of(file)}:{line} imports {package}"
-        if package in ("tensorflow", "tensorflow_datasets", "tensorboard"):
+        if package in ("tensorflow", "tensorflow_datasets", "tensorboard", "apache_beam"):
             assert own == "data", where
         if package == "clu":
             assert own == "logs" and inside, f"{where}; clu is imported in logs.py only, inside functions"

@@ -209,10 +209,27 @@ def test_the_command_with_two_processes(data, tmp_path):
 # ---- what goes wrong
 
 
-def test_an_encoding_without_a_size_is_refused(data, tmp_path):
-    flags = ["--source=folder", f"--path={data}", f"--out={tmp_path}/out", "--format=png"]
+@pytest.mark.parametrize(
+    "given,words",
+    [
+        (["--format=png"], "--format is of images that --shorter resizes"),
+        (["--beam=DirectRunner", "--workers=2"], "--workers beside --beam: DirectRunner shares the shards out itself"),
+        (["--beam=FlinkRunner", "--host=0/2"], "--host beside --beam: FlinkRunner shares the shards out itself"),
+        (["--beam_options=--parallelism=2"], "--beam_options are of a runner that --beam names"),
+    ],
+)
+def test_flags_that_do_not_go_together(data, tmp_path, given, words):
+    flags = ["--source=folder", f"--path={data}", f"--out={tmp_path}/out", *given]
     done = subprocess.run([sys.executable, "-m", "mim_jax.prepare", *flags], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 2 and "--format is of images that --shorter resizes" in done.stderr
+    assert done.returncode == 2 and words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_apache_beam(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    monkeypatch.delitem(sys.modules, "mim_jax.data.shard_pipeline", raising=False)
+    with pytest.raises(ConfigError, match=r"--beam=DirectRunner needs Apache Beam, .*: pip install -e '.\[beam\]'"):
+        made(data, tmp_path / "out", beam=("DirectRunner", ()))
     assert not (tmp_path / "out").exists()
 
 

@@ -39,6 +39,23 @@ def write_text(path, values: dict):
     write_whole(path, json.dumps(values, indent=1).encode())
 
 
+def read(path) -> dict | None:
+    """A file of JSON; None where there is none, or a damaged one."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def known(facts, file) -> dict | None:
+    """What was written down of a shard in `facts`, if its file is there as it was then."""
+    found = read(facts)
+    try:
+        return found if found is not None and file.stat().length == found["bytes"] else None
+    except OSError:
+        return None
+
+
 def manifest_of(begun: dict, facts: list[dict]) -> dict:
     """`begun`: settings, data and classes; what is known of every shard (`shard_writer.write_shard`) -> the manifest."""
     per_class, classes = collections.Counter(), begun["classes"]

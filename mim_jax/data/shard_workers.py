@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import logging
 
+from mim_jax.data import manifest
 from mim_jax.data.augment import DataError
 from mim_jax.data.shard_writer import Stored, names_of, write_shard
 from mim_jax.data.sources import open_source
@@ -30,6 +31,22 @@ class Task:
     low: int
     high: int
     file: Any
+    facts: Any  # where what is known of it is written down then
+
+
+def opened(opening, count):
+    """-> source, what its examples are called. Raises DataError where it does not have `count` of them (any more)."""
+    source = open_source(**opening)
+    if source.num_examples != count:
+        raise DataError(f"{source.name}, split {source.split}, has changed since the start: {source.num_examples} images now.")
+    return source, names_of(source)
+
+
+def made(source, name_of, task: Task, stored: Stored, tell) -> dict:
+    """Writes a shard, and then what is known of it, which is returned. Raises as `write_shard` does."""
+    found = write_shard(source, name_of, task.low, task.high, task.file, stored, tell)
+    manifest.write_text(task.facts, found)
+    return found
 
 
 def _begin(opening, count, stored, messages, stop):
@@ -37,21 +54,20 @@ def _begin(opening, count, stored, messages, stop):
     quiet()
     logging.set_verbosity(logging.ERROR)  # what the source says, it has said to the first process
     messages.cancel_join_thread()
-    source = open_source(**opening)
-    _own.update(source=source, name_of=names_of(source), count=count, stored=stored, messages=messages, stop=stop)
+    _own.update(opening=opening, count=count, stored=stored, messages=messages, stop=stop)
 
 
 def _write(task: Task):
-    source, parent = _own["source"], multiprocessing.parent_process()
-    if source.num_examples != _own["count"]:
-        raise DataError(f"{source.name}, split {source.split}, has changed since the start: {source.num_examples} images now.")
+    parent = multiprocessing.parent_process()
+    if "source" not in _own:
+        _own["source"] = opened(_own["opening"], _own["count"])
 
     def tell(done, bad):
         _own["messages"].put((task.number, done, bad))
         if _own["stop"].is_set() or not parent.is_alive():
             raise Stopped
 
-    return write_shard(source, _own["name_of"], task.low, task.high, task.file, _own["stored"], tell)
+    return made(*_own["source"], task, _own["stored"], tell)
 
 
 def written(opening: dict, source, tasks, stored: Stored, workers: int, tell):
@@ -64,7 +80,7 @@ def written(opening: dict, source, tasks, stored: Stored, workers: int, tell):
         name_of = names_of(source)
         for task in tasks:
             told = lambda done, bad, task=task: tell(task.number, done, bad)
-            yield task.number, write_shard(source, name_of, task.low, task.high, task.file, stored, told)
+            yield task.number, made(source, name_of, task, stored, told)
         return
     context = multiprocessing.get_context("spawn")
     messages, stop = context.Queue(), context.Event()

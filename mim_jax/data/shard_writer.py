@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import uuid
 
 import numpy as np
 import tensorflow as tf
@@ -140,7 +141,7 @@ def write_shard(source, name_of, low, high, file, stored, tell) -> dict:
     Raises:
       CannotWrite: a full disk. DataError: no image of a chunk can be reached, or records of the source cannot be read.
     """
-    part, names, labels, skipped, resized = file.with_name(f".{file.name}.{os.getpid()}"), [], collections.Counter(), [], 0
+    part, names, labels, skipped, resized = file.with_name(f".{file.name}.{uuid.uuid4().hex}"), [], collections.Counter(), [], 0
     try:
         writer = array_record().ArrayRecordWriter(os.fspath(part), OPTIONS)
         for chunk, unread in _chunks(source, low, high, stored.shorter):

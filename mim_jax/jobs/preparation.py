@@ -1,7 +1,7 @@
 """Any source to array_record shards, once: what is asked for, what is there already, progress, and the manifest."""
 
 import dataclasses
-import json
+import os
 import time
 
 from mim_jax.clock import clock_text
@@ -26,6 +26,7 @@ class Asked:
     workers: int = 1
     host: tuple[int, int] = (0, 1)  # which one this is, and of how many
     bad_limit: float = 0.1
+    beam: tuple = ()  # the name of a runner of Apache Beam, which has the workers then, and its options
 
     def __post_init__(self):
         if "://" in self.out or not self.out:
@@ -84,7 +85,8 @@ def prepare(asked: Asked) -> dict | None:
     from mim_jax.data.shard_writer import Stored
     from mim_jax.data.sources import open_source
 
-    stored, source = Stored(**asked.stored), open_source(**asked.opening)
+    stored, pipeline = Stored(**asked.stored), _pipeline(*asked.beam) if asked.beam else None
+    source = open_source(**asked.opening)
     out = expanded(asked.out)
     parts = out / manifest.PARTS.format(asked.name)
     if (out / "dataset_info.json").exists() and not any(out.glob(manifest.PARTS.format("*"))):
@@ -94,7 +96,7 @@ def prepare(asked: Asked) -> dict | None:
         own.mkdir(parents=True, exist_ok=True)
         with locked(own, "--out"):
             begun = _begun(asked, stored, source, parts)
-            facts = _all_shards(asked, stored, source, out, parts)
+            facts = _all_shards(asked, stored, source, out, parts, pipeline)
             if facts is None:
                 return None
             return manifest.write_split(out, asked.name, begun, facts)
@@ -102,6 +104,17 @@ def prepare(asked: Asked) -> dict | None:
         raise ConfigError(
             f"--out={asked.out} cannot be written: {error.strerror or error}; the same command goes on."
         ) from error
+
+
+def _pipeline(runner, options):
+    """-> a pipeline of Apache Beam, still empty. Raises ConfigError where it is not installed."""
+    try:
+        from mim_jax.data import shard_pipeline
+    except ModuleNotFoundError as error:
+        if error.name != "apache_beam":
+            raise
+        raise ConfigError(f"--beam={runner} needs Apache Beam, which is not installed: pip install -e '.[beam]'") from error
+    return shard_pipeline.pipeline_of(runner, options)
 
 
 def _begun(asked, stored, source, parts) -> dict:
@@ -115,11 +128,11 @@ def _begun(asked, stored, source, parts) -> dict:
     here |= {"classes": list(source.class_names), "label_sets": source.label_sets, "missing": source.missing}
     kind = lambda said: (said["classes"], said["label_sets"])
     for other in set(parts.parent.glob(manifest.PARTS.format("*"))) - {parts}:
-        said = _read(other / BEGUN) or here
+        said = manifest.read(other / BEGUN) or here
         if said["classes"] and here["classes"] and kind(said) != kind(here):
             both = f"{len(here['classes'])} in {asked.name!r}, {len(said['classes'])} in what {other.name} tells of"
             raise ConfigError(f"--out={asked.out}: its splits would have different classes, {both}: choose another --out.")
-    there = _read(parts / BEGUN)
+    there = manifest.read(parts / BEGUN)
     if there is None:
         for old in (parts.parent / manifest.MANIFEST.format(asked.name), *parts.glob("[0-9]*.json")):  # of an earlier set
             old.unlink(missing_ok=True)
@@ -136,40 +149,37 @@ def _begun(asked, stored, source, parts) -> dict:
     return there
 
 
-def _all_shards(asked, stored, source, out, parts) -> list[dict] | None:
+def _all_shards(asked, stored, source, out, parts, pipeline) -> list[dict] | None:
     """Makes this host's missing shards -> what is known of all; None while those of other hosts are missing."""
     from mim_jax.data import manifest
     from mim_jax.data.shard_workers import Task, written
 
     count, n = asked.count(source), source.num_examples
-    facts = {k: found for k in range(count) if (found := _known(out, parts, k)) is not None}
-    mine = [k for k in range(count) if k % asked.host[1] == asked.host[0] and k not in facts]
     file = lambda k: out / manifest.shard_name(asked.name, k, count)
-    for left in (path for k in mine for path in out.glob(f".{file(k).name}.*")):  # by a process that was killed
+    told = lambda k: parts / f"{k:05d}.json"
+    there = lambda ks: {k: found for k in ks if (found := manifest.known(told(k), file(k))) is not None}
+    facts = there(range(count))
+    mine = [k for k in range(count) if k % asked.host[1] == asked.host[0] and k not in facts]
+    for left in (path for k in mine for path in (told(k), *out.glob(f".{file(k).name}.*"))):  # by a process that was killed
         left.unlink(missing_ok=True)
-    tasks = [Task(k, n * k // count, n * (k + 1) // count, file(k)) for k in mine]
+    tasks = [Task(k, n * k // count, n * (k + 1) // count, file(k), told(k)) for k in mine]
     print(f"{asked.name}: {n} images, {count} shards, {len(facts)} there, {len(tasks)} to be made here", flush=True)
     skipped = [row for shard in facts.values() for row in shard["skipped"]]
     progress = Progress(source, asked.bad_limit, sum(task.high - task.low for task in tasks), skipped)
     if tasks:
-        for k, found in written(asked.opening, source, tasks, stored, asked.workers, progress.tell):
-            manifest.write_text(parts / f"{k:05d}.json", found)
-            facts[k] = found
-    facts |= {k: found for k in range(count) if k not in facts and (found := _known(out, parts, k)) is not None}
+        if pipeline is None:
+            made = written(asked.opening, source, tasks, stored, asked.workers, progress.tell)
+        else:
+            made = _by_beam(pipeline, asked.opening, source, tasks, stored, progress.tell)
+        facts |= dict(made)
+    facts |= there(k for k in range(count) if k not in facts)
     return [facts[k] for k in range(count)] if len(facts) == count else None
 
 
-def _read(path) -> dict | None:
-    """A file of JSON; None where there is none, or a damaged one."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+def _by_beam(pipeline, opening, source, tasks, stored, tell):
+    """Shards as `shard_pipeline.written` gives them, of a source that is opened by workers in folders of their own."""
+    from mim_jax.data import shard_pipeline
 
-
-def _known(out, parts, k) -> dict | None:
-    """What was written down of a shard, if it is there as it was then."""
-    found = _read(parts / f"{k:05d}.json")
-    if found is not None and (file := out / found["file"]).exists() and file.stat().length == found["bytes"]:
-        return found
-    return None
+    whole = lambda path: os.path.abspath(path) if path and "://" not in path else path
+    opening = opening | {key: whole(opening[key]) for key in ("path", "data_dir") if key in opening}
+    return shard_pipeline.written(pipeline, opening, source, tasks, stored, tell)
