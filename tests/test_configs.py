@@ -1,5 +1,6 @@
 """Every config with `:toy`: two steps, evaluation, checkpoint, a resumed third step; and the flags that fit small GPUs."""
 
+import contextlib
 import json
 import pathlib
 
@@ -10,10 +11,13 @@ from PIL import Image
 
 from mim_jax import sharding
 from mim_jax.config import ConfigError, load
+from mim_jax.jobs.detect import Detection
 from mim_jax.jobs.pictures import visualise
 from mim_jax.jobs.run import run
 from mim_jax.runs.saved import find
+from mim_jax.runs.saved import open as open_run
 from mim_jax.runs.stopping import Stopping
+from mim_jax.sections import read as read_section
 from mim_jax.train.state import create, plan
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -81,8 +85,30 @@ def test_a_detector_is_trained_resumed_judged_and_drawn(pretrained, tmp_path, mo
     Image.new("L", (60, 40)).save(tmp_path / "own/one.png")
     (own,) = visualise(workdir, str(tmp_path / "figures"), (), 3, "", 0, ("folder", str(tmp_path / "own"), ""))
     assert np.asarray(Image.open(own)).shape[1] > 384
+    pyramid_of(workdir, tmp_path)
     with pytest.raises(ConfigError, match="is of a detector: use configs/eval.py:detect"):
         run(toy("eval", 0, init_from=workdir), str(tmp_path / "other"))
+
+
+def pyramid_of(workdir, tmp_path):
+    """The maps of the image own/one.png, 60 x 40 px, fitted into 96 x 96, beside those of it fitted and padded by hand."""
+    config = toy("features", 0, arguments="toy,tap=pyramid", init_from=workdir)
+    config.data.update(dict(source="folder", path=str(tmp_path / "own")))
+    for levels, match in (("p7", "levels must name some of p2, p3"), ("p4", "")):
+        config.levels = (levels, "p2")
+        with pytest.raises(ConfigError, match=match) if match else contextlib.nullcontext():
+            found = run(config, str(tmp_path / "pyramid"))
+    read = lambda name: np.load(tmp_path / "pyramid" / name)
+    assert found["shape"] == {"p4": [1, 24, 24, 16], "p2": [1, 96, 96, 16]} and read("sizes.npy").tolist() == [[64, 96]]
+    assert (tmp_path / "pyramid/names.txt").read_text() == "one.png\n" and not (tmp_path / "pyramid/features_p3.npy").exists()
+    saved, mesh = open_run(workdir), sharding.make_mesh()
+    made = read_section(Detection, saved.config, complete=True)
+    image = np.zeros((1, 96, 96, 1), np.uint8)  # the image is black: its padding would be its own value if it were not gray
+    seen = made.normaliser()(image, np.array([[64, 96]]))
+    detector = made.detector_of(len(saved.config.class_names))
+    maps = detector.apply(saved.variables(detector, mesh), seen, method="maps")
+    for level in (2, 4):
+        np.testing.assert_allclose(read(f"features_p{level}.npy"), maps[level], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in STARTED_FROM_A_RUN])

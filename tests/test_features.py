@@ -278,20 +278,20 @@ def test_finished_features_are_left_alone(plain, lomar, images, tmp_path, monkey
 
 def test_a_disk_too_small_is_noticed_before(tmp_path):
     with pytest.raises(ConfigError, match="GB"):
-        feature_files.check_room(epath.Path(tmp_path / "not" / "yet"), "npy", (10**9, 10**6))
+        feature_files.check_room(epath.Path(tmp_path / "not" / "yet"), ("features.npy",), 4 * 10**15)
 
 
 def test_rows_land_at_their_place_in_the_split(images, tmp_path):
     """Several processes that read a stream bring their rows in turns."""
     source = open_source("folder", "train", path=str(images))
-    writer = feature_files.Writer(epath.Path(tmp_path), source, (9, 2), "npy", {})
+    writer = feature_files.ArrayWriter(epath.Path(tmp_path), source, (9, 2), {})
     for ids in (np.array([0, 1, 5, 6]), np.array([2, 3, 7, 8]), np.array([4])):
         writer.write(ids, ids.astype(np.int32) * 2, np.stack([ids, -ids], 1).astype(np.float32))
     writer.close()
     found, labels, names = written(tmp_path)
     np.testing.assert_array_equal(found, np.stack([np.arange(9), -np.arange(9)], 1))
     assert labels.tolist() == list(range(0, 18, 2)) and names == NAMES
-    writer = feature_files.Writer(epath.Path(tmp_path), source, (9, 2), "parquet", {})
+    writer = feature_files.ParquetWriter(epath.Path(tmp_path), source, (9, 2), {})
     with pytest.raises(RuntimeError, match="after 0 rows"):
         writer.write(np.array([1]), np.zeros(1, np.int32), np.zeros((1, 2), np.float32))
 

@@ -1,5 +1,6 @@
 """`job=features`: features of every image of a split, written batch by batch, and the classes that a fine-tuned run gives."""
 
+import math
 import time
 from typing import Literal
 
@@ -13,7 +14,7 @@ from mim_jax.assemble import datasets, encoders, inheritance, weights
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.evaluators import split_runner
 from mim_jax.jobs import finetune, prediction_files
-from mim_jax.jobs.feature_files import FILES, Writer, check_room
+from mim_jax.jobs.feature_files import FILES, WRITERS, check_room, require_local
 from mim_jax.jobs.prediction_files import Predictions
 from mim_jax.models.encoder import Encoder
 from mim_jax.objectives.classify import Classify
@@ -83,8 +84,8 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
         image_size=list(config.image_size), source=d.source, path=d.path, data_dir=d.data_dir, split=d.split,
         images=same_data.record(images),
     )  # fmt: skip
-    more = prediction_files.FILES[predicts] if judge else ()
-    check_room(workdir, config.format, shape, more)
+    files = (*FILES[config.format], *(prediction_files.FILES[predicts] if judge else ()))
+    check_room(workdir, files, 4 * math.prod(shape))
     with claimed(workdir, typed, sections.defaults(Features, completed)), logs.Logger(workdir) as logger:
         already = finished(workdir, origin)
         logger.say(f"workdir      {workdir}\nweights      {words}")
@@ -94,12 +95,11 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
             return already
         writers = []
         if jax.process_index() == 0:
-            writers = [Writer(workdir, images, shape, config.format, {**origin, "git": provenance.git_hash()})]
+            writers = [WRITERS[config.format](workdir, images, shape, {**origin, "git": provenance.git_hash()})]
             if judge:
                 writers.append(Predictions(workdir, images, predicts, tuple(there.get("class_names", ()))))
         results = write(config, made, judge, variables, images, mesh, writers, logger)
-        files = [*FILES[config.format], *more]
-        results = {**origin, **results, "shape": list(shape), "dtype": "float32", "files": files}
+        results = {**origin, **results, "shape": list(shape), "dtype": "float32", "files": list(files)}
         logger.say(f"{results['count']} features {list(row)} at {results['images_per_second']:.1f} images/s: "
                    f"{workdir / FILES[config.format][-1]}")  # fmt: skip
         return provenance.write_result(workdir / RESULT, results, provenance.this_run(typed, results["seconds"]))
@@ -107,8 +107,8 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
 
 def check_writing(config: Features, images, workdir: epath.Path):
     """Raises ConfigError for a format that cannot be written there, or by these processes."""
-    if config.format == "npy" and "://" in str(workdir):
-        raise ConfigError(f"format=npy needs a local --workdir, not '{workdir}'; format=parquet writes there too")
+    if config.format == "npy":
+        require_local(workdir, "format=npy needs a local --workdir, not '{workdir}'; format=parquet writes there too")
     if config.format == "parquet" and jax.process_count() > 1 and not images.random_access:
         raise ConfigError(
             f"several processes read {images.name} out of order, and parquet needs the order: use format=npy, one process, "

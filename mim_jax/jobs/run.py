@@ -9,6 +9,7 @@ from mim_jax.jobs import (
     finetune,
     map_evaluation,
     pretrain,
+    pyramid_maps,
     segmentation,
     streamed_probe,
 )
@@ -23,6 +24,7 @@ JOBS = {
     "segment_eval": map_evaluation,
     "eval": evaluate,
     "features": features,
+    "pyramid": pyramid_maps,
 }
 PROBES = {"cached": cached_probe, "streamed": streamed_probe}
 
