@@ -6,6 +6,7 @@ import numpy as np
 from etils import epath
 
 from mim_jax.config import ConfigError
+from mim_jax.runs import same_data, saved
 from mim_jax.runs.workdir import CONFIG
 
 # The last one gets its name last.
@@ -93,6 +94,14 @@ class ParquetWriter:
 
 
 WRITERS = {"npy": ArrayWriter, "parquet": ParquetWriter}
+
+
+def origin(source: saved.Saved, config, images, **more) -> dict:
+    """Of which run and of which images features are."""
+    d = config.data
+    where = {"source": d.source, "path": d.path, "data_dir": d.data_dir, "split": d.split}
+    of_run = {"run": str(source.folder), "step": int(source.folder.name), "image_size": list(config.image_size)}
+    return of_run | more | where | {"images": same_data.record(images)}
 
 
 def require_local(workdir: epath.Path, words: str):

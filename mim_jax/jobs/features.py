@@ -13,13 +13,13 @@ from mim_jax import logs, provenance, sections, sharding, tree
 from mim_jax.assemble import datasets, encoders, inheritance, weights
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.evaluators import split_runner
-from mim_jax.jobs import finetune, prediction_files
+from mim_jax.jobs import feature_files, finetune, prediction_files
 from mim_jax.jobs.feature_files import FILES, WRITERS, check_room, require_local
 from mim_jax.jobs.prediction_files import Predictions
 from mim_jax.models.encoder import Encoder
 from mim_jax.objectives.classify import Classify
 from mim_jax.objectives.objective import Extractor
-from mim_jax.runs import same_data, saved
+from mim_jax.runs import saved
 from mim_jax.runs.workdir import RESULT, claimed, finished
 
 SAY_EVERY = 30.0  # seconds
@@ -79,11 +79,7 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     variables = {"params": tree.nest(fits)}
     row = jax.eval_shape(made.apply, variables, made.example()).shape[1:]
     shape = (images.num_examples, *row)
-    origin = dict(
-        run=str(source.folder), step=int(source.folder.name), pool=made.pool, tap=config.tap,
-        image_size=list(config.image_size), source=d.source, path=d.path, data_dir=d.data_dir, split=d.split,
-        images=same_data.record(images),
-    )  # fmt: skip
+    origin = feature_files.origin(source, config, images, pool=made.pool, tap=config.tap)
     files = (*FILES[config.format], *(prediction_files.FILES[predicts] if judge else ()))
     check_room(workdir, files, 4 * math.prod(shape))
     with claimed(workdir, typed, sections.defaults(Features, completed)), logs.Logger(workdir) as logger:

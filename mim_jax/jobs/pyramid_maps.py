@@ -12,11 +12,10 @@ from mim_jax import logs, provenance, sections, sharding, tree
 from mim_jax.assemble import datasets, encoders, inheritance, weights
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.evaluators.split_runner import SplitRunner
-from mim_jax.jobs import detect, pretrain
+from mim_jax.jobs import detect, feature_files, pretrain
 from mim_jax.jobs.feature_files import Arrays, check_room, require_local
 from mim_jax.models.pyramid import LEVELS
 from mim_jax.objectives.mask_rcnn import MaskRCNN
-from mim_jax.runs import same_data
 from mim_jax.runs.workdir import RESULT, claimed, finished
 
 SIZES = "sizes.npy"
@@ -60,17 +59,13 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     config = sections.read(PyramidMaps, completed)
     images = config.opened(config.data.split)
     there = encoders.computed_as(pretrain.saved_keys(source.config), config)
-    made = sections.read(detect.Detection, there, complete=True).detector_of(len(source.config.class_names))
+    made = sections.read(detect.Detection, there, complete=True).detector_of(len(source.config.class_names), complete=True)
     params, words = weights.taken_over(source, made, config.encoder, mesh)
     variables = {"params": tree.nest(params)}
     arrays = shapes(made, config, images.num_examples)
     require_local(workdir, "job=pyramid needs a local --workdir, not '{workdir}'")
     check_room(workdir, (*arrays, Arrays.NAMES), sum(math.prod(shape) * kind.itemsize for shape, kind in arrays.values()))
-    origin = dict(
-        run=str(source.folder), step=source.step, image_size=list(config.image_size), source=config.data.source,
-        path=config.data.path, data_dir=config.data.data_dir, split=config.data.split, images=same_data.record(images),
-        levels=list(config.levels),
-    )  # fmt: skip
+    origin = feature_files.origin(source, config, images, levels=list(config.levels))
     with claimed(workdir, typed, sections.defaults(PyramidMaps, completed)), logs.Logger(workdir) as logger:
         already = finished(workdir, origin)
         logger.say(f"workdir      {workdir}\nweights      {words}")
