@@ -167,6 +167,8 @@ def methods_compared(methods: dict, same_images: dict, name: str) -> str | None:
 def dense() -> str | None:
     """One linear layer on the frozen maps of the methods. None: nothing recorded."""
     found = {method: load(f"dense_{method}_seed*.json") for method in METHODS}
+    of_lomar = lambda run: run | {"pretrained": run["linear"], "random": run["linear_scratch"]}
+    found["lomar"] = [of_lomar(run) for run in load("segment_seed*.json")]
     every = [run for runs in found.values() for run in runs]
     if not every:
         return None
