@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from mim_jax.data import coco_annotations, masks, scale_jitter
@@ -13,6 +14,7 @@ from mim_jax.data.augment import DataError, RandomCrop
 from mim_jax.data.pipeline import TrainBatches, eval_batches
 from mim_jax.data.scale_jitter import ScaleJitter
 from mim_jax.data.sources import open_source
+from mim_jax.data.tfds_objects import NUMBERS
 from mim_jax.data.unreadable import Reading
 from mim_jax.evaluators import coco_ap
 
@@ -286,6 +288,64 @@ def test_objects_are_for_detection(tmp_path):
         source.require_labels("kNN")
     with pytest.raises(DataError, match="no image has an object"):
         source.take([2]).trainable()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """The data_dir of coco/2017 as TFDS writes it, of the images and boxes of `content`."""
+    folder = tmp_path_factory.mktemp("tfds")
+    written(folder / "as_coco")
+    coco, found = tfds.object_detection.coco.Coco, content()
+
+    def examples(self, *_):
+        label, feature = self.info.features["objects"]["label"], tfds.features.BBox
+        label.names = [f"class {k}" for k in NUMBERS]
+        for image in reversed(found["images"]):
+            own = [a for a in found["annotations"] if a["image_id"] == image["id"]]
+            h, w = image["height"], image["width"]
+            boxes = [(y / h, x / w, (y + high) / h, (x + wide) / w) for x, y, wide, high in (a["bbox"] for a in own)]
+            keys = dict(id="id", area="area", is_crowd="iscrowd")
+            objects = [
+                {key: a[there] for key, there in keys.items()}
+                | {"bbox": feature(*box), "label": NUMBERS.index(a["category_id"])}
+                for a, box in zip(own, boxes)
+            ]
+            name = image["file_name"]
+            picture = {"image": str(folder / "as_coco/train2017" / name), "image/filename": name, "image/id": image["id"]}
+            yield image["id"], picture | {"objects": objects}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coco, "_split_generators", lambda self, _: {"train": examples(self), "test": examples(self)})
+        for file_format in ("array_record", "tfrecord"):
+            builder = tfds.builder("coco/2017", data_dir=folder / file_format, file_format=file_format)
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(register_checksums=False))
+    return folder
+
+
+def test_coco_of_tfds_has_the_same_boxes(prepared):
+    source, json_source = (
+        open_source("coco/2017", "train", data_dir=str(prepared / "array_record")),
+        open_source("coco", "train", path=str(prepared / "as_coco")),
+    )
+    assert source.class_names[15] == "class 17" and source.category_ids[15] == 17 and len(source.category_ids) == 80
+    assert source.image_ids.tolist() == json_source.image_ids.tolist() and source.sides.tolist() == json_source.sides.tolist()
+    for i in range(4):
+        ours, theirs = source.objects_of(i), json_source.objects_of(i)
+        assert [o["category_id"] for o in ours] == [o["category_id"] for o in theirs]
+        assert [o["iscrowd"] for o in ours] == [o["iscrowd"] for o in theirs]
+        np.testing.assert_allclose([o["bbox"] for o in ours], [o["bbox"] for o in theirs], atol=1e-4)
+        assert source.file_name(i) == json_source.file_name(i)
+    shown = [x.decoded(x.load(tf.constant(1)), Reading().decoding) for x in (source, json_source)]
+    np.testing.assert_array_equal(shown[0]["image"], shown[1]["image"])
+    learned = source.trainable()
+    assert learned.image_ids.tolist() == [3, 7, 12] and not learned.is_broken(tf.constant(2))
+    assert "record" in learned.describe(2) and len(learned.listing()) == 3
+    assert [image["id"] for image in source.ground_truth()["images"]] == [3, 7, 9, 12]
+
+
+def test_coco_of_tfds_needs_random_access(prepared):
+    with pytest.raises(DataError, match="stored as tfrecord; of objects array_record is read"):
+        open_source("coco/2017", "train", data_dir=str(prepared / "tfrecord"))
 
 
 def test_scenes_hold_what_their_masks_say():

@@ -20,7 +20,8 @@ WAYS = """provide data in one of these ways:
   list of files: data.source=list data.path=FILE.csv (.tsv, .jsonl), with columns path and label
   sample:        data.source=sample (a few photographs bundled with scikit-image and scikit-learn)
 with boxes and masks, for job=detect (docs/detection.md):
-  COCO:          data.source=coco data.path=DIR, with annotations/instances_*.json and folders of images, or any such set
+  COCO:          data.source=coco data.path=DIR, with annotations/instances_*.json and folders of images, or any such set;
+                 data.source=coco/2017 data.data_dir=DIR of TFDS, which has no masks
   scenes:        data.source=scenes, composed of the sample's photographs
 with a class for every pixel, for job=segment (docs/segmentation.md):
   label maps:    data.source=label_maps data.path=DIR, with DIR/images/train/NAME.jpg and DIR/labels/train/NAME.png

@@ -72,11 +72,13 @@ def open_source(name, split, *, path="", data_dir="", channels=3, label_sets=Fal
         return open_label_maps(path, split, channels, reading.get("holdout", 0))
     if name == "collage":
         return collage.open_collage(split)
-    from mim_jax.data import prepared_source, tfds_source  # here, so that the other sources need no TFDS
+    from mim_jax.data import prepared_source, tfds_objects, tfds_source  # here, so that the other sources need no TFDS
 
     if name == "prepared":
         opened = lambda whole: prepared_source.open_prepared(path, whole, channels, label_sets)
         return sliced(opened, split, reading.get("holdout", 0))
+    if name.startswith("coco/"):
+        return tfds_objects.open_objects(name, split, data_dir=data_dir, channels=channels)
     return tfds_source.open_tfds(name, split, data_dir=data_dir, channels=channels, label_sets=label_sets)
 
 

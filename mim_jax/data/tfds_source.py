@@ -134,16 +134,15 @@ def _integer_classes(folder):
     return tuple(map(str, range(high + 1))), ""
 
 
-def open_tfds(name, split, *, data_dir, channels, label_sets=False):
-    """Opens a prepared TFDS dataset with an `image` feature; nothing is ever downloaded.
+def opened_split(name, split, data_dir):
+    """-> builder, what TFDS says of the split, and its pieces of files.
 
-    Raises:
-      DataError: it is not there (NotPrepared), has no such split, no image, or lies in a format that is not read.
+    Raises DataError: it is not there (NotPrepared), has no such split, or an empty one.
     """
     builder = _open_builder(name, data_dir)
     try:
         info = builder.info.splits[split]
-        files = tuple((os.fspath(f.filename), f.skip, f.take) for f in info.file_instructions)
+        pieces = info.file_instructions
     except (KeyError, ValueError, AssertionError) as error:
         raise DataError(
             f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}, "
@@ -151,7 +150,17 @@ def open_tfds(name, split, *, data_dir, channels, label_sets=False):
         ) from error
     if not info.num_examples:
         raise DataError(f"The split {split!r} of {name} is empty.")
+    return builder, info, pieces
 
+
+def open_tfds(name, split, *, data_dir, channels, label_sets=False):
+    """Opens a prepared TFDS dataset with an `image` feature; nothing is ever downloaded.
+
+    Raises:
+      DataError: it is not there (NotPrepared), has no such split, no image, or lies in a format that is not read.
+    """
+    builder, info, pieces = opened_split(name, split, data_dir)
+    files = tuple((os.fspath(f.filename), f.skip, f.take) for f in pieces)
     there = dict(builder.info.features.items())
     if not isinstance(there.get("image"), tfds.features.Image):
         raise DataError(f"{name} has no feature 'image' that is an image; it has {', '.join(there)}.")
@@ -166,7 +175,7 @@ def open_tfds(name, split, *, data_dir, channels, label_sets=False):
     if file_format not in ("array_record", "tfrecord"):
         raise DataError(f"{name} is stored as {file_format}; read are array_record and tfrecord.")
     random_access = file_format == "array_record"
-    records = Records(info.file_instructions) if random_access else None
+    records = Records(pieces) if random_access else None
     read = {"image": there["image"], **({LABEL_SETS if label_sets else "label": label} if names else {})}
     logging.info("%s, split %s: %d examples, %d classes, %s", name, split, info.num_examples, len(names), file_format)
     return TfdsSource(
