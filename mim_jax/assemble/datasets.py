@@ -140,7 +140,7 @@ class ObjectData(Images):
         """-> ObjectSource. Raises DataError, and ConfigError for data without boxes."""
         source = super().opened(split, channels)
         if not hasattr(source, "objects_of"):
-            words = "has no boxes: detection learns from data.source=coco (json and images), coco/2017 (TFDS) or scenes (of the sample)"
+            words = "has no boxes: detection learns from data.source=coco (json and images), coco/2017 (TFDS) or scenes"
             raise ConfigError(f"{self.prefix}source={self.source} {words}")
         return source
 
