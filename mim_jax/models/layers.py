@@ -44,8 +44,16 @@ class Dense(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype) if self.use_bias else None
         if product:
             return product(x.astype(self.dtype), kernel, bias)
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        y = multiplied(x.astype(self.dtype), kernel)
         return y if bias is None else y + bias
+
+
+def multiplied(x, kernel):
+    """[... d_in] @ [d_in d_out]. On a CPU as one matrix: the gradient of the kernel, a sum over several axes, is otherwise one
+    of transposed copies, into which XLA draws the arithmetic around."""
+    if platforms.current() == "cpu":
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 def convolved(x, kernel):
