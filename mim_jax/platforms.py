@@ -8,6 +8,7 @@ import jax
 LAYOUTS = {
     "tpu": "heads of short sequences in one product, attention and GELU keep little for their gradients",
     "gpu": "GELU keeps one array for its gradient",
+    "cpu": "linear layers are products of two matrices",
 }
 _compiled_for = contextvars.ContextVar("compiled_for", default="")
 

@@ -20,7 +20,8 @@ LOSS, NORM, LEAF, JUDGED = 1e-6, 1e-5, 1e-5, 0.02
 # Of another environment in effect. BEiT's loss divides by the hidden tokens that count, a number known at run time since
 # masks may hide fewer; XLA rounds its gradient otherwise in the last bit. LoMaR's errors are added up over windows in a row,
 # no longer over the windows of each image. A sparse Swin's tokens attend within one sequence of an image, no longer in windows.
-OTHERWISE = {"beit_windows", "lomar", "localmim_swin"}
+# On a CPU a linear layer is one product of two matrices, whose gradient adds up the tokens of all images in one row.
+OTHERWISE = {"beit_windows", "lomar", "localmim_swin", "localmim_vit", "mae", "finetune"}
 
 
 def resized_then(pixels, size, of=None, part=None, mirror=False, out=None):
