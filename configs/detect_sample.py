@@ -11,8 +11,8 @@ Arguments
     scratch  the same detector from random weights
     toy      two steps of a smaller detector
 
-The recipe is that of configs/detect.py with smaller heads; length, learning rate and jitter are this project's guesses for
-these scenes, not tuned; no full run was measured yet.
+The recipe is that of configs/detect.py with smaller heads; length, learning rate and jitter are this project's choice for these
+scenes, hardly tuned; what comes out: results/README.md.
 """
 
 from mim_jax.config import ConfigDict, arguments

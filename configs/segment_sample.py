@@ -14,7 +14,7 @@ Arguments (default first)
     scratch   false | true         the same encoder from random weights, to compare with
     toy       two steps
 
-Chosen by this project and hardly tuned. Nothing measured is recorded yet.
+Chosen by this project and hardly tuned; what comes out: results/README.md.
 """
 
 from mim_jax.config import ConfigDict, arguments, choice
