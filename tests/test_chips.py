@@ -277,7 +277,10 @@ def test_the_step_of_a_job_that_starts_from_a_run():
     facts = step.facts()
     assert facts["method"] == "finetune" and facts["flops_per_image"] > 0
     assert target_costs.grain(step.config, accumulation=2, devices=1) == 8  # the groups that are mixed
-    assert target_costs.length(step.config, images=100) == {"epochs": None, "images_of_run": 2 * 32}
+    own = load(spec).batch_size  # not that of the estimate: steps are of the recipe's batch
+    assert step.recipe_batch == own != 32
+    length = target_costs.length(step.config.total, own, images=100)
+    assert length == {"epochs": None, "images_of_run": 2 * own}
     with pytest.raises(ConfigError, match="job is 'eval'; it must be one of pretrain, finetune"):
         Step("configs/eval.py", Setting(16))
 

@@ -115,14 +115,14 @@ JOBS = {"pretrain": pretraining, "finetune": finetuning, "linprobe": probing, "d
 class Program:
     """The training step of a config on random images, known by shapes alone until somebody creates its state.
 
-    Raises ConfigError naming the config when it cannot be built.
+    recipe_batch: the config's own batch size, by which the steps of its run are counted. Raises ConfigError naming the config when it cannot be built.
     """
 
     def __init__(self, spec: str, setting: Setting):
         self.spec, self.setting = spec, setting
         try:
             config = load(spec)
-            build = JOBS[choice("job", config.job, JOBS)]
+            build, self.recipe_batch = JOBS[choice("job", config.job, JOBS)], config.batch_size
             for name in ("compute_dtype", "remat", "batch_size", "fsdp", "accumulation"):
                 config[name] = getattr(setting, name)
             config.init_from = setting.init_from or config.init_from

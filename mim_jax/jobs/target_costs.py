@@ -15,6 +15,7 @@ from mim_jax.chips import estimates
 from mim_jax.chips.chip import GIB, Tpu
 from mim_jax.chips.topology import ENVIRONMENT, Target
 from mim_jax.config import ConfigError
+from mim_jax.durations import Duration
 
 IMAGENET = 1_281_167  # training images
 MOST = 4096  # images of a device, beyond which no larger batch is looked for
@@ -106,7 +107,7 @@ def compiled(asked: Asked, spec: str, per_device: int) -> dict:
     setting = Setting(per_device * len(devices), dtype, mesh=sharding.make_mesh(devices), **options)
     program = Program(spec, setting)
     found = {**program.facts(), "devices": len(devices), "per_device": per_device, "compute_dtype": dtype}
-    found |= length(program.config, asked.images) | {"grain": grain(program.config, asked.accumulation, len(devices))}
+    found |= length(program.config.total, program.recipe_batch, asked.images) | {"grain": grain(program.config, asked.accumulation, len(devices))}
     try:
         program.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -139,10 +140,9 @@ def grain(config, accumulation: int, devices: int) -> int:
     return next(n for n in steps if n * devices % group == 0)
 
 
-def length(config, images: int) -> dict:
+def length(total: Duration, batch_size: int, images: int) -> dict:
     """The images of a config's whole run; None where it is a share of something unknown."""
-    total = config.total
-    seen = total.epochs * images or total.examples or total.steps * config.batch_size
+    seen = total.epochs * images or total.examples or total.steps * batch_size
     return {"epochs": total.epochs or None, "images_of_run": seen or None}
 
 
