@@ -115,7 +115,8 @@ JOBS = {"pretrain": pretraining, "finetune": finetuning, "linprobe": probing, "d
 class Program:
     """The training step of a config on random images, known by shapes alone until somebody creates its state.
 
-    recipe_batch: the config's own batch size, by which the steps of its run are counted. Raises ConfigError naming the config when it cannot be built.
+    recipe_batch: the config's own batch size, by which the steps of its run are counted. Raises ConfigError naming the config
+    when it cannot be built.
     """
 
     def __init__(self, spec: str, setting: Setting):

@@ -107,7 +107,8 @@ def compiled(asked: Asked, spec: str, per_device: int) -> dict:
     setting = Setting(per_device * len(devices), dtype, mesh=sharding.make_mesh(devices), **options)
     program = Program(spec, setting)
     found = {**program.facts(), "devices": len(devices), "per_device": per_device, "compute_dtype": dtype}
-    found |= length(program.config.total, program.recipe_batch, asked.images) | {"grain": grain(program.config, asked.accumulation, len(devices))}
+    found |= length(program.config.total, program.recipe_batch, asked.images)
+    found["grain"] = grain(program.config, asked.accumulation, len(devices))
     try:
         program.compile()
     except jax.errors.JaxRuntimeError as error:
