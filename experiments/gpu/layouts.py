@@ -49,7 +49,7 @@ def of_shape(rows: int, side: int, width: int, heads: int, relative: bool, repea
     with for_platform(PLAIN), jax.default_matmul_precision("highest"):
         exact = jax.jit(of(jnp.float32))(params, x)
     programs, found = {}, {}
-    for name in (PLAIN, *platforms.LAYOUTS):
+    for name in platforms.LAYOUTS:
         try:
             with for_platform(name):
                 value = jax.jit(of(jnp.bfloat16))(params, x)
