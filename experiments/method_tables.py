@@ -174,11 +174,10 @@ def dense() -> str | None:
         return None
     rows = []
     for method, runs in found.items():
-        scores = {name: [run[name]["test/miou"] for run in runs] for name in ("pretrained", "random")}
-        gains = [a - b for a, b in zip(scores["pretrained"], scores["random"])]
-        rows += (
-            [[METHODS[method], *map(percent, (scores["pretrained"], scores["random"], gains)), str(len(runs))]] if runs else []
-        )
+        pretrained, random = ([run[name]["test/miou"] for run in runs] for name in ("pretrained", "random"))
+        if runs:
+            gains = [a - b for a, b in zip(pretrained, random)]
+            rows.append([METHODS[method], *map(percent, (pretrained, random, gains)), str(len(runs))])
     head = ["", "pretrained: mIoU, test %", "random weights", "gain, points", "seeds"]
     return table(head, rows) + f"\n\n{every[0]['pretrained']['steps']} steps of the layer. Commits: {commits(every)}."
 

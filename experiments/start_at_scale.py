@@ -107,11 +107,8 @@ def start(name, path):
 
 
 def starts(name, path, times):
-    run = lambda: (
-        subprocess.run(
-            [*SELF, f"--start={name}", f"--folder={path}"], cwd=REPO, stdout=subprocess.PIPE, text=True, check=True
-        ).stdout
-    )
+    command = [*SELF, f"--start={name}", f"--folder={path}"]
+    run = lambda: subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True, check=True).stdout
     return [json.loads(run().splitlines()[-1]) for _ in range(times)]
 
 

@@ -17,9 +17,8 @@ def summarise(folder: str) -> tuple[dict, dict]:
     """-> {run: its numbers}, and the provenance of each."""
     results = {name: read(folder, name, "result.json") for name in RUNS}
     numbers = {name: {key: result[key] for key in KEYS} for name, result in results.items()}
-    return numbers | {"seed": read(folder, "upernet", "config.json")["seed"]}, {
-        name: provenance.of(result) for name, result in results.items()
-    }
+    numbers["seed"] = read(folder, "upernet", "config.json")["seed"]
+    return numbers, {name: provenance.of(result) for name, result in results.items()}
 
 
 def main(folder: str):

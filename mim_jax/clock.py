@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 
 BADPUT = ("compile", "data", "eval", "save")
 
@@ -59,3 +60,26 @@ def clock_text(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+class Pace:
+    """How fast `total` images are gone through: `tell(done)` says it now and then."""
+
+    EVERY = 30.0  # seconds
+
+    def __init__(self, total: int, say: Callable[[str], None]):
+        self._total, self._say, self._done, self._first = total, say, 0, None
+        self._began = self._said = time.perf_counter()
+
+    def tell(self, done: int):
+        """So many are done."""
+        now, self._done = time.perf_counter(), done
+        self._first = self._first or (now, done)  # the first batch compiles
+        if now - self._said > self.EVERY:
+            self._said = now
+            self._say(f"{done} of {self._total} images, {self.rate():.1f} images/s")
+
+    def rate(self) -> float:
+        """Images per second after the first batch; of the first where there is no other."""
+        start, before = self._first if self._done > self._first[1] else (self._began, 0)
+        return (self._done - before) / (time.perf_counter() - start)

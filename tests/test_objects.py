@@ -324,7 +324,7 @@ def prepared(tmp_path_factory):
 
 def test_coco_of_tfds_has_the_same_boxes(prepared):
     source, json_source = (
-        open_source("coco/2017", "train", data_dir=str(prepared / "array_record")),
+        open_source("coco/2017", "train", data_dir=str(prepared / "array_record"), objects=True),
         open_source("coco", "train", path=str(prepared / "as_coco")),
     )
     assert source.class_names[15] == "class 17" and source.category_ids[15] == 17 and len(source.category_ids) == 80
@@ -345,7 +345,13 @@ def test_coco_of_tfds_has_the_same_boxes(prepared):
 
 def test_coco_of_tfds_needs_random_access(prepared):
     with pytest.raises(DataError, match="stored as tfrecord; of objects array_record is read"):
-        open_source("coco/2017", "train", data_dir=str(prepared / "tfrecord"))
+        open_source("coco/2017", "train", data_dir=str(prepared / "tfrecord"), objects=True)
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_who_asks_for_no_objects_has_the_images_of_tfds_alone(prepared, file_format):
+    source = open_source("coco/2017", "train", data_dir=str(prepared / file_format))
+    assert source.num_examples == 4 and not source.num_classes and not hasattr(source, "objects_of")
 
 
 def test_scenes_hold_what_their_masks_say():

@@ -60,12 +60,13 @@ class Images(Section):
 
         return Reading(Decoding("apply" if self.exif == "apply" else "ignore"), self.bad_limit)
 
-    def opened(self, split: str, channels: int):
-        """-> Source. Raises DataError for a data set that is not there, before anything is compiled."""
+    def opened(self, split: str, channels: int, objects: bool = False):
+        """-> Source, of TFDS with its `objects` if asked. Raises DataError for a data set that is not there, before anything is
+        compiled."""
         from mim_jax.data.sources import open_source
 
         place = {key: getattr(self, key) for key in ("path", "data_dir", "columns", "folders", "holdout")}
-        return open_source(self.source, split, channels=channels, **place)
+        return open_source(self.source, split, channels=channels, objects=objects, **place)
 
 
 class Data(Images):
@@ -138,7 +139,7 @@ class ObjectData(Images):
 
     def opened(self, split: str, channels: int):
         """-> ObjectSource. Raises DataError, and ConfigError for data without boxes."""
-        source = super().opened(split, channels)
+        source = self.images(split, channels)
         if not hasattr(source, "objects_of"):
             words = "has no boxes: detection learns from data.source=coco (json and images), coco/2017 (TFDS) or scenes"
             raise ConfigError(f"{self.prefix}source={self.source} {words}")
@@ -146,7 +147,7 @@ class ObjectData(Images):
 
     def images(self, split: str, channels: int):
         """-> Source, with objects or without. Raises DataError."""
-        return super().opened(split, channels)
+        return super().opened(split, channels, objects=True)
 
 
 class DetectionData(ObjectData):

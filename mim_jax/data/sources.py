@@ -29,12 +29,12 @@ BUCKETS = (
 READING = {"columns": tuple(WITH_COLUMNS), "folders": ("folder",), "holdout": WITH_PATH}
 
 
-def open_source(name, split, *, path="", data_dir="", channels=3, label_sets=False, **reading):
+def open_source(name, split, *, path="", data_dir="", channels=3, label_sets=False, objects=False, **reading):
     """Opens a split. `name` is "sample", "scenes", one of WITH_PATH (with `path`) or a TFDS dataset (with `data_dir`).
 
     `split` is "train", "validation" or "test", slices of them such as "train[:1%]", and what the source adds: "train_tiles"
     for the sample, which is always gray, as are its scenes and collages. A TFDS dataset with several labels per example (ReaL)
-    has none unless `label_sets`.
+    has none unless `label_sets`; TFDS's coco is images alone unless its `objects` are asked for.
     `reading`: data.columns, data.folders and data.holdout, of those that READING says.
 
     Raises:
@@ -77,7 +77,7 @@ def open_source(name, split, *, path="", data_dir="", channels=3, label_sets=Fal
     if name == "prepared":
         opened = lambda whole: prepared_source.open_prepared(path, whole, channels, label_sets)
         return sliced(opened, split, reading.get("holdout", 0))
-    if name.startswith("coco/"):
+    if objects and name.startswith("coco/"):
         return tfds_objects.open_objects(name, split, data_dir=data_dir, channels=channels)
     return tfds_source.open_tfds(name, split, data_dir=data_dir, channels=channels, label_sets=label_sets)
 

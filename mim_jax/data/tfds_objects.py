@@ -18,6 +18,7 @@ from mim_jax.data.records import Records
 GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # numbers up to 90 that no category of COCO has
 NUMBERS = tuple(k for k in range(1, 91) if k not in GAPS)  # of its 80 categories, in whose order TFDS numbers them from 0
 CHUNK = 256  # records that are looked at together
+AGAIN = "prepare it with tfds build coco/2017 --file_format=array_record"
 READ = {
     "image": tf.io.FixedLenFeature([], tf.string, ""),
     "image/id": tf.io.FixedLenFeature([], tf.int64, -1),
@@ -83,9 +84,6 @@ def open_objects(name, split, *, data_dir, channels) -> TfdsObjects:
     held |= dict(places=np.array([place_of[i] for i in read.image_ids.tolist()]), files=Packed.of(map(os.fsencode, read.files)))
     why = "the objects in them have classes, the images have none"
     return TfdsObjects(name, split, len(read.files), names, channels, missing=why, version=whole, **held)
-
-
-AGAIN = "prepare it with tfds build coco/2017 --file_format=array_record"
 
 
 def _flat(features) -> list[str]:

@@ -9,6 +9,7 @@ from mim_jax.figures.detections import draw_batch
 from mim_jax.figures.sheet import write_png
 from mim_jax.jobs import training
 from mim_jax.jobs.finetune import AveragedAdamW
+from mim_jax.jobs.pretrain import saved_keys
 from mim_jax.models.frameworks import FRAMEWORKS
 from mim_jax.objectives.mask_rcnn import MaskRCNN
 from mim_jax.runs import saved
@@ -70,6 +71,12 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
         preview=lambda folder, batch: write_png(draw_batch(batch, images.class_names), folder / "augmented.png"),
     )
     return training.run(e, workdir, settings.to_dict(), defaults(Detection, completed))
+
+
+def trained(source: saved.Saved, here: encoders.WithEncoder) -> MaskRCNN:
+    """The detector that a run trained, for images of the size of the job `here`, and computed as there."""
+    there = encoders.computed_as(saved_keys(source.config), here)
+    return read(Detection, there, complete=True).detector_of(len(source.config.class_names), complete=True)
 
 
 def adapt(settings: ConfigDict, source: ConfigDict) -> ConfigDict:

@@ -6,13 +6,13 @@ import time
 import jax
 from etils import epath
 
-from mim_jax import logs, provenance, sections, sharding, tree
+from mim_jax import sections, sharding, tree
 from mim_jax.assemble import datasets, encoders, inheritance, judges, weights
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.jobs import detect, finetune, pretrain, streamed_probe
+from mim_jax.jobs.recorded import recorded
 from mim_jax.objectives.objective import Objective
 from mim_jax.runs import saved
-from mim_jax.runs.workdir import RESULT, claimed, finished
 from mim_jax.train.loop import report
 
 
@@ -68,24 +68,6 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     return recorded(workdir, typed, sections.defaults(kind, completed), origin, began, words, judge)
 
 
-def recorded(workdir: epath.Path, typed: dict, known: dict, origin: dict, began: float, words: str, judge) -> dict:
-    """The numbers that `judge(logger)` yields, with their `origin` in result.json; or those that are there of the same origin.
-
-    typed, known: as of runs.workdir.claimed; words: about the weights.
-    """
-    with claimed(workdir, typed, known), logs.Logger(workdir) as logger:
-        already = finished(workdir, origin)
-        logger.say(f"workdir      {workdir}\nweights      {words}")
-        if already:
-            logger.say(f"this evaluation is finished: {workdir / RESULT}")
-            return already
-        results = {}
-        for scalars in judge(logger):
-            results.update(scalars)
-        results.update(origin, seconds=time.perf_counter() - began)
-        return provenance.write_result(workdir / RESULT, results, provenance.this_run(typed, results["seconds"]))
-
-
 def trained(config: Evaluate, source: saved.Saved) -> judges.Judged:
     """The classifier, or the probe, that the run trained, for images of the size here."""
     there, encoder = source.config, config.made()
@@ -101,9 +83,7 @@ def trained(config: Evaluate, source: saved.Saved) -> judges.Judged:
 
 def detector(config: EvaluateDetector, source: saved.Saved, workdir: epath.Path) -> judges.Judged:
     """The detector that the run trained, for images of the size here; results go to the workdir."""
-    there = encoders.computed_as(pretrain.saved_keys(source.config), config)
-    names = tuple(source.config.class_names)
-    made = sections.read(detect.Detection, there, complete=True).detector_of(len(names), complete=True)
+    made, names = detect.trained(source, config), tuple(source.config.class_names)
     return judges.Judged(made, config, sharding.make_mesh(), class_names=names, folder=workdir)
 
 

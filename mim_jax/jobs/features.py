@@ -9,20 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mim_jax import logs, provenance, sections, sharding, tree
+from mim_jax import provenance, sections, sharding, tree
 from mim_jax.assemble import datasets, encoders, inheritance, weights
+from mim_jax.clock import Pace
 from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.evaluators import split_runner
 from mim_jax.jobs import feature_files, finetune, prediction_files
 from mim_jax.jobs.feature_files import FILES, WRITERS, check_room, require_local
 from mim_jax.jobs.prediction_files import Predictions
+from mim_jax.jobs.recorded import recorded
 from mim_jax.models.encoder import Encoder
 from mim_jax.objectives.classify import Classify
 from mim_jax.objectives.objective import Extractor
 from mim_jax.runs import saved
-from mim_jax.runs.workdir import RESULT, claimed, finished
-
-SAY_EVERY = 30.0  # seconds
 
 
 class Features(encoders.WithEncoder):
@@ -56,6 +55,8 @@ def extractor(made: Encoder, pool: str, tap: str) -> Extractor:
         pool = encoders.pooling("pool", pool, made)
     if tap == "top":
         return Extractor(made, pool)
+    if tap == "pyramid":
+        raise ConfigError("tap=pyramid is of a detector, and a job of its own: use --config=configs/features.py:tap=pyramid")
     if not tap.isdigit() or int(tap) >= made.levels:
         raise ConfigError(f"tap={tap}: of this {type(made).__name__} it must be top, or a number from 0 to {made.levels - 1}")
     return Extractor(made, pool, int(tap))
@@ -66,11 +67,11 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
 
     Raises ConfigError and its kin before any compute for what cannot work, and for a workdir that holds other features.
     """
-    source, typed, mesh = inheritance.source_of(settings, workdir), settings.to_dict(), sharding.make_mesh()
+    began, typed, mesh = time.perf_counter(), settings.to_dict(), sharding.make_mesh()
+    source = inheritance.source_of(settings, workdir)
     completed = inheritance.inherit(settings, source.config)
     config = sections.read(Features, completed)
-    d, made = config.data, extractor(config.made(), config.pool, config.tap)
-    images = config.opened(d.split)
+    made, images = extractor(config.made(), config.pool, config.tap), config.opened(config.data.split)
     check_writing(config, images, workdir)
     predicts, there = config.predicts(source), source.config
     judge = finetune.classifier(config.made(), there.classes, there.pool) if predicts else None
@@ -82,23 +83,20 @@ def run(settings: ConfigDict, workdir: epath.Path) -> dict:
     origin = feature_files.origin(source, config, images, pool=made.pool, tap=config.tap)
     files = (*FILES[config.format], *(prediction_files.FILES[predicts] if judge else ()))
     check_room(workdir, files, 4 * math.prod(shape))
-    with claimed(workdir, typed, sections.defaults(Features, completed)), logs.Logger(workdir) as logger:
-        already = finished(workdir, origin)
-        logger.say(f"workdir      {workdir}\nweights      {words}")
-        logger.say(f"data         {images.name} '{images.split}': {images.num_examples} images, {images.num_classes} classes")
-        if already:
-            logger.say(f"these features are finished: {workdir / RESULT}")
-            return already
+    heads = f"data         {images.name} '{images.split}': {images.num_examples} images, {images.num_classes} classes"
+
+    def work(logger):
         writers = []
         if jax.process_index() == 0:
             writers = [WRITERS[config.format](workdir, images, shape, {**origin, "git": provenance.git_hash()})]
             if judge:
                 writers.append(Predictions(workdir, images, predicts, tuple(there.get("class_names", ()))))
         results = write(config, made, judge, variables, images, mesh, writers, logger)
-        results = {**origin, **results, "shape": list(shape), "dtype": "float32", "files": list(files)}
-        logger.say(f"{results['count']} features {list(row)} at {results['images_per_second']:.1f} images/s: "
-                   f"{workdir / FILES[config.format][-1]}")  # fmt: skip
-        return provenance.write_result(workdir / RESULT, results, provenance.this_run(typed, results["seconds"]))
+        speed, place = results["images_per_second"], workdir / FILES[config.format][-1]
+        logger.say(f"{results['count']} features {list(row)} at {speed:.1f} images/s: {place}")
+        yield results | {"shape": list(shape), "dtype": "float32", "files": list(files)}
+
+    return recorded(workdir, typed, sections.defaults(Features, completed), origin, began, f"{words}\n{heads}", work)
 
 
 def check_writing(config: Features, images, workdir: epath.Path):
@@ -128,7 +126,7 @@ def write(config: Features, made: Extractor, judge: Classify | None, variables, 
         return found
 
     batches = config.batches(images, config.batch_size)
-    began, first, said, done, unread = time.perf_counter(), None, time.perf_counter(), 0, 0
+    pace, done, unread = Pace(images.num_examples, logger.say), 0, 0
     for rows in split_runner.SplitRunner(fn, mesh, *batches, keep_unread=True).stream(variables):
         rows["features"][rows["unread"]] = np.nan
         if judge:
@@ -137,20 +135,9 @@ def write(config: Features, made: Extractor, judge: Classify | None, variables, 
         for writer, columns in zip(writers, (("features",), ("class", "probability"))):
             writer.write(rows["id"], rows["label"], *(rows[column] for column in columns))
         done += len(rows["id"])
-        now = time.perf_counter()
-        first = first or (now, done)  # the first batch compiles
-        if now - said > SAY_EVERY:
-            said = now
-            logger.say(f"{done} of {images.num_examples} images, {rate(began, first, now, done):.1f} images/s")
-    speed = rate(began, first, time.perf_counter(), done)
+        pace.tell(done)
     for writer in reversed(writers):  # the features come last
         writer.close()
     if unread:
         logger.say(f"{unread} of {done} images could not be read: their rows are NaN, with the label -1; the log names them")
-    return {"count": done, "unread": unread, "seconds": time.perf_counter() - began, "images_per_second": speed}
-
-
-def rate(began: float, first: tuple[float, int], now: float, done: int) -> float:
-    """Images per second after the first batch, which compiles; of the first where there is no other."""
-    start, before = first if done > first[1] else (began, 0)
-    return (done - before) / (now - start)
+    return {"count": done, "unread": unread, "images_per_second": pace.rate()}

@@ -13,7 +13,8 @@ from mim_jax.config import ConfigDict, ConfigError
 from mim_jax.durations import Duration
 from mim_jax.figures.sheet import write_png
 from mim_jax.jobs import pretrain
-from mim_jax.jobs.evaluate import Loaded, recorded
+from mim_jax.jobs.evaluate import Loaded
+from mim_jax.jobs.recorded import recorded
 from mim_jax.jobs.segmentation import Segmentation
 from mim_jax.sections import Count, Natural
 from mim_jax.train.loop import report

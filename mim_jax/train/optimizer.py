@@ -88,16 +88,15 @@ def lr_scale(path: str, encoder: Encoder, layer_decay: float) -> float:
     return layer_decay ** (encoder.layers + 1 - encoder.layer_of(path))
 
 
-def adamw(lr, *, b1: float, b2: float, weight_decay: float, no_decay=(), clip_norm: float = 0.0, lr_scales=None, **more):
+def adamw(lr, *, weight_decay: float, no_decay=(), clip_norm: float = 0.0, lr_scales=None, vectors: bool = False, **moments):
     """AdamW as torch has it: decoupled decay, scaled by the learning rate; eps 1e-8 outside the root.
 
     `lr` is a function of the step; `lr_scales` a function of the path (layer-wise decay), applied to the whole update;
-    more: `vectors`, see `decays`, and `moment_dtype`, see `scale_by_adam`.
+    `vectors`: see `decays`; `moments`: b1, b2 and what else `scale_by_adam` takes.
     """
-    vectors, moment_dtype = more.pop("vectors", False), more.pop("moment_dtype", "float32")
     decay = lambda params: tree.map_named(lambda p, x: decays(p, x, no_decay, vectors), params)
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    parts += [scale_by_adam(b1, b2, moment_dtype=moment_dtype), optax.add_decayed_weights(weight_decay, decay)]
+    parts += [scale_by_adam(**moments), optax.add_decayed_weights(weight_decay, decay)]
     if lr_scales is not None:
         parts.append(scale_by_path(lr_scales))
     return optax.chain(*parts, optax.scale_by_learning_rate(lr))
