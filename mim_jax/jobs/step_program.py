@@ -145,8 +145,8 @@ class Program:
         batch = datasets.synthetic_batch(self.config.image_size, self.config.channels, size)
         return batch | {key: np.zeros((size, *shape), kind) for key, (shape, kind) in self.more.items()}
 
-    def compile(self):
-        """Makes `step` and `compile_seconds` from shapes and shardings."""
+    def compile(self, options: dict | None = None):
+        """Makes `step` and `compile_seconds` from shapes and shardings; options of the compiler."""
         struct = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         state, split = jax.tree.map(struct, self.shapes, self.shardings), sharding.batch_sharding(self.setting.mesh)
         shapes = datasets.batch_shapes(self.config.image_size, self.config.channels, self.setting.batch_size)
@@ -154,7 +154,7 @@ class Program:
         shapes |= {key: jax.ShapeDtypeStruct((size, *shape), kind) for key, (shape, kind) in self.more.items()}
         batch = {key: struct(x, split) for key, x in shapes.items()}
         start = time.perf_counter()
-        self.step = self._step.lower(state, batch).compile()
+        self.step = self._step.lower(state, batch).compile(options)
         self.compile_seconds = time.perf_counter() - start
 
     def costs(self) -> dict:

@@ -18,6 +18,8 @@ from mim_jax.config import ConfigError
 from mim_jax.durations import Duration
 
 IMAGENET = 1_281_167  # training images
+# A GPU's compiler, which may not try kernels where no card is, knows no tiles for some products: then cuBLAS has all of them.
+NO_TILES, BY_LIBRARY = "Couldn't find output tile sizes", {"xla_gpu_enable_triton_gemm": False}
 MOST = 4096  # images of a device, beyond which no larger batch is looked for
 
 
@@ -110,7 +112,13 @@ def compiled(asked: Asked, spec: str, per_device: int) -> dict:
     found |= length(program.config.total, program.recipe_batch, asked.images)
     found["grain"] = grain(program.config, asked.accumulation, len(devices))
     try:
-        program.compile()
+        try:
+            program.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if NO_TILES not in str(error):
+                raise
+            program.compile(BY_LIBRARY)
+            found["products_by_library"] = True
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
