@@ -6,8 +6,8 @@ import contextvars
 import jax
 
 LAYOUTS = {
-    "tpu": "heads of short sequences in one product, attention and GELU keep little for their gradients",
-    "gpu": "GELU keeps one array for its gradient",
+    "tpu": "heads of short sequences in one product, attention and GELU keep little for their gradients, maps go row by row",
+    "gpu": "GELU keeps one array for its gradient, attention of maps goes row by row",
     "cpu": "linear layers are products of two matrices",
 }
 _compiled_for = contextvars.ContextVar("compiled_for", default="")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mim_jax import platforms
-from mim_jax.models import irpe, lane_attention
+from mim_jax.models import irpe, lane_attention, row_attention
 from mim_jax.models.grid_attention import GridAttention
 from mim_jax.models.layers import lean_gelu
 from mim_jax.models.vit import Block
@@ -41,8 +41,7 @@ def test_a_block_is_the_same_on_every_platform(platform, heads, width, qkv_bias,
 
     (fresh, plain, text), (there, found, other) = of("cpu"), of(platform)
     jax.tree.map(np.testing.assert_array_equal, there, fresh)
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6 * float(jnp.abs(theirs).max()))
+    all_close(found, plain)
     assert text != other  # another program, or nothing was compared
 
 
@@ -60,13 +59,50 @@ def test_a_bias_of_the_logits_is_the_same_on_a_tpu(rows):
     np.testing.assert_allclose(of("tpu"), of("cpu"), rtol=1e-5, atol=1e-5)
 
 
-def test_attention_among_the_cells_of_a_map_is_the_same_on_a_tpu():
-    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 24))
-    attention = GridAttention(heads=3)
-    params = attention.init(jax.random.key(1), x)
-    with platforms.compiled_for(mesh_of("tpu")):
-        found = attention.apply(params, x)
-    np.testing.assert_allclose(found, attention.apply(params, x), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("most", [2**28, 2**10], ids=["at once", "in parts"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("options", [{"position": "rpe"}, {}, {"scaled_query": True, "span": (7, 7)}])
+def test_attention_among_the_cells_of_a_map_is_the_same_by_rows(platform, options, most, monkeypatch):
+    monkeypatch.setattr(row_attention, "MOST", most)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 4, 24))
+    attention = GridAttention(heads=3, **options)
+    noisy = lambda p: p + 0.3 * jax.random.normal(jax.random.key(2), p.shape)  # tables are zero at first
+    params = jax.tree.map(noisy, attention.init(jax.random.key(1), x))
+
+    def of(where):
+        with platforms.compiled_for(mesh_of(where)):
+            return jax.value_and_grad(lambda params, x: jnp.square(attention.apply(params, x)).sum(), (0, 1))(params, x)
+
+    all_close(of(platform), of("cpu"))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_a_large_grid_without_a_table_of_its_pairs_is_the_same(platform):
+    sides = 5, 7
+    x = jax.random.normal(jax.random.key(0), (2, 36, 24))
+    block, table, grid = Block(heads=3, relative=True), jnp.asarray(irpe.bucket_table(sides)), irpe.Grid(*sides)
+    params = block.init(jax.random.key(1), x, table)
+    noisy = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(2), p.shape), params)
+
+    def of(where, buckets):
+        with platforms.compiled_for(mesh_of(where)):
+            jax.tree.map(np.testing.assert_array_equal, block.init(jax.random.key(1), x, buckets), params)
+            loss = lambda params, x: jnp.square(block.apply(params, x, buckets)).sum()
+            return jax.value_and_grad(loss, (0, 1))(noisy, x)
+
+    all_close(of(platform, grid), of("cpu", table))
+    looked_at = lambda buckets: block.apply(noisy, x, buckets, mutable=["intermediates"])[1]
+    jax.tree.map(np.testing.assert_array_equal, looked_at(grid), looked_at(table))
+
+
+def test_grids_have_a_table_up_to_256_cells():
+    np.testing.assert_array_equal(irpe.buckets_of((16, 16)), irpe.bucket_table((16, 16)))
+    assert irpe.buckets_of((16, 17)) == irpe.Grid(16, 17)
+
+
+def all_close(found, wanted):
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=4e-6 * float(jnp.abs(theirs).max()))
 
 
 def test_heads_share_a_product_that_fits_the_lanes():

@@ -11,12 +11,12 @@ import numpy as np
 from einops import rearrange
 
 from mim_jax import platforms
-from mim_jax.models import irpe
+from mim_jax.models import irpe, row_attention
 from mim_jax.models.bilinear import bilinear_matrix
 from mim_jax.models.layers import Dense
 from mim_jax.models.self_attention import Attention
 
-TOGETHER = 1024  # queries whose logits are in memory at a time: those of 4096 cells and 12 heads are .8 GB
+TOGETHER = 1024  # queries whose logits are in memory at a time on a CPU: those of 4096 cells and 12 heads are .8 GB
 
 
 class GridAttention(Attention):
@@ -39,9 +39,15 @@ class GridAttention(Attention):
         own = functools.partial(Decomposed, self.span or (rows, columns), self.scaled_query)
         kind = own if self.position == "decomposed" else Buckets
         by_row, by_column, *table = kind(dtype=self.dtype, name="rpe_k")(q.shape[-1], (rows, columns))
-        some = functools.partial(attended, k=k, v=v, by_column=by_column, table=table)
         q = rearrange(q, "r h (y x) e -> y r h x e", y=rows)
-        out = in_chunks(some, (q, by_row), max(1, TOGETHER // columns))
+        if platforms.current() == "cpu":
+            some = functools.partial(attended, k=k, v=v, by_column=by_column, table=table)
+            out = in_chunks(some, (q, by_row), max(1, TOGETHER // columns))
+        elif table:
+            relation = row_attention.by_bucket(q, *table, by_row, by_column)
+            out = row_attention.attention(q * q.shape[-1] ** -0.5, k.mT, v, *relation)
+        else:
+            out = row_attention.attention(*row_attention.by_axis(q, k, by_row, by_column), v)
         out = rearrange(out, "y r h x e -> r (y x) (h e)")
         return rearrange(Dense(width, self.dtype, name="proj")(out), "r (y x) d -> r y x d", y=rows)
 
@@ -95,7 +101,7 @@ class Buckets(nn.Module):
     @nn.compact
     def __call__(self, e: int, grid):
         table = self.param("table", nn.initializers.zeros, (e, irpe.CLS_BUCKET)).astype(self.dtype)
-        rows, columns = (jnp.asarray(index_of_offset(side), self.dtype) for side in grid)
+        rows, columns = (jnp.asarray(irpe.one_hot_index(side), self.dtype) for side in grid)
         return rows, columns, table.reshape(e, irpe.SIDE, irpe.SIDE)
 
 
@@ -104,12 +110,6 @@ def bucketed(q, rows, columns, table):
     of_bucket = jnp.einsum("yrhxe,eab->rhyxab", q, table, preferred_element_type=jnp.float32)
     by_key_row = jnp.einsum("rhyxab,yka->rhyxkb", of_bucket, rows)
     return jnp.einsum("rhyxkb,xlb->rhyxkl", by_key_row, columns, preferred_element_type=jnp.float32)
-
-
-def index_of_offset(side: int) -> np.ndarray:
-    """-> [side side 7]: one-hot iRPE index of query minus key."""
-    at = np.arange(side)
-    return np.eye(irpe.SIDE, dtype=np.float32)[irpe.piecewise_index(at[:, None] - at) + irpe.REACH]
 
 
 def by_offset(table, old: int, new: int):

@@ -3,6 +3,7 @@
 logits += q . table[:, bucket(i, j)], with the *unscaled* q. One table per layer, [head_dim, 50].
 """
 
+import flax.struct
 import numpy as np
 
 ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2  # ratio 1.9: alpha, 2 alpha, 8 alpha
@@ -10,6 +11,19 @@ REACH = 3  # the piecewise index lies in [-3, 3]
 SIDE = 2 * REACH + 1
 CLS_BUCKET = SIDE * SIDE
 BUCKETS = CLS_BUCKET + 1
+LARGEST = 256  # cells of a grid of whose pairs a table is made
+
+
+@flax.struct.dataclass
+class Grid:
+    """Of a larger grid with cls, in place of its table: how many rows and columns it has."""
+
+    rows: int = flax.struct.field(pytree_node=False)
+    columns: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.rows, self.columns
 
 
 def piecewise_index(offset) -> np.ndarray:
@@ -28,3 +42,14 @@ def bucket_table(grid, cls: bool = True) -> np.ndarray:
     c = piecewise_index(column[:, None] - column[None, :])
     table = (r + REACH) * SIDE + (c + REACH)
     return np.pad(table, ((1, 0), (1, 0)), constant_values=CLS_BUCKET) if cls else table
+
+
+def buckets_of(grid) -> np.ndarray | Grid:
+    """What attention is told of all pairs of cls and the cells of a grid: the table, or the sides of a large one."""
+    return bucket_table(grid) if grid[0] * grid[1] <= LARGEST else Grid(*grid)
+
+
+def one_hot_index(side: int) -> np.ndarray:
+    """-> float32 [side side 7]: the piecewise index of query minus key along an axis."""
+    at = np.arange(side)
+    return np.eye(SIDE, dtype=np.float32)[piecewise_index(at[:, None] - at) + REACH]

@@ -10,14 +10,15 @@ from einops import rearrange
 
 from mim_jax import platforms
 from mim_jax.config import ConfigError
-from mim_jax.models import irpe, lane_attention, relative_bias
+from mim_jax.models import irpe, lane_attention, relative_bias, row_attention
 from mim_jax.models.layers import Dense
 
 
 class Attention(nn.Module):
     """[r n d], buckets, bias -> [r n d].
 
-    `buckets` is None (no iRPE), one table [n n] for all rows, or a table per row [r n n]. `bias` is None, a matrix [heads n n]
+    `buckets` is None (no iRPE), one table [n n] for all rows, or a table per row [r n n]; or an irpe.Grid, whose tokens are cls
+    and all cells of a grid too large for a table. `bias` is None, a matrix [heads n n]
     or [r heads n n], or, with `own_bias`, a RelativeBias to make one of this layer's own table. `qkv_bias` "qv": a bias on
     queries and values only (BEiT), since one on keys changes no softmax.
     """
@@ -34,6 +35,10 @@ class Attention(nn.Module):
         if width % self.heads:
             raise ConfigError(f"width {width} is not divisible by {self.heads} heads")
         head_dim = width // self.heads
+        if isinstance(buckets, irpe.Grid):
+            if not self.is_mutable_collection("intermediates"):
+                return self.by_rows(x, buckets)
+            buckets = jnp.asarray(irpe.bucket_table(buckets.sides))  # for weights that are to be looked at
         if platforms.current() == "tpu" and self.takes_lanes(buckets):
             return self.by_lanes(x, buckets, bias)
         q, k, v = self.projected(x)
@@ -67,6 +72,13 @@ class Attention(nn.Module):
         keys = RelativeKeys(x.shape[-1] // self.heads, self.dtype, name="rpe_k")(None, buckets) if self.relative else None
         out = lane_attention.attention(q, k, v, keys, bias, group)
         return Dense(x.shape[-1], self.dtype, name="proj")(out, from_heads, x.shape[-1])
+
+    def by_rows(self, x, grid: irpe.Grid):
+        """The same on a large grid: the relation of two tokens as a product, row by row."""
+        q, k, v = self.projected(x, self.heads if platforms.current() == "tpu" else 0)
+        table = RelativeKeys(q.shape[-1], self.dtype, name="rpe_k")(None, None)
+        out = row_attention.among_cls_and_cells(q, k, v, table, grid.sides)
+        return Dense(x.shape[-1], self.dtype, name="proj")(rearrange(out, "r h n e -> r n (h e)"))
 
     def projected(self, x, groups: int = 0):
         """[r n d] -> queries, keys, values [r h n e], or of `groups` of heads [r groups n x].
@@ -102,7 +114,7 @@ def from_heads(x, kernel, bias):
 class RelativeKeys(nn.Module):
     """[r h n e], buckets -> [r h n n] float32: q . table[:, bucket(i, j)], one table shared by the heads.
 
-    Without q: the keys themselves [e n n], of one table of buckets for all rows.
+    Without q: the keys themselves [e n n], of one table of buckets for all rows. Without buckets: the table [e buckets].
     """
 
     head_dim: int
@@ -111,6 +123,8 @@ class RelativeKeys(nn.Module):
     @nn.compact
     def __call__(self, q, buckets):
         table = self.param("table", nn.initializers.zeros, (self.head_dim, irpe.BUCKETS)).astype(self.dtype)
+        if buckets is None:
+            return table
         if q is None:
             return pair_keys(table, buckets)
         if buckets.ndim == 2:
@@ -126,10 +140,10 @@ def pair_keys(table, buckets):
     """[e buckets], [n n] -> [e n n]: the table's column for every pair of tokens.
 
     As a product with one-hot columns, whose gradient sums in a fixed order: a gather's would be a scatter with
-    repeated indices, which a GPU adds up in any order, and a resumed run would differ in its last bits. Grids beyond
-    256 tokens gather all the same, the one-hot columns being 50 times their square.
+    repeated indices, which a GPU adds up in any order, and a resumed run would differ in its last bits. Of larger grids
+    only the weights are asked for this way, and they gather, the one-hot columns being 50 times their square.
     """
-    if buckets.shape[0] > 257:
+    if buckets.shape[0] > irpe.LARGEST + 1:
         return jnp.take(table, buckets.reshape(-1), axis=1).reshape(table.shape[0], *buckets.shape)
     columns = jax.nn.one_hot(buckets, table.shape[1], axis=0, dtype=table.dtype)
     return jnp.einsum("eb,bij->eij", table, columns, precision=jax.lax.Precision.HIGHEST)

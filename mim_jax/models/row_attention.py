@@ -1,0 +1,124 @@
+"""Attention of many queries, row by row of a map: softmax(q k + c . o) v, where c . o is the relation of two tokens.
+
+A relation that factors into rows and columns is a product too: of a query's coefficients c with keys o that are one-hot, so
+that it needs neither a table of all pairs nor an array whose axes are merged afterwards, which a TPU does by copying. Rows are
+the outermost axis, in which these keys differ. The gradient is that of lane_attention: what the exponential was is kept in the
+compute type, and the gradient of the logits needs no second pass over them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from mim_jax.models import irpe
+
+MOST = 2**28  # logits in memory at a time: a gibibyte, and 4096 tokens of 12 heads
+
+
+def attention(q, k, v, coefficients=None, keys=None):
+    """q [y r h x e], scaled; k [r h e n]; v [r h n d]; coefficients [y r h x p] of keys [y p n], constants -> [y r h x d]."""
+    y, *rest = q.shape[:4]
+    each = rest[0] * rest[1] * rest[2] * k.shape[3]
+    fits = max(1, MOST // each)
+    size = next(n for n in range(min(fits, y), 0, -1) if y % n == 0)
+    some = lambda part: _attention(part[0], k, v, *part[1:])
+    if size == y:
+        return some((q, coefficients, keys))
+    split = jax.tree.map(lambda x: x.reshape(y // size, size, *x.shape[1:]), (q, coefficients, keys))
+    out = jax.lax.map(some, split)
+    return out.reshape(y, *out.shape[2:])
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _attention(q, k, v, coefficients, keys):
+    return _forward(q, k, v, coefficients, keys)[0]
+
+
+def _forward(q, k, v, coefficients, keys):
+    logits = _product("yrhxe,rhen->yrhxn", q, k)
+    if keys is not None:
+        logits = logits + _product("yrhxp,ypn->yrhxn", coefficients, keys)
+    e = jnp.exp(logits - logits.max(-1, keepdims=True))
+    inverse = 1 / e.sum(-1, keepdims=True)
+    e = jax.lax.optimization_barrier(e.astype(v.dtype))
+    out = (_product("yrhxn,rhnd->yrhxd", e, v) * inverse).astype(v.dtype)
+    return out, (q, k, v, coefficients, keys, e, inverse, out)
+
+
+def _backward(kept, g):
+    q, k, v, coefficients, keys, e, inverse, out = kept
+    g = g.astype(jnp.float32) * inverse
+    sums = (g * out.astype(jnp.float32)).sum(-1, keepdims=True)
+    g = g.astype(v.dtype)
+    dv = jnp.einsum("yrhxn,yrhxd->rhnd", e, g)
+    dlogits = e.astype(jnp.float32) * (_product("yrhxd,rhnd->yrhxn", g, v) - sums)
+    dlogits = jax.lax.optimization_barrier(dlogits.astype(v.dtype))
+    dq = jnp.einsum("yrhxn,rhen->yrhxe", dlogits, k)
+    dk = jnp.einsum("yrhxn,yrhxe->rhen", dlogits, q)
+    if keys is None:
+        return dq, dk, dv, None, None
+    return dq, dk, dv, jnp.einsum("yrhxn,ypn->yrhxp", dlogits, keys), jnp.zeros_like(keys)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def of_cells(rows: int, columns: int, dtype):
+    """-> one-hot [rows n], [columns n]: in which row and which column each of the n cells is."""
+    cell = jnp.arange(rows * columns)
+    return [
+        (jnp.arange(side)[:, None] == at).astype(dtype) for side, at in ((rows, cell // columns), (columns, cell % columns))
+    ]
+
+
+def by_axis(q, k, of_row, of_column):
+    """ViTDet's relative positions: logits += q . of_row[query row, key row] + q . of_column[query column, key column].
+
+    q [y r h x e], k [r h n e], of_row [y k e], of_column [x l e] -> queries [y r h x e+k+l] and keys [r h e+k+l n], q scaled.
+    """
+    rows, columns = of_row.shape[1], of_column.shape[1]
+    own = _product("yrhxe,yke->yrhxk", q, of_row), _product("yrhxe,xle->yrhxl", q, of_column)
+    queries = jnp.concatenate([q * q.shape[-1] ** -0.5, *(x.astype(q.dtype) for x in own)], -1)
+    cells = jnp.concatenate(of_cells(rows, columns, k.dtype))
+    return queries, jnp.concatenate([k.mT, jnp.broadcast_to(cells, (*k.shape[:2], *cells.shape))], 2)
+
+
+def by_bucket(q, table, of_row, of_column):
+    """iRPE's term: logits += q . table[bucket of query and key], with the unscaled q.
+
+    q [y r h x e], table [e 7 7], one-hot indices of_row [y k 7], of_column [x l 7] -> coefficients [y r h x 7l] and keys
+    [y 7l n]: those of a query's own column meet the row index of each key.
+    """
+    rows, columns = of_row.shape[1], of_column.shape[1]
+    of_pair = _product("yrhxe,eab->yrhxab", q, table).astype(q.dtype)
+    own = jnp.einsum("yrhxab,xlb->yrhxal", of_pair, of_column)
+    row, column = of_cells(rows, columns, q.dtype)
+    keys = jnp.einsum("yka,kn->yan", of_row, row)[:, :, None] * column
+    return rearrange(own, "y r h x a l -> y r h x (a l)"), rearrange(keys, "y a l n -> y (a l) n")
+
+
+def among_cls_and_cells(q, k, v, table, grid):
+    """q, k, v [r h 1+n e], cls first, table [e 50] of iRPE -> [r h 1+n e], among cls and the n cells of a grid (rows, columns).
+
+    cls is a row of queries before the others, padded to their length; the bucket of pairs with cls is one more coefficient.
+    """
+    rows, columns = grid
+    first = jnp.pad(q[:, :, :1], ((0, 0), (0, 0), (0, columns - 1), (0, 0)))
+    q = rearrange(jnp.concatenate([first, q[:, :, 1:]], 2), "r h (y x) e -> y r h x e", x=columns)
+    of_row, of_column = (jnp.asarray(irpe.one_hot_index(side), q.dtype) for side in grid)
+    among_cells = table[:, : irpe.CLS_BUCKET].reshape(-1, irpe.SIDE, irpe.SIDE)
+    coefficients, keys = by_bucket(q, among_cells, of_row, of_column)
+    with_cls = np.zeros((1 + rows, 1, 1 + rows * columns), bool)
+    with_cls[0], with_cls[:, :, 0] = True, True
+    keys = jnp.concatenate([jnp.pad(keys, ((1, 0), (0, 0), (1, 0))), jnp.asarray(with_cls, q.dtype)], 1)
+    more = _product("yrhxe,eb->yrhxb", q, table[:, irpe.CLS_BUCKET :]).astype(q.dtype)
+    coefficients = jnp.concatenate([coefficients, more], -1)
+    out = attention(q * q.shape[-1] ** -0.5, k.mT, v, coefficients, keys)
+    out = rearrange(out, "y r h x e -> r h (y x) e")
+    return jnp.concatenate([out[:, :, :1], out[:, :, columns:]], 2)
