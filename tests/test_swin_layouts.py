@@ -7,15 +7,18 @@ import pytest
 from test_platforms import mesh_of
 
 from mim_jax import platforms
+from mim_jax.models import window_attention
 from mim_jax.models.swin import Stage
 from mim_jax.models.window_attention import WindowLayout
 from mim_jax.tokens import visible
 
 
-@pytest.mark.parametrize("hidden", [True, False])
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_windows_of_a_swin_are_the_same_on_every_platform(platform, hidden):
-    """Two stages on 6 x 3 units, shifted windows of 3 x 3 too, by windows and as one sequence."""
+@pytest.mark.parametrize(
+    "platform, hidden, long", [("tpu", True, 128), ("tpu", True, 8), ("tpu", False, 128), ("cuda", True, 128)]
+)
+def test_windows_of_a_swin_are_the_same_on_every_platform(platform, hidden, long, monkeypatch):
+    """Two stages on 6 x 3 units, shifted windows of 3 x 3 too, by windows and as one sequence, of 16 tokens in the first."""
+    monkeypatch.setattr(window_attention, "LONG", long)
     stages = [Stage((6, 3), side, 2, 3, (0.0, 0.0)) for side in (2, 1)]
     noise = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
     xs = [noise(side, 2, 4 if hidden else 18, side, side, 8) for side in (2, 1)]

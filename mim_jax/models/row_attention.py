@@ -18,13 +18,16 @@ from mim_jax.models import irpe
 MOST = 2**28  # logits in memory at a time: a gibibyte, and 4096 tokens of 12 heads
 
 
-def attention(q, k, v, coefficients=None, keys=None):
-    """q [y r h x e], scaled; k [r h e n]; v [r h n d]; coefficients [y r h x p] of keys [y p n], constants -> [y r h x d]."""
+def attention(q, k, v, coefficients=None, keys=None, apart=None):
+    """q [y r h x e], scaled; k [r h e n]; v [r h n d]; coefficients [y r h x p] of keys [y p n], constants -> [y r h x d].
+
+    apart: bool that broadcasts to [r h x n], pairs that do not see each other.
+    """
     y, *rest = q.shape[:4]
     each = rest[0] * rest[1] * rest[2] * k.shape[3]
     fits = max(1, MOST // each)
     size = next(n for n in range(min(fits, y), 0, -1) if y % n == 0)
-    some = lambda part: _attention(part[0], k, v, *part[1:])
+    some = lambda part: _attention(part[0], k, v, *part[1:], apart)
     if size == y:
         return some((q, coefficients, keys))
     split = jax.tree.map(lambda x: x.reshape(y // size, size, *x.shape[1:]), (q, coefficients, keys))
@@ -36,14 +39,16 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
-def _attention(q, k, v, coefficients, keys):
-    return _forward(q, k, v, coefficients, keys)[0]
+def _attention(q, k, v, coefficients, keys, apart):
+    return _forward(q, k, v, coefficients, keys, apart)[0]
 
 
-def _forward(q, k, v, coefficients, keys):
+def _forward(q, k, v, coefficients, keys, apart):
     logits = _product("yrhxe,rhen->yrhxn", q, k)
     if keys is not None:
         logits = logits + _product("yrhxp,ypn->yrhxn", coefficients, keys)
+    if apart is not None:
+        logits = jnp.where(apart, jnp.finfo(jnp.float32).min, logits)
     e = jnp.exp(logits - logits.max(-1, keepdims=True))
     inverse = 1 / e.sum(-1, keepdims=True)
     e = jax.lax.optimization_barrier(e.astype(v.dtype))
@@ -61,9 +66,8 @@ def _backward(kept, g):
     dlogits = jax.lax.optimization_barrier(dlogits.astype(v.dtype))
     dq = jnp.einsum("yrhxn,rhen->yrhxe", dlogits, k)
     dk = jnp.einsum("yrhxn,yrhxe->rhen", dlogits, q)
-    if keys is None:
-        return dq, dk, dv, None, None
-    return dq, dk, dv, jnp.einsum("yrhxn,ypn->yrhxp", dlogits, keys), jnp.zeros_like(keys)
+    dcoefficients = None if keys is None else jnp.einsum("yrhxn,ypn->yrhxp", dlogits, keys)
+    return dq, dk, dv, dcoefficients, None, None
 
 
 _attention.defvjp(_forward, _backward)

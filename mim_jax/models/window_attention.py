@@ -12,12 +12,15 @@ from einops import rearrange
 
 from mim_jax import platforms
 from mim_jax.config import ConfigError
+from mim_jax.models import row_attention
 from mim_jax.models.layers import Dense, token_init
 from mim_jax.models.relative_bias import bias_matrix, offsets
 from mim_jax.models.self_attention import from_heads, to_heads
 from mim_jax.tokens import Visible, keep, spread
 
 EXACT = jax.lax.Precision.HIGHEST  # of products that only pick: in float32 they are no less exact than a gather
+
+LONG = 128  # tokens; the pairs of longer sequences have a gradient of their own on a TPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +178,7 @@ class WindowAttention(nn.Module):
         """[b h n e] three times, the visible units [b u] -> [b h n e].
 
         The bias of a pair comes by two products, with the place of the query and with that of the key in their windows,
-        each of one 1 and zeros.
+        each of one 1 and zeros; of long sequences on a TPU the second is part of the product of queries and keys.
         """
         window, place = self.layout.of_tokens(ids)
         matrix = bias_matrix(table, self.layout.window)
@@ -183,9 +186,13 @@ class WindowAttention(nn.Module):
         matrix = jnp.pad(matrix, ((0, 0), (0, more), (0, more))).astype(self.dtype)
         places = jax.nn.one_hot(place, matrix.shape[-1], dtype=self.dtype)
         biases = jnp.einsum("bnp,hpq->bhnq", places, matrix, precision=EXACT)
+        same = window[:, None, :, None] == window[:, None, None, :]
+        if platforms.current() == "tpu" and q.shape[2] > LONG:
+            queries = jnp.concatenate([q * q.shape[-1] ** -0.5, biases], -1)
+            keys = jnp.concatenate([k, jnp.broadcast_to(places[:, None], (*k.shape[:3], places.shape[-1]))], -1)
+            return row_attention.attention(queries[None], keys.mT, v, apart=~same)[0]
         logits = jnp.einsum("bhie,bhje->bhij", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
         logits += jnp.einsum("bhiq,bjq->bhij", biases, places, precision=EXACT, preferred_element_type=jnp.float32)
-        same = window[:, None, :, None] == window[:, None, None, :]
         logits = jnp.where(same, logits, jnp.finfo(jnp.float32).min)
         # Divided after the product: e numbers of a token instead of n.
         weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
