@@ -26,21 +26,22 @@ NOTE = (
     "ESTIMATES by the compilers of these devices, none of which was there: on TPU the cycles that libtpu expects, divided by "
     "the clock; on a GPU a roofline, which is a lower bound. Communication over all links, nothing of it hidden. Of the peak: "
     "model FLOPs of bf16. GiB: as the compiler assigns buffers, program included. Largest batch: images a device that were "
-    "compiled and fit (–: not looked for). Shares are of the time, copies a part of their own; hours: of the config's epochs "
-    "of ImageNet-1k on this slice or card, data and evaluation apart."
+    "compiled and fit (–: not looked for). Shares are of the time, copies a part of their own; hours: of the config's run on "
+    "this slice or card, its epochs of ImageNet-1k or its steps, data and evaluation apart."
 )
 
 
 def rows(runs: list[dict]) -> list[list[str]]:
     """Of reports of jobs/target_costs.py: a row for each config and target, targets side by side."""
     found = [(result, run) for run in runs for result in run["results"]]
-    found.sort(key=lambda x: (x[0]["method"] in ("finetune", "linprobe"), x[0]["config"], x[1]["target"]))
-    return [row(result, run["target"], run["provenance"]["settings"]["init_from"]) for result, run in found]
+    asked = lambda run: run["provenance"]["settings"]
+    found.sort(key=lambda x: (bool(asked(x[1])["init_from"]), x[0]["config"], x[1]["target"]))
+    return [row(result, run["target"], asked(run)) for result, run in found]
 
 
-def row(r: dict, target: str, init_from: str) -> list[str]:
-    encoder = os.path.basename(init_from) if r["method"] in ("finetune", "linprobe") else ""
-    name = f"`{os.path.basename(r['config'])}`" + f" of `{encoder}`" * bool(encoder)
+def row(r: dict, target: str, asked: dict) -> list[str]:
+    encoder = os.path.basename(asked["init_from"])
+    name = f"`{os.path.basename(r['config'])}`" + f" of `{encoder}`" * bool(encoder) + ", remat" * asked["remat"]
     memory = f"{r['memory_bytes'] / GIB:.1f}" + (" (does not fit)" if not r["fits"] else "")
     most = r.get("largest", {}).get("per_device")
     share = lambda part: f"{100 * r['shares'][part]:.0f} %"
