@@ -138,11 +138,21 @@ def estimates() -> str | None:
 
 def input_path() -> str | None:
     """What an image costs before it reaches the device. None: nothing recorded."""
-    if not (runs := load("input_cpu.json")):
+    return cost_of_input("input_cpu.json")
+
+
+def input_of_objects() -> str | None:
+    """What one with its objects costs. None: nothing recorded."""
+    return cost_of_input("input_coco_cpu.json")
+
+
+def cost_of_input(name: str) -> str | None:
+    if not (runs := load(name)):
         return None
     (run,) = runs
     cores = run["provenance"]["machine"]["cores"]
-    note = f"{run['images']} JPEGs, {run['mean_bytes'] / 1e3:.0f} KB on average, to {run['size']} px; {cores} CPU cores."
+    what = f" with {run['objects_per_image']:.1f} objects" if "objects_per_image" in run else ""
+    note = f"{run['images']} JPEGs{what}, {run['mean_bytes'] / 1e3:.0f} KB on average, to {run['size']} px; {cores} CPU cores."
     return table(data_tables.INPUT, data_tables.of_input(run)) + f"\n\n{note} Commits: {commits(runs)}."
 
 

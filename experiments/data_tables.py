@@ -9,6 +9,7 @@ WORDS = {
     "path": "training batches",
     "path_resize_on_device": "training batches, `data.resize=device`",
     "path_repeat_4": "training batches, `data.repeat=4`",
+    "path_objects": "training batches of detection",
 }
 INPUT = ("of one image", "CPU ms", "images/s of a core", "of the floor")
 STARTS = ("data", "images", "first start, s", "second start, s", "its peak, MB", "of that imports, MB")

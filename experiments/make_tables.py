@@ -22,6 +22,7 @@ TABLES = {
     "communication": cost_tables.communication,
     "against_torch": cost_tables.against_torch,
     "input": cost_tables.input_path,
+    "input_objects": cost_tables.input_of_objects,
     "starts": cost_tables.starts,
     "baselines": method_tables.baselines,
     "joined": method_tables.joined,

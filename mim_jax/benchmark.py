@@ -83,8 +83,10 @@ def report() -> tuple[dict, dict, str]:
             f"--{name} is {'not for --input, which measures images and no step' if INPUT.value else 'for --input'}"
         )
     if INPUT.value:
-        from mim_jax.data import input_costs
+        from mim_jax.data import input_costs, object_costs
 
+        if SOURCE.value == "coco":
+            return *object_costs.report(SIZE.value, PATH.value), "input_coco"
         return *input_costs.report(SIZE.value, SOURCE.value, PATH.value), "input"
     if not specs:
         raise ConfigError("give what is measured: --config=configs/lomar_vitb.py")

@@ -9,7 +9,7 @@ from PIL import Image
 from skimage import data as photographs
 
 from mim_jax.clock import Clock
-from mim_jax.data import augment, crops, decoding, device_bicubic, pil_bicubic, pipeline
+from mim_jax.data import augment, crops, decoding, device_bicubic, object_costs, pil_bicubic, pipeline
 from mim_jax.data.augment import DataError, RandomCrop
 from mim_jax.data.pipeline import TrainBatches
 from mim_jax.data.randaugment import RandAugment
@@ -235,3 +235,23 @@ def test_the_clock_tells_what_share_was_waited(monkeypatch):
     with clock.measure("data"):
         pass
     assert clock.rate(6) == (0.5, 0.2)
+
+
+def test_the_cost_of_images_with_objects_is_of_a_set_that_reads_as_coco(monkeypatch, tmp_path):
+    monkeypatch.setattr(object_costs, "IMAGES", 4)
+    for name, value in dict(BATCH=2, WARM=1, STEPS=2, ROUNDS=1).items():
+        monkeypatch.setattr(object_costs, name, value)
+    object_costs.made(str(tmp_path))
+    truth = open_source("coco", "train", path=str(tmp_path)).ground_truth()
+    assert len(truth["images"]) == 4 and len(truth["annotations"]) == 4 * object_costs.OBJECTS
+    for x, y, w, h in (each["bbox"] for each in truth["annotations"]):
+        assert 0 <= x < x + w <= 640 and 0 <= y < y + h <= 480 and w > 5 and h > 5
+    for path in (str(tmp_path), ""):
+        found, asked = object_costs.report(64, path)
+        assert asked["size"] == found["size"] == 64 and (found["images"], found["objects_per_image"]) == (
+            4,
+            object_costs.OBJECTS,
+        )
+        floor, whole = found["results"]
+        assert floor["share_of_floor"] == 1 and whole["part"] == "path_objects"
+        assert whole["images_per_second_per_core"] == pytest.approx(1e3 / whole["cpu_ms_per_image"])

@@ -35,19 +35,19 @@ class Held(Source):
         return {"image": self.images[item], "label": tf.constant(-1)}
 
 
-def made(count: int) -> list[bytes]:
-    """JPEGs of quality 90 of the photographs that scikit-image bundles, each cut and resized to MADE."""
+def made(count: int, sides: tuple[int, int] = MADE) -> list[bytes]:
+    """JPEGs of quality 90 of the photographs that scikit-image bundles, each cut and resized to `sides` (width, height)."""
     from PIL import Image
     from skimage import data
 
     photos, rng, found = [data.coffee(), data.astronaut(), data.chelsea(), data.rocket()], np.random.default_rng(0), []
     for i in range(count):
         photo = Image.fromarray(photos[i % len(photos)])
-        width = min(photo.width, photo.height * MADE[0] // MADE[1]) * rng.uniform(0.6, 1)
-        height = width * MADE[1] / MADE[0]
+        width = min(photo.width, photo.height * sides[0] // sides[1]) * rng.uniform(0.6, 1)
+        height = width * sides[1] / sides[0]
         x, y = rng.uniform(0, photo.width - width), rng.uniform(0, photo.height - height)
         stream = io.BytesIO()
-        photo.resize(MADE, Image.Resampling.BICUBIC, box=(x, y, x + width, y + height)).save(stream, "JPEG", quality=90)
+        photo.resize(sides, Image.Resampling.BICUBIC, box=(x, y, x + width, y + height)).save(stream, "JPEG", quality=90)
         found.append(stream.getvalue())
     return found
 
@@ -74,27 +74,60 @@ def report(size: int, source: str = "", path: str = "", split: str = "train") ->
     """-> numbers, settings. size: pixels of a side of the crops' results; `source`, `path`, `split`: see data.sources."""
     data = encoded(source, path, split)
     held = Held("held", split, len(data), (), 3, images=tf.constant(data))
-    ways = {**_parts(held, size), **_paths(held, size)}
+    results = in_turn({**_parts(held, size), **_paths(held, size)}, ROUNDS)
+    facts = {"images": len(data), "mean_bytes": float(np.mean([len(image) for image in data])), "size": size}
+    return {**facts, "results": results}, {"source": source, "split": split, "size": size, "rounds": ROUNDS}
+
+
+def in_turn(ways: dict, rounds: int) -> list[dict]:
+    """{name: () -> CPU seconds per image}, the floor first -> what each costs, the median over the rounds."""
     seconds = {name: [] for name in ways}
-    for i in range(ROUNDS + 1):  # the first, which builds the graphs, does not count
+    for i in range(rounds + 1):  # the first, which builds the graphs, does not count
         for name, way in ways.items():
             cost = way()
             if i:
                 seconds[name].append(cost)
     costs = {name: float(np.median(each)) for name, each in seconds.items()}
     floor = costs["decode_whole"]
-    results = [
+    return [
         {"part": name, "cpu_ms_per_image": 1e3 * cost, "images_per_second_per_core": 1 / cost, "share_of_floor": floor / cost}
         for name, cost in costs.items()
     ]
-    facts = {"images": len(data), "mean_bytes": float(np.mean([len(image) for image in data])), "size": size}
-    return {**facts, "results": results}, {"source": source, "split": split, "size": size, "rounds": ROUNDS}
 
 
 def _cost(run, images: int) -> float:
     start = time.process_time()
     run()
     return (time.process_time() - start) / images
+
+
+def timed_part(held: Held, part):
+    """part: int64 [] -> anything of that image -> () -> CPU seconds per image, in one thread."""
+    ds = tf.data.Dataset.range(held.num_examples).map(_plain(part), num_parallel_calls=1).batch(BATCH)
+    options = tf.data.Options()
+    options.threading.private_threadpool_size, options.autotune.enabled = 1, False
+    ds = ds.with_options(options)
+    return lambda: _cost(lambda: list(ds), held.num_examples)
+
+
+def timed_path(opened, batch_size: int, warm: int, steps: int):
+    """opened: () -> TrainBatches. -> () -> CPU seconds per image of whole batches, in as many threads as tf.data likes; the
+    first `warm`, until it is as far ahead of its reader as it will be, do not count."""
+
+    def cost():
+        batches = opened()
+        run = lambda first, last: [batches.batch(step) for step in range(first, last)]
+        run(0, warm)
+        found = _cost(lambda: run(warm, warm + steps), steps * batch_size)
+        batches.close()
+        return found
+
+    return cost
+
+
+def whole(held: Held):
+    """The floor: libjpeg-turbo's decoding and nothing else."""
+    return lambda i: tf.io.decode_jpeg(held.images[i], channels=3, dct_method="INTEGER_ACCURATE")[0, 0]
 
 
 def _parts(held: Held, size: int) -> dict:
@@ -119,37 +152,21 @@ def _parts(held: Held, size: int) -> dict:
         return tf.saturate_cast(tf.round(smooth), tf.uint8)
 
     parts = {
-        "decode_whole": lambda i: tf.io.decode_jpeg(held.images[i], channels=3, dct_method="INTEGER_ACCURATE")[0, 0],
+        "decode_whole": whole(held),
         "crop": lambda i: cut(i)[0, 0],
         "crop_resize": lambda i: seen(i)["image"][0, 0],
         "crop_resize_by_tensorflow": lambda i: by_tensorflow(i)[0, 0],
         "crop_resize_randaugment": lambda i: augmented(i)["image"][0, 0, 0],
     }
 
-    def timed(part):
-        ds = tf.data.Dataset.range(held.num_examples).map(_plain(part), num_parallel_calls=1).batch(BATCH)
-        options = tf.data.Options()
-        options.threading.private_threadpool_size, options.autotune.enabled = 1, False
-        ds = ds.with_options(options)
-        return lambda: _cost(lambda: list(ds), held.num_examples)
-
-    return {name: timed(part) for name, part in parts.items()}
+    return {name: timed_part(held, part) for name, part in parts.items()}
 
 
 def _paths(held: Held, size: int) -> dict:
     """{name: () -> CPU seconds per image} of whole training batches, in as many threads as tf.data likes."""
     ways = {"path": {}, "path_resize_on_device": {"unsized": True}, "path_repeat_4": {"repeat": 4}}
 
-    def timed(options):
-        batches = TrainBatches(held, batch_size=BATCH, size=(size, size), crop=RandomCrop(), seed=0, **options)
-        run = lambda first, last: [batches.batch(step) for step in range(first, last)]
+    def opened(options):
+        return lambda: TrainBatches(held, batch_size=BATCH, size=(size, size), crop=RandomCrop(), seed=0, **options)
 
-        def cost():
-            run(0, WARM)  # as far ahead of its reader as it will be
-            found = _cost(lambda: run(WARM, WARM + STEPS), STEPS * BATCH)
-            batches.close()
-            return found
-
-        return cost
-
-    return {name: timed(options) for name, options in ways.items()}
+    return {name: timed_path(opened(options), BATCH, WARM, STEPS) for name, options in ways.items()}
