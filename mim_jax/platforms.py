@@ -10,12 +10,17 @@ LAYOUTS = {
     "gpu": "GELU keeps one array for its gradient, attention of maps goes row by row",
     "cpu": "linear layers are products of two matrices",
 }
-_compiled_for = contextvars.ContextVar("compiled_for", default="")
+_compiled_for = contextvars.ContextVar("compiled_for", default=("", 1))
 
 
 def current() -> str:
     """cpu, gpu or tpu: of the mesh that is being traced for, else of this process."""
-    return _compiled_for.get() or jax.default_backend()
+    return _compiled_for.get()[0] or jax.default_backend()
+
+
+def devices() -> int:
+    """How many share the batch: of the mesh that is being traced for, else one."""
+    return _compiled_for.get()[1]
 
 
 def layouts() -> str:
@@ -27,7 +32,7 @@ def layouts() -> str:
 def compiled_for(mesh: jax.sharding.Mesh):
     """What is traced inside is for the devices of the mesh, which need not be here."""
     platform = mesh.devices.flat[0].platform
-    token = _compiled_for.set({"cuda": "gpu", "rocm": "gpu"}.get(platform, platform))
+    token = _compiled_for.set(({"cuda": "gpu", "rocm": "gpu"}.get(platform, platform), mesh.devices.size))
     try:
         yield
     finally:

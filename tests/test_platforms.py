@@ -16,9 +16,9 @@ from mim_jax.models.vit import Block
 TOKENS = 10
 
 
-def mesh_of(platform):
+def mesh_of(platform, count=1):
     """What is asked of a mesh here, since no such device is."""
-    return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
+    return types.SimpleNamespace(devices=np.array(count * [types.SimpleNamespace(platform=platform)]))
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
@@ -93,6 +93,17 @@ def test_a_large_grid_without_a_table_of_its_pairs_is_the_same(platform):
     all_close(of(platform, grid), of("cpu", table))
     looked_at = lambda buckets: block.apply(noisy, x, buckets, mutable=["intermediates"])[1]
     jax.tree.map(np.testing.assert_array_equal, looked_at(grid), looked_at(table))
+
+
+def test_all_devices_of_a_mesh_have_room_for_logits(monkeypatch):
+    monkeypatch.setattr(row_attention, "MOST", 2 * 4 * 3 * 4 * 24)  # those of two rows of queries of all images
+    x = jax.ShapeDtypeStruct((4, 6, 4, 24), jnp.float32)
+    attention, parts = GridAttention(heads=3), {}
+    for count in (1, 4):
+        with platforms.compiled_for(mesh_of("tpu", count)):
+            params = jax.eval_shape(attention.init, jax.random.key(0), x)
+            parts[count] = "scan" in str(jax.make_jaxpr(attention.apply)(params, x))
+    assert parts == {1: True, 4: False} and platforms.devices() == 1
 
 
 def test_grids_have_a_table_up_to_256_cells():

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from mim_jax import platforms
 from mim_jax.models import irpe
 
-MOST = 2**28  # logits in memory at a time: a gibibyte, and 4096 tokens of 12 heads
+MOST = 2**28  # logits in the memory of a device at a time: a gibibyte, and 4096 tokens of 12 heads
 
 
 def attention(q, k, v, coefficients=None, keys=None, apart=None):
@@ -25,7 +26,7 @@ def attention(q, k, v, coefficients=None, keys=None, apart=None):
     """
     y, *rest = q.shape[:4]
     each = rest[0] * rest[1] * rest[2] * k.shape[3]
-    fits = max(1, MOST // each)
+    fits = max(1, MOST * platforms.devices() // each)
     size = next(n for n in range(min(fits, y), 0, -1) if y % n == 0)
     some = lambda part: _attention(part[0], k, v, *part[1:], apart)
     if size == y:
