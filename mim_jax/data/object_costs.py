@@ -10,7 +10,8 @@ import tempfile
 import numpy as np
 import tensorflow as tf
 
-from mim_jax.data import input_costs
+from mim_jax.data import decoding, input_costs
+from mim_jax.data.augment import DataError
 from mim_jax.data.input_costs import Held
 from mim_jax.data.object_source import ObjectSource
 from mim_jax.data.pipeline import TrainBatches
@@ -56,8 +57,11 @@ def report(size: int, path: str = "", split: str = "train") -> tuple[dict, dict]
 
 def measured(source: ObjectSource, size: int) -> dict:
     ids = np.linspace(0, source.num_examples - 1, min(IMAGES, source.num_examples)).astype(np.int64)
-    picked = source.take(ids)
-    data = [picked.load(i)["image"].numpy() for i in range(picked.num_examples)]
+    encoded = [source.load(i)["image"].numpy() for i in ids]
+    jpeg = [decoding.jpeg_sides(data) is not None for data in encoded]
+    if not any(jpeg):
+        raise DataError(f"{source.name}: none of {len(ids)} images is a JPEG, of which alone there is a floor.")
+    picked, data = source.take(ids[jpeg]), [each for each, good in zip(encoded, jpeg) if good]
     held = Held("held", source.split, len(data), (), 3, images=tf.constant(data))
     jitter = ScaleJitter({number: k for k, number in enumerate(source.category_ids)})
     batches = dict(size=(size, size), batch_size=BATCH, crop=jitter, seed=0)

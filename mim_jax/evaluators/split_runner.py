@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from mim_jax import sharding
+from mim_jax import platforms, sharding
 from mim_jax.config import ConfigError
 
 
@@ -16,7 +16,9 @@ class SplitRunner:
 
     def __init__(self, fn, mesh, batches, num_examples: int, keep_unread: bool = False):
         def with_valid(variables, batch):
-            return {**fn(variables, batch), "valid": batch["valid"], "unread": ~batch["valid"] & (batch.get("id", -1) >= 0)}
+            with platforms.compiled_for(mesh):
+                found = fn(variables, batch)
+            return {**found, "valid": batch["valid"], "unread": ~batch["valid"] & (batch.get("id", -1) >= 0)}
 
         self._fn = jax.jit(with_valid, out_shardings=sharding.replicated(mesh))
         self._mesh, self._batches, self.num_examples, self._keep_unread = mesh, batches, num_examples, keep_unread

@@ -26,17 +26,19 @@ def attention(q, k, v, coefficients=None, keys=None, apart=None):
     """
     y, *rest = q.shape[:4]
     each = rest[0] * rest[1] * rest[2] * k.shape[3]
-    fits = max(1, MOST * platforms.devices() // each)
-    size = next(n for n in range(min(fits, y), 0, -1) if y % n == 0)
+    parts = -(-y // max(1, MOST * platforms.devices() // each))
     some = lambda part: _attention(part[0], k, v, *part[1:], apart)
-    if size == y:
+    if parts == 1:
         return some((q, coefficients, keys))
-    split = jax.tree.map(lambda x: x.reshape(y // size, size, *x.shape[1:]), (q, coefficients, keys))
+    size = -(-y // parts)
+    padded = lambda x: jnp.pad(x, ((0, parts * size - y), *[(0, 0)] * (x.ndim - 1)))  # with queries of zeros
+    split = jax.tree.map(lambda x: padded(x).reshape(parts, size, *x.shape[1:]), (q, coefficients, keys))
     out = jax.lax.map(some, split)
-    return out.reshape(y, *out.shape[2:])
+    return out.reshape(parts * size, *out.shape[2:])[:y]
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+_EXACT = jax.lax.Precision.HIGHEST  # of products that only pick, where float32 would be rounded
 
 
 @jax.custom_vjp
@@ -47,7 +49,7 @@ def _attention(q, k, v, coefficients, keys, apart):
 def _forward(q, k, v, coefficients, keys, apart):
     logits = _product("yrhxe,rhen->yrhxn", q, k)
     if keys is not None:
-        logits = logits + _product("yrhxp,ypn->yrhxn", coefficients, keys)
+        logits = logits + _product("yrhxp,ypn->yrhxn", coefficients, keys, precision=_EXACT)
     if apart is not None:
         logits = jnp.where(apart, jnp.finfo(jnp.float32).min, logits)
     e = jnp.exp(logits - logits.max(-1, keepdims=True))
@@ -67,7 +69,7 @@ def _backward(kept, g):
     dlogits = jax.lax.optimization_barrier(dlogits.astype(v.dtype))
     dq = jnp.einsum("yrhxn,rhen->yrhxe", dlogits, k)
     dk = jnp.einsum("yrhxn,yrhxe->rhen", dlogits, q)
-    dcoefficients = None if keys is None else jnp.einsum("yrhxn,ypn->yrhxp", dlogits, keys)
+    dcoefficients = None if keys is None else jnp.einsum("yrhxn,ypn->yrhxp", dlogits, keys, precision=_EXACT)
     return dq, dk, dv, dcoefficients, None, None
 
 
@@ -102,14 +104,14 @@ def by_bucket(q, table, of_row, of_column):
     """
     rows, columns = of_row.shape[1], of_column.shape[1]
     of_pair = _product("yrhxe,eab->yrhxab", q, table).astype(q.dtype)
-    own = jnp.einsum("yrhxab,xlb->yrhxal", of_pair, of_column)
+    own = jnp.einsum("yrhxab,xlb->yrhxal", of_pair, of_column, precision=_EXACT)
     row, column = of_cells(rows, columns, q.dtype)
-    keys = jnp.einsum("yka,kn->yan", of_row, row)[:, :, None] * column
+    keys = jnp.einsum("yka,kn->yan", of_row, row, precision=_EXACT)[:, :, None] * column
     return rearrange(own, "y r h x a l -> y r h x (a l)"), rearrange(keys, "y a l n -> y (a l) n")
 
 
 def among_cls_and_cells(q, k, v, table, grid):
-    """q, k, v [r h 1+n e], cls first, table [e 50] of iRPE -> [r h 1+n e], among cls and the n cells of a grid (rows, columns).
+    """q, unscaled, k, v [r h 1+n e], cls first, table [e 50] of iRPE -> [r h 1+n e], among cls and all cells of a grid.
 
     cls is a row of queries before the others, padded to their length; the bucket of pairs with cls is one more coefficient.
     """

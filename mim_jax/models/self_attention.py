@@ -18,9 +18,9 @@ class Attention(nn.Module):
     """[r n d], buckets, bias -> [r n d].
 
     `buckets` is None (no iRPE), one table [n n] for all rows, or a table per row [r n n]; or an irpe.Grid, whose tokens are cls
-    and all cells of a grid too large for a table. `bias` is None, a matrix [heads n n]
-    or [r heads n n], or, with `own_bias`, a RelativeBias to make one of this layer's own table. `qkv_bias` "qv": a bias on
-    queries and values only (BEiT), since one on keys changes no softmax.
+    and all cells of a grid too large for a table. `bias` is None, a matrix [heads n n] or [r heads n n], or, with
+    `own_bias`, a RelativeBias to make one of this layer's own table. `qkv_bias` "qv": a bias on queries and values only
+    (BEiT), since one on keys changes no softmax.
     """
 
     heads: int

@@ -187,7 +187,7 @@ class WindowAttention(nn.Module):
         places = jax.nn.one_hot(place, matrix.shape[-1], dtype=self.dtype)
         biases = jnp.einsum("bnp,hpq->bhnq", places, matrix, precision=EXACT)
         same = window[:, None, :, None] == window[:, None, None, :]
-        if platforms.current() == "tpu" and q.shape[2] > LONG:
+        if platforms.current() == "tpu" and q.shape[2] > LONG:  # in float32 its products round the biases as q and k
             queries = jnp.concatenate([q * q.shape[-1] ** -0.5, biases], -1)
             keys = jnp.concatenate([k, jnp.broadcast_to(places[:, None], (*k.shape[:3], places.shape[-1]))], -1)
             return row_attention.attention(queries[None], keys.mT, v, apart=~same)[0]
