@@ -3,6 +3,7 @@
 import os
 
 GIB = 2**30
+FROM_A_RUN = ("finetune", "linprobe", "detect", "segment")  # jobs that take the encoder of another
 HEAD = (
     "config",
     "target",
@@ -34,13 +35,12 @@ NOTE = (
 def rows(runs: list[dict]) -> list[list[str]]:
     """Of reports of jobs/target_costs.py: a row for each config and target, targets side by side."""
     found = [(result, run) for run in runs for result in run["results"]]
-    asked = lambda run: run["provenance"]["settings"]
-    found.sort(key=lambda x: (bool(asked(x[1])["init_from"]), x[0]["config"], x[1]["target"]))
-    return [row(result, run["target"], asked(run)) for result, run in found]
+    found.sort(key=lambda x: (x[0]["method"] in FROM_A_RUN, x[0]["config"], x[1]["target"]))
+    return [row(result, run["target"], run["provenance"]["settings"]) for result, run in found]
 
 
 def row(r: dict, target: str, asked: dict) -> list[str]:
-    encoder = os.path.basename(asked["init_from"])
+    encoder = os.path.basename(asked["init_from"]) if r["method"] in FROM_A_RUN else ""
     name = f"`{os.path.basename(r['config'])}`" + f" of `{encoder}`" * bool(encoder) + ", remat" * asked["remat"]
     memory = f"{r['memory_bytes'] / GIB:.1f}" + (" (does not fit)" if not r["fits"] else "")
     most = r.get("largest", {}).get("per_device")

@@ -43,7 +43,7 @@ def made(folder: str):
             )
     found = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
     with open(os.path.join(folder, "train.json"), "w") as file:
-        json.dump(found, file)
+        file.write(json.dumps(found))
 
 
 def report(size: int, path: str = "", split: str = "train") -> tuple[dict, dict]:
