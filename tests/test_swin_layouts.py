@@ -14,7 +14,8 @@ from mim_jax.tokens import visible
 
 
 @pytest.mark.parametrize(
-    "platform, hidden, long", [("tpu", True, 128), ("tpu", True, 8), ("tpu", False, 128), ("cuda", True, 128)]
+    "platform, hidden, long",
+    [("tpu", True, 128), ("tpu", True, 8), ("tpu", False, 128), ("cuda", True, 128), ("cuda", False, 128)],
 )
 def test_windows_of_a_swin_are_the_same_on_every_platform(platform, hidden, long, monkeypatch):
     """Two stages on 6 x 3 units, shifted windows of 3 x 3 too, by windows and as one sequence, of 16 tokens in the first."""

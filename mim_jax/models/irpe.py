@@ -16,14 +16,9 @@ LARGEST = 256  # cells of a grid of whose pairs a table is made
 
 @flax.struct.dataclass
 class Grid:
-    """Of a larger grid with cls, in place of its table: how many rows and columns it has."""
+    """Of a larger grid with cls, in place of its table: how many rows and columns it has. Static."""
 
-    rows: int = flax.struct.field(pytree_node=False)
-    columns: int = flax.struct.field(pytree_node=False)
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        return self.rows, self.columns
+    sides: tuple[int, int] = flax.struct.field(pytree_node=False)
 
 
 def piecewise_index(offset) -> np.ndarray:
@@ -46,7 +41,7 @@ def bucket_table(grid, cls: bool = True) -> np.ndarray:
 
 def buckets_of(grid) -> np.ndarray | Grid:
     """What attention is told of all pairs of cls and the cells of a grid: the table, or the sides of a large one."""
-    return bucket_table(grid) if grid[0] * grid[1] <= LARGEST else Grid(*grid)
+    return bucket_table(grid) if grid[0] * grid[1] <= LARGEST else Grid(tuple(grid))
 
 
 def one_hot_index(side: int) -> np.ndarray:

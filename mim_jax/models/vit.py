@@ -168,11 +168,11 @@ class ViT(Encoder):
         """-> iRPE's buckets, as Attention takes them, and the learned bias that blocks share or how to make their own, or None
         for what is not used."""
         buckets, bias = None, None
-        if self.relative:
+        if self.relative and ids is None:
             buckets = irpe.buckets_of(view)
-            if ids is not None:
-                there = jnp.pad(ids + 1, ((0, 0), (1, 0)))  # cls comes first
-                buckets = jnp.asarray(irpe.bucket_table(view))[there[:, :, None], there[:, None, :]]
+        elif self.relative:
+            there = jnp.pad(ids + 1, ((0, 0), (1, 0)))  # cls comes first
+            buckets = jnp.asarray(irpe.bucket_table(view))[there[:, :, None], there[:, None, :]]
         if self.position in ("shared_bias", *OWN_BIAS):
             bias = relative_bias.RelativeBias(self.grid, view, ids)
             bias = bias.of(self.relative_bias) if self.position == "shared_bias" else bias
