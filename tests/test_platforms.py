@@ -12,6 +12,7 @@ from mim_jax.models import irpe, lane_attention, row_attention
 from mim_jax.models.grid_attention import GridAttention
 from mim_jax.models.layers import lean_gelu
 from mim_jax.models.vit import Block
+from mim_jax.train.step import laid_out
 
 TOKENS = 10
 
@@ -117,6 +118,17 @@ def all_close(found, wanted, gap=4e-6):
     """gap: of the largest value, beside 1e-5 of each."""
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=gap * float(jnp.abs(theirs).max()))
+
+
+def test_gradients_lie_as_parameters_do_on_a_tpu():
+    grads = {"kernel": jnp.arange(6.0).reshape(2, 3), "scale": jnp.float32(2.0)}
+    texts = {}
+    for platform in ("cpu", "tpu"):
+        with platforms.compiled_for(mesh_of(platform)):
+            program = jax.jit(lambda grads: laid_out(grads))  # of its own: what was traced for a platform is kept
+            texts[platform] = program.lower(grads).as_text()
+            jax.tree.map(np.testing.assert_array_equal, program(grads), grads)
+    assert "LayoutConstraint" not in texts["cpu"] and texts["tpu"].count("@LayoutConstraint") == 2
 
 
 def test_heads_share_a_product_that_fits_the_lanes():

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from mim_jax import platforms, prng, sharding
 from mim_jax.train.state import TrainState, merge, moved
@@ -31,6 +32,7 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
             state = state.replace(teacher=moved(objective.teacher, state.teacher, state.params, state.step))
         key = prng.stream(seed, "dropout", state.step)
         loss, metrics, stats, grads = accumulate(objective, state, inputs, key, accumulation)
+        grads = laid_out(grads)
         with jax.named_scope("optimiser"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -53,6 +55,14 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
     # one sharding for every leaf of the batch: masks that come with it are split over images too
     where = (shardings, sharding.batch_sharding(mesh))
     return jax.jit(step, in_shardings=where, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
+
+
+def laid_out(grads):
+    """On a TPU as parameters and moments lie in the state, row by row: else these three are copied to the layout in which a
+    gradient comes out of its product, and back."""
+    if platforms.current() != "tpu":
+        return grads
+    return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), grads)
 
 
 def accumulate(objective, state, inputs: dict, key, accumulation: int):
