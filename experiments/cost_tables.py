@@ -71,6 +71,7 @@ def costs() -> str | None:
     for run in runs:
         origin = run["provenance"]
         column = f"{origin['device']['kind']}, {setting(run)}" + ", remat" * origin["settings"]["remat"]
+        column += ", scan" * origin["settings"].get("scan", False)
         for result in run["results"]:
             key = (max(result["image_size"]), without_size(result["config"]))
             found.setdefault(key, result)

@@ -41,7 +41,8 @@ def rows(runs: list[dict]) -> list[list[str]]:
 
 def row(r: dict, target: str, asked: dict) -> list[str]:
     encoder = os.path.basename(asked["init_from"]) if r["method"] in FROM_A_RUN else ""
-    name = f"`{os.path.basename(r['config'])}`" + f" of `{encoder}`" * bool(encoder) + ", remat" * asked["remat"]
+    how = ", remat" * asked["remat"] + ", scan" * asked.get("scan", False)  # reports from before there was a scan lack it
+    name = f"`{os.path.basename(r['config'])}`" + f" of `{encoder}`" * bool(encoder) + how
     memory = f"{r['memory_bytes'] / GIB:.1f}" + (" (does not fit)" if not r["fits"] else "")
     most = r.get("largest", {}).get("per_device")
     share = lambda part: f"{100 * r['shares'][part]:.0f} %"

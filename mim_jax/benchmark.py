@@ -25,6 +25,7 @@ BATCH = flags.DEFINE_integer("batch_size", 8, "images per step, of all devices; 
 STEPS = flags.DEFINE_integer("steps", 10, "measured steps of each config", lower_bound=1)
 DTYPE = flags.DEFINE_string("compute_dtype", "auto", "auto, float32 or bfloat16; auto is bfloat16 with --target")
 REMAT = flags.DEFINE_bool("remat", False, "recompute blocks in the backward pass")
+SCAN = flags.DEFINE_bool("scan", False, "run the blocks of a ViT as a loop (encoder.scan): less to compile")
 FSDP = flags.DEFINE_bool("fsdp", False, "shard parameters and moments")
 ACCUMULATION = flags.DEFINE_integer("accumulation", 1, "micro-batches of a step", lower_bound=1)
 INIT_FROM = flags.DEFINE_string("init_from", "", "for fine-tuning and probes: a run, or the config of one, with the encoder")
@@ -41,7 +42,8 @@ SOURCE = flags.DEFINE_string("source", "", "with --input: where images are, as d
 PATH = flags.DEFINE_string("path", "", "with --input: as data.path")
 SIZE = flags.DEFINE_integer("size", 224, "with --input: pixels of a side of the crops", lower_bound=1)
 INPUT_FLAGS = ("source", "path", "size")
-STEP_FLAGS = ("config", "batch_size", "steps", "compute_dtype", "remat", "fsdp", "accumulation", "init_from", "compile_only")
+STEP_FLAGS = ("config", "batch_size", "steps", "compute_dtype", "remat", "scan", "fsdp", "accumulation", "init_from",
+              "compile_only")  # fmt: skip
 OUT = flags.DEFINE_string(
     "out",
     "",
@@ -91,8 +93,8 @@ def report() -> tuple[dict, dict, str]:
     if not specs:
         raise ConfigError("give what is measured: --config=configs/lomar_vitb.py")
     names = "_vs_".join(name_of(spec) for spec in specs)
-    how = dict(compute_dtype=DTYPE.value, remat=REMAT.value, fsdp=FSDP.value, accumulation=ACCUMULATION.value)
-    how["init_from"] = INIT_FROM.value
+    how = dict(compute_dtype=DTYPE.value, remat=REMAT.value, scan=SCAN.value, fsdp=FSDP.value)
+    how |= dict(accumulation=ACCUMULATION.value, init_from=INIT_FROM.value)
     if TARGET.value:
         if not COMPILE_ONLY.value:
             raise ConfigError(f"--target={TARGET.value} is compiled for, never run: add --compile_only")

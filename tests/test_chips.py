@@ -49,6 +49,7 @@ ENTRY %main_spmd (param: bf16[8,4]) -> bf16[4,8] {{
   %start = (s32[], bf16[8,4]{{1,0}}) tuple(%zero, %param)
   %while.1 = (s32[], bf16[8,4]{{1,0}}) while(%start), condition=%condition, body=%body, backend_config={{"known_trip_count":{{"n":"3"}}}}
   %out = bf16[8,4]{{1,0}} get-tuple-element(%while.1), index=1
+  %room = bf16[12,8,4]{{2,1,0:T(8,128)(2,1)}} custom-call(), custom_call_target="AllocateBuffer"
   %copy.3 = bf16[4,8]{{0,1:T(8,128)(2,1)}} fusion(%out), kind=kLoop, calls=%fused_copy, metadata={{op_name="jit(step)/transpose(jvp(LoMaR))/encoder.encode/block_01/attn/transpose"}}, {CYCLES % 300}
   %all-reduce.1 = bf16[4,8]{{0,1}} all-reduce(%copy.3), channel_id=2, to_apply=%sum, metadata={{op_name="jit(step)/optimiser/add"}}
   ROOT %select.1 = bf16[4,8]{{0,1}} add(%all-reduce.1, %copy.3), metadata={{op_name="jit(step)/optimiser/jit(_where)/select_n"}}, {CYCLES % 100}
@@ -75,6 +76,15 @@ GPU_TEXT = """HloModule jit_step
   ROOT %exp.1 = bf16[4,16]{1,0} exponential(%slice.1)
 }
 
+%cut_and_put (p.0: f32[100,16], p.1: bf16[9,16], p.2: s32[]) -> f32[100,16] {
+  %p.0 = f32[100,16]{1,0} parameter(0)
+  %p.1 = bf16[9,16]{1,0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %one = bf16[1,16]{1,0} dynamic-slice(%p.1, %p.2, %p.2), dynamic_slice_sizes={1,16}
+  %wide = f32[1,16]{1,0} convert(%one)
+  ROOT %update.1 = f32[100,16]{1,0} dynamic-update-slice(%p.0, %wide, %p.2, %p.2)
+}
+
 %put (param_0.2: f32[100,16], param_1.2: f32[1,16], param_2: s32[]) -> f32[100,16] {
   %param_0.2 = f32[100,16]{1,0} parameter(0)
   %param_1.2 = f32[1,16]{1,0} parameter(1)
@@ -82,16 +92,18 @@ GPU_TEXT = """HloModule jit_step
   ROOT %update = f32[100,16]{1,0} dynamic-update-slice(%param_0.2, %param_1.2, %param_2, %param_2)
 }
 
-ENTRY %main (a: bf16[64,32], b: bf16[32,16], c: f32[100,16], d: f32[1,16], i: s32[]) -> f32[100,16] {
+ENTRY %main (a: bf16[64,32], b: bf16[32,16], c: f32[100,16], d: f32[1,16], i: s32[], e: bf16[9,16]) -> f32[100,16] {
   %a = bf16[64,32]{1,0} parameter(0)
   %b = bf16[32,16]{1,0} parameter(1)
   %c = f32[100,16]{1,0} parameter(2)
   %d = f32[1,16]{1,0} parameter(3)
   %i = s32[] parameter(4)
+  %e = bf16[9,16]{1,0} parameter(5)
   %gemm.1 = bf16[64,16]{1,0} fusion(%a, %b), kind=kCustom, calls=%gemm, metadata={op_name="jit(step)/jvp(MAE)/MAE.predict/decoder/block_00/attn/qkv/dot_general"}
   %blas = (f32[64,16]{1,0}, s8[128]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
   %cut.1 = bf16[4,16]{1,0} fusion(%gemm.1), kind=kLoop, calls=%cut, metadata={op_name="jit(step)/LocalMIM.targets/hog"}
-  ROOT %put.1 = f32[100,16]{1,0} fusion(%c, %d, %i), kind=kLoop, calls=%put
+  %put.1 = f32[100,16]{1,0} fusion(%c, %d, %i), kind=kLoop, calls=%put
+  ROOT %put.2 = f32[100,16]{1,0} fusion(%put.1, %e, %i), kind=kLoop, calls=%cut_and_put
 }
 """  # noqa: E501
 
@@ -151,6 +163,7 @@ def test_a_roofline_is_the_longer_of_bytes_and_products():
     assert moved["gemm.1"] == 2 * (64 * 32 + 32 * 16 + 64 * 16)
     assert moved["cut.1"] == 2 * 2 * 4 * 16  # the slice that is cut out, not what it is cut from
     assert moved["put.1"] == pytest.approx(2 * 64 + 64 + 4)  # in place: the array of 6400 bytes stays where it is
+    assert moved["put.2"] == pytest.approx(2 * 64 + 32 + 4)  # and of what is cut from, what is cut
     flops = 2 * 64 * 16 * 32
     assert program.flops(program.entry, here["gemm.1"]) == program.flops(program.entry, here["blas"]) == {"bf16": flops}
     fast = estimates.rows(GPU_TEXT, chip, 1)
@@ -161,6 +174,7 @@ def test_a_roofline_is_the_longer_of_bytes_and_products():
         ("decoder", True),
         ("other", False),
         ("target", False),
+        ("other", False),
         ("other", False),
     ]
 

@@ -214,16 +214,16 @@ def test_the_table_of_estimates_says_that_it_is_one(record):
             result("lomar_vitb", "lomar"),
             {**result("finetune", "finetune"), "fits": False, "largest": {"per_device": 24}},
         ]
-        header = made_by("a" * 40, init_from="configs/mae_vitb.py", remat=target == "h100") | {
+        header = made_by("a" * 40, init_from="configs/mae_vitb.py", remat=target == "h100", scan=target == "h100") | {
             "target": target,
             "compiler": {"libtpu": "0.0.52"},
         }
         record(f"target_{target}.json", {**header, "results": results})
     _, rows = cells(cost_tables.estimates())
     assert [row[:2] for row in rows] == [
-        ["`lomar_vitb.py`, remat", "h100"],
+        ["`lomar_vitb.py`, remat, scan", "h100"],
         ["`lomar_vitb.py`", "tpu-v3-8"],
-        ["`finetune.py` of `mae_vitb.py`, remat", "h100"],
+        ["`finetune.py` of `mae_vitb.py`, remat, scan", "h100"],
         ["`finetune.py` of `mae_vitb.py`", "tpu-v3-8"],
     ]
     assert rows[0][2:9] == ["32", "167.7", "1527", "33 %", "4.4", "–", "26.4"] and rows[0][-1] == "93"

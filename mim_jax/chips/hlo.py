@@ -13,6 +13,7 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "token": 0}  # of others, the number in the name is that of bits
 SLICES = ("slice", "dynamic-slice", "gather")  # read no more than they give
 FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id", "iota")
+RESERVES = 'custom_call_target="AllocateBuffer"'  # memory for what a loop collects; nothing is written yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Program:
             elif one.opcode in ("call", "conditional", "async-start"):
                 for name in one.called:
                     yield from self.run(name, times / len(one.called))
-            elif one.opcode not in FREE:
+            elif one.opcode not in FREE and RESERVES not in one.attributes:
                 yield computation, one, times
 
     def trips(self, loop: Instruction) -> int:
@@ -114,7 +115,8 @@ class Program:
             shapes = here if one.name in inside else inside
             whole = {x.shape.split("{")[0] for x in updates}
             written = sum(2 * size(shapes[x.operands[1]].shape) for x in updates if x.operands[1] in shapes)
-            return written + sum(size(here[x].shape) for x in one.operands if here[x].shape.split("{")[0] not in whole)
+            others = [(i, here[x]) for i, x in enumerate(one.operands) if here[x].shape.split("{")[0] not in whole]
+            return written + sum(self.read(operand, i, one, inside) for i, operand in others)
         return size(one.shape) + sum(self.read(here[x], i, one, inside) for i, x in enumerate(one.operands) if x in here)
 
     def read(self, operand: Instruction, index: int, one: Instruction, inside: dict) -> float:

@@ -29,7 +29,7 @@ CLASSES, DETECTED, SEGMENTED = 1000, 80, 150  # of a head, a detector, a segment
 @dataclasses.dataclass
 class Setting:
     """Under what every config of one report is compiled. init_from: what a job that starts from a run takes its encoder from,
-    a run or the config of one.
+    a run or the config of one. scan: whatever the config says, the blocks of its encoder run as a loop.
 
     Raises ConfigError for a batch that devices and micro-batches do not divide.
     """
@@ -41,6 +41,7 @@ class Setting:
     fsdp: bool = False
     accumulation: int = 1
     init_from: str = ""
+    scan: bool = False
 
     def __post_init__(self):
         sharding.check_batch(self.batch_size, self.accumulation, self.mesh)
@@ -48,7 +49,7 @@ class Setting:
     def asked(self, specs, dtype, steps: int) -> dict:
         """The settings of a report, for its provenance."""
         own = {"batch_size": self.batch_size, "compute_dtype": str(dtype), "remat": self.remat}
-        more = {name: getattr(self, name) for name in ("fsdp", "accumulation", "init_from")}
+        more = {name: getattr(self, name) for name in ("fsdp", "accumulation", "init_from", "scan")}
         return {"configs": list(specs), **own, **more, "steps": steps}
 
 
@@ -109,6 +110,15 @@ def source(settings: ConfigDict) -> ConfigDict:
     return load(place) if place.partition(":")[0].endswith(".py") else saved.open(place).config
 
 
+def scanned(made: Objective) -> Objective:
+    """The same with the blocks of its encoder run as a loop. Raises ConfigError for an encoder that has no such option."""
+    if not hasattr(made.encoder, "scan"):
+        raise ConfigError(
+            f"--scan is for a ViT's blocks, which are all alike; a {type(made.encoder).__name__} runs them in turn"
+        )
+    return made.clone(encoder=made.encoder.clone(scan=True))
+
+
 JOBS = {"pretrain": pretraining, "finetune": finetuning, "linprobe": probing, "detect": detecting, "segment": segmenting}
 
 
@@ -128,13 +138,14 @@ class Program:
                 config[name] = getattr(setting, name)
             config.init_from = setting.init_from or config.init_from
             parts = build(config)
+            made = scanned(parts.objective) if setting.scan else parts.objective
         except ConfigError as error:
             raise ConfigError(f"{spec}: {error}") from error
-        self.config, self.made, self.prepare, self.more = parts.config, parts.objective, parts.inputs, parts.batch or {}
+        self.config, self.made, self.prepare, self.more = parts.config, made, parts.inputs, parts.batch or {}
         self.dtype, mesh = encoders.dtype(setting.compute_dtype), setting.mesh
         lr = warmup_cosine(1e-4, 1000, 10)
         tx = self.config.optim.transform(lr, parts.lr_scales)
-        made, fsdp = self.made, setting.fsdp
+        fsdp = setting.fsdp
         self.fresh, self.shapes, self.shardings = plan(made, tx, made.example(), seed=0, mesh=mesh, fsdp=fsdp)
         options = dict(prepare=self.prepare, seed=0, accumulation=setting.accumulation, lr=lr)
         self._step = make_step(made, tx, mesh, self.shardings, **options)

@@ -35,6 +35,7 @@ class Asked:
     fsdp: bool = False
     accumulation: int = 1
     init_from: str = ""
+    scan: bool = False
     images: int = IMAGENET
     largest: bool = True
 
@@ -105,7 +106,7 @@ def compiled(asked: Asked, spec: str, per_device: int) -> dict:
     target = Target.of(asked.target)
     devices = target.devices()
     dtype = "bfloat16" if asked.compute_dtype == "auto" else asked.compute_dtype
-    options = {name: getattr(asked, name) for name in ("remat", "fsdp", "accumulation", "init_from")}
+    options = {name: getattr(asked, name) for name in ("remat", "scan", "fsdp", "accumulation", "init_from")}
     setting = Setting(per_device * len(devices), dtype, mesh=sharding.make_mesh(devices), **options)
     program = Program(spec, setting)
     found = {**program.facts(), "devices": len(devices), "per_device": per_device, "compute_dtype": dtype}
@@ -222,7 +223,7 @@ def capacity(found: list[dict], memory: float) -> float:
 
 def in_words(r: dict, asked: Asked) -> str:
     """A result as the terminal shows it."""
-    how = [r["compute_dtype"], *(name for name in ("remat", "fsdp") if getattr(asked, name))]
+    how = [r["compute_dtype"], *(name for name in ("remat", "scan", "fsdp") if getattr(asked, name))]
     how += [f"accumulation {asked.accumulation}"] * (asked.accumulation > 1)
     head = f"{r['config']} on {asked.target} ({r['devices']} devices), {r['per_device']} images each, {', '.join(how)}"
     needed = f"{r['memory_bytes'] / GIB:.1f}" if r["memory_bytes"] else "more than the"

@@ -104,13 +104,18 @@ lean_gelu.defvjp(lambda x: (lean_gelu(x), x), _lean_gelu_gradient)
 
 
 class DropPath(nn.Module):
-    """Drops the whole residual branch of a sample with probability `rate` while training (stochastic depth)."""
+    """Drops the whole residual branch of a sample with probability `rate` while training (stochastic depth).
 
-    rate: float = 0.0
+    The rate is a number or, where one program serves blocks of several rates, an array [].
+    """
+
+    rate: float | jax.Array = 0.0
 
     @nn.compact
     def __call__(self, x, train: bool):
-        if not train or self.rate == 0.0:
+        never = not isinstance(self.rate, jax.Array) and self.rate == 0.0
+        if not train or never:
             return x
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (x.shape[0],) + (1,) * (x.ndim - 1))
-        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+        share = 1 - self.rate
+        keep = jax.random.bernoulli(self.make_rng("dropout"), share, (x.shape[0],) + (1,) * (x.ndim - 1))
+        return jnp.where(keep, x / jnp.asarray(share, x.dtype), 0).astype(x.dtype)

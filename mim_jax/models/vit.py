@@ -1,6 +1,7 @@
 """The Vision Transformer: patches in, tokens out. It knows nothing of masking."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mim_jax.config import choice
-from mim_jax.models import flops, irpe, relative_bias
+from mim_jax.models import block_loop, flops, irpe, relative_bias
 from mim_jax.models.encoder import Encoder
 from mim_jax.models.layers import Dense, DropPath, LayerNorm, Mlp, token_init
 from mim_jax.models.posembed import sincos_table
@@ -25,12 +26,13 @@ class Block(nn.Module):
     """[r n d] -> [r n d]: pre-norm attention and MLP, each in a residual branch.
 
     `layer_scale` other than 0: each branch is multiplied by a vector that starts there (CaiT, arXiv 2103.17239).
+    `drop_path`: see DropPath.
     """
 
     heads: int
     mlp_ratio: float = 4.0
     relative: bool = False
-    drop_path: float = 0.0
+    drop_path: float | jax.Array = 0.0
     own_bias: bool = False
     qkv_bias: str = "all"
     layer_scale: float = 0.0
@@ -68,6 +70,10 @@ class ViT(Encoder):
     relative-position bias that every block adds to its logits), "layer_bias" (one of each block's own), "learned_layer_bias"
     (both, as released segmentation has it).
 
+    scan: the blocks between two places where anything else happens run as one loop, for a compiler the work of one block.
+    Parameters lie as they do without it, and values are the same but for rounding; which samples `drop_path` drops differs,
+    how often does not. Where blocks are to be looked into they run one by one.
+
     Where a method takes `ids`, the images are parts of larger ones: ids [r n] are the places of their patches in `grid`.
     """
 
@@ -79,6 +85,7 @@ class ViT(Encoder):
     layer_scale: NotNegative = 0.0
     drop_path: BelowOne = 0.0
     final_norm: bool = True
+    scan: bool = False
 
     kind, has_cls, takes_parts = "vit", True, True
 
@@ -93,12 +100,20 @@ class ViT(Encoder):
             shape = (relative_bias.entries(self.grid), self.heads)
             self.relative_bias = self.param("relative_bias", nn.initializers.zeros, shape)
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
-        options = (self.position in OWN_BIAS, self.qkv_bias, self.layer_scale, self.dtype)
         for i in range(self.depth):
-            rate = self.drop_path * i / max(self.depth - 1, 1)  # linear in depth, as timm's
-            setattr(self, f"block_{i:02d}", block(self.heads, self.mlp_ratio, self.relative, rate, *options))
+            setattr(self, f"block_{i:02d}", block(drop_path=self.rate(i), **self.of_a_block))
         if self.final_norm:
             self.norm = LayerNorm(self.dtype)
+
+    @property
+    def of_a_block(self) -> dict:
+        """What all blocks have in common."""
+        sizes = dict(heads=self.heads, mlp_ratio=self.mlp_ratio, layer_scale=self.layer_scale, dtype=self.dtype)
+        return dict(relative=self.relative, own_bias=self.position in OWN_BIAS, qkv_bias=self.qkv_bias, **sizes)
+
+    def rate(self, i: int) -> float:
+        """How often block i drops a branch: linear in depth, as timm's."""
+        return self.drop_path * i / max(self.depth - 1, 1)
 
     @property
     def relative(self) -> bool:
@@ -154,15 +169,35 @@ class ViT(Encoder):
         """
         buckets, bias = self.relations(view or self.grid, ids)
         self.sow("intermediates", "tokens_in", tokens)
-        tapped = []
-        for i in range(self.depth):
-            if late and i == late.block:
+        tapped, inner = [], {0, late.block if late else 0, *(i + 1 for i in taps)} & {*range(self.depth)}
+        for first, end in pairwise(sorted(inner | {self.depth})):
+            if late and first == late.block:
                 tokens, (buckets, bias) = late.enter(tokens), self.relations(view or self.grid)
-            tokens = getattr(self, f"block_{i:02d}")(tokens, buckets, train, bias)
-            if i in taps:
+            tokens = self.through(range(first, end), tokens, buckets, bias, train)
+            if end - 1 in taps:
                 tapped.append(tokens)
-                tokens = jax.lax.stop_gradient(tokens) if decouple and i < self.depth - 1 else tokens
+                tokens = jax.lax.stop_gradient(tokens) if decouple and end < self.depth else tokens
         return (self.norm(tokens) if self.final_norm else tokens), tapped
+
+    def through(self, blocks: range, tokens, buckets, bias, train: bool):
+        """[r n d] -> [r n d]: these blocks in turn."""
+        names = [f"block_{i:02d}" for i in blocks]
+        looked_into = self.is_initializing() or self.is_mutable_collection("intermediates")
+        if not self.scan or len(blocks) < 2 or looked_into:
+            for name in names:
+                tokens = getattr(self, name)(tokens, buckets, train, bias)
+            return tokens
+        own = [{"params": block_loop.kernels_as(self.variables["params"][name], self.dtype)} for name in names]
+        if drops := train and self.drop_path > 0:
+            for i, name, one in zip(blocks, names, own):
+                one |= {"rate": self.rate(i), "key": getattr(self, name).make_rng("dropout")}
+
+        def step(tokens, one):
+            block = Block(drop_path=one.get("rate", 0.0), **self.of_a_block, parent=None)  # of nobody: it brings its parameters
+            rngs = {"dropout": one["key"]} if drops else None
+            return block.apply({"params": one["params"]}, tokens, buckets, train, bias, rngs=rngs)
+
+        return block_loop.in_turn(step, tokens, own, self.remat)
 
     def relations(self, view, ids=None):
         """-> iRPE's buckets, as Attention takes them, and the learned bias that blocks share or how to make their own, or None

@@ -11,10 +11,11 @@ from mim_jax.provenance import write_json
 from mim_jax.runs.lock import locked
 from mim_jax.runs.saved import modernised
 
-# Keys that may differ between the run a workdir holds and the command that continues it: none changes more than rounding.
+# Keys that may differ between the run a workdir holds and the command that continues it: none changes more than rounding,
+# and which samples drop path drops.
 # (A tokenizer's weights are in the checkpoints, and so is what the data was.)
 MAY_CHANGE = (r"^(log|profile)\.", r"^checkpoint\.", r"^evals\.", r"^data\.(path|data_dir|folders|changed)$",
-              r"^(remat|fsdp|accumulation)$", r"^tokenizer\.weights$")  # fmt: skip
+              r"^(remat|fsdp|accumulation|encoder\.scan)$", r"^tokenizer\.weights$")  # fmt: skip
 LATER = ("images",)  # keys of a result that earlier ones lack
 RESULT, CONFIG = "result.json", "config.json"
 
