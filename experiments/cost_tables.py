@@ -2,7 +2,7 @@
 
 import os
 
-from experiments import data_tables, efficiency, efficiency_chart, estimated
+from experiments import claims, data_tables, efficiency, efficiency_chart, estimated
 from experiments.tables import commits, load, setting, table
 
 
@@ -110,21 +110,9 @@ def costs() -> str | None:
     return table(head, rows) + "\n\n" + note
 
 
-def ratios() -> str | None:
-    """What the tables of costs and speed say of LoMaR and MAE at 448 px, in a sentence. None: nothing recorded."""
-    compiled, measured = load("costs_448px_*.json"), load("benchmark_448px_*.json")
-    if not compiled or not measured:
-        return None
-    named = lambda run: {without_size(result["config"]): result for result in run["results"]}
-    cost, speed = named(compiled[0]), named(measured[0])
-    ratio = lambda found, key: found["mae_vitb.py"][key] / found["lomar_vitb.py"][key]
-    asked, machine = measured[0]["provenance"]["settings"], measured[0]["provenance"]["machine"]
-    return (
-        f"At 448 px MAE's step needs {ratio(cost, 'flops_per_image'):.2f} times the FLOPs of LoMaR's and "
-        f"{ratio(cost, 'activation_bytes_per_image'):.1f} times the memory, and took {ratio(speed, 'step_median_s'):.2f} times "
-        f"as long (batch {asked['batch_size']}, {machine['cores']} CPU cores): its decoder attends over 785 tokens, "
-        f"LoMaR's windows over 50. The paper's hours on GPUs differ by {PUBLISHED['mae_vitb.py', 448].split()[0]}."
-    )
+def claimed() -> str | None:
+    """The papers' claims of cost, and what they are here, a sentence each. None: nothing recorded."""
+    return "\n".join(filter(None, map(claims.sentence, claims.CLAIMS))) or None
 
 
 def estimates() -> str | None:

@@ -16,7 +16,7 @@ TABLES = {
     "compare": method_tables.compare,
     "speed": cost_tables.speed,
     "costs": cost_tables.costs,
-    "ratios": cost_tables.ratios,
+    "claims": cost_tables.claimed,
     "estimates": cost_tables.estimates,
     "layouts": cost_tables.layouts,
     "communication": cost_tables.communication,

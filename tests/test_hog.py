@@ -148,14 +148,32 @@ def test_hog_is_brute_force(size, channels, cells, nbins):
     assert found.shape == (2, size[0] // cell, size[1] // cell, channels * nbins)
 
 
+def on(platform, function, *arguments):
+    """What it gives when it is traced for devices that are not here."""
+    with platforms.compiled_for(types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))):
+        return jax.jit(lambda *arguments: function(*arguments))(*arguments)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("window", [0, 16])
-def test_hog_is_the_same_on_every_platform(window):
-    images = jnp.asarray(RNG.normal(size=(2, 32, 48, 3)).astype(np.float32).round(1))  # with gradients of 0
+def test_hog_is_the_same_on_every_platform(window, platform):
+    images = jnp.asarray(RNG.normal(size=(2, 64, 96, 3)).astype(np.float32).round(1))  # with gradients of 0
     biases = None if window else list(RNG.uniform(-1 / 3, 1 / 3, (2, 2)).astype(np.float32))
-    plain = jax.jit(lambda x: hog(x, (4, 16), 18, biases, window))(images)
-    with platforms.compiled_for(types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="tpu")]))):
-        for found, want in zip(jax.jit(lambda x: hog(x, (4, 16), 18, biases, window))(images), plain, strict=True):
-            close(found, np.asarray(want))
+    of = lambda x: hog(x, (4, 32), 18, biases, window)
+    for found, want in zip(on(platform, of, images), on("cpu", of, images), strict=True):
+        close(found, np.asarray(want))
+
+
+def test_what_a_gpu_adds_up_at_once_needs_no_shared_memory():
+    rows = {}
+
+    def look(images):
+        jaxpr = jax.make_jaxpr(lambda x: hog(x, (32,)))(images)
+        rows["at once"] = [each.invars[0].aval.shape[0] for each in jaxpr.eqns if each.primitive.name == "reduce"]
+        return images
+
+    on("cuda", look, jnp.zeros((2, 64, 96, 3)))
+    assert rows["at once"] == [16]
 
 
 @pytest.mark.parametrize(

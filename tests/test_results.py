@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from experiments import cost_tables, make_tables, method_tables, summarise, tables
+from experiments import claims, cost_tables, efficiency, make_tables, method_tables, summarise, tables
 from mim_jax import provenance
 from mim_jax.config import flatten
 
@@ -268,28 +268,28 @@ def test_the_table_of_communication(record):
     ]
 
 
-def test_the_sentence_on_448_px(record):
-    assert cost_tables.ratios() is None
-    result = lambda name, **values: {"config": f"configs/{name}_vitb.py:size=448", **values}
-    record(
-        "costs_448px_cpu.json",
-        {
-            "results": [
-                result("lomar", flops_per_image=100, activation_bytes_per_image=10),
-                result("mae", flops_per_image=150, activation_bytes_per_image=25),
-            ]
-        },
-    )
-    record(
-        "benchmark_448px_cpu.json",
-        {"results": [result("lomar", step_median_s=2.0), result("mae", step_median_s=4.2)], **made_by("", batch_size=2)},
-    )
-    said = cost_tables.ratios()
-    assert (
-        "1.50 times the FLOPs" in said
-        and "2.5 times the memory" in said
-        and "2.10 times as long (batch 2, 2 CPU cores)" in said
-    )
+def test_a_claim_is_told_by_every_measure_or_not_at_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(efficiency, "RESULTS", tmp_path)
+    claim = claims.Claim("MAE takes twice as long", "resolution", claims.at((384, 448), "mae_vitb.py"))
+
+    def write(measure, result):
+        for size, ratio in ((384, 1.5), (448, 2.25)):
+            pair = [result(f"configs/{name}_vitb.py:size={size}", cost) for name, cost in (("lomar", 1.0), ("mae", ratio))]
+            efficiency.file_of("resolution", f"{size}px", measure).write_text(json.dumps({"results": pair}))
+
+    write("flops", lambda config, cost: {"config": config, "flops_per_image": cost})
+    for measure in ("tpu-v3-8", "a100"):
+        write(measure, lambda config, cost: {"config": config, "step_s": cost, "per_device": 16})
+    assert claims.sentence(claim) is None
+    write("cpu", lambda config, cost: {"config": config, "step_median_s": cost})
+    said = claims.sentence(claim)
+    assert said.startswith("- MAE takes twice as long, says the paper") and said.count("1.50 and 2.25") == 4
+
+
+def test_claims_are_of_what_is_compared():
+    for claim in claims.CLAIMS:
+        groups = efficiency.COMPARISONS[claim.figure].groups
+        assert all(config in [case.config for case in groups[group][1:]] for group, config in claim.of)
 
 
 def test_markers(monkeypatch):
