@@ -24,7 +24,7 @@ from mim_jax.models import irpe
 LONGEST = 256  # tokens whose keys are on the chip at once
 WIDEST = 128  # of a head
 COLUMNS = 64  # of the products with the table: its buckets, and zeros up to a power of two
-ROWS = 64  # queries at a time
+PAIRS = 64 * 64  # of queries and keys at a time, by which a program has registers enough
 GROUP = 4  # heads of a program, at most: more make fewer shares of the table's gradient, fewer fill more of the chip
 Q, K, V = 0, 1, 2
 
@@ -74,7 +74,7 @@ class Tiles:
 
     @property
     def rows(self) -> int:
-        return min(self.keys, ROWS)
+        return max(16, min(self.keys, PAIRS // self.keys))
 
     @property
     def group(self) -> int:
@@ -180,7 +180,7 @@ def _forward_kernel(tiles: Tiles, qkv, *refs):
             tiles.write(out, head, start, triton.dot(e.astype(v.dtype), v) / total)
             return 0
 
-        return _each(tiles.keys // tiles.rows, of_rows, 0)
+        return _each(pl.cdiv(tiles.tokens, tiles.rows), of_rows, 0)
 
     _each(tiles.group, of_head, 0)
 
@@ -199,18 +199,18 @@ def _backward_kernel(tiles: Tiles, qkv, g_ref, *refs):
             e, total = _exponentials(tiles, q, k, relation)
             weights, dweights = e / total, triton.dot(g, v, trans_b=True)
             dlogits = weights * (dweights - jnp.sum(weights * dweights, 1)[:, None])
-            rounded = dlogits.astype(q.dtype)
-            dq = triton.dot(rounded, k) * tiles.scale
-            if tiles.relative:
+            dq = 0.0
+            if tiles.relative:  # first, while little else is held
                 dproducts = relation.by_bucket(dlogits).astype(q.dtype)
-                dq = dq + triton.dot(dproducts, table[...], trans_b=True)
                 dtable = dtable + triton.dot(q, dproducts, trans_a=True)
-            tiles.write(dqkv, head, start, dq, (Q,))
-            dk = dk + triton.dot(rounded, q, trans_a=True)
+                dq = triton.dot(dproducts, table[...], trans_b=True)
+            dlogits = dlogits.astype(q.dtype)
+            tiles.write(dqkv, head, start, dq + triton.dot(dlogits, k) * tiles.scale, (Q,))
+            dk = dk + triton.dot(dlogits, q, trans_a=True)
             return dk, dv + triton.dot(weights.astype(g.dtype), g, trans_a=True), dtable
 
         zeros = jnp.zeros((tiles.keys, tiles.lanes), jnp.float32)
-        dk, dv, dtable = _each(tiles.keys // tiles.rows, of_rows, (zeros, zeros, dtable))
+        dk, dv, dtable = _each(pl.cdiv(tiles.tokens, tiles.rows), of_rows, (zeros, zeros, dtable))
         tiles.write(dqkv, head, 0, dk * tiles.scale, (K,))
         tiles.write(dqkv, head, 0, dv, (V,))
         return dtable
@@ -238,22 +238,27 @@ class _Relation:
     """iRPE's term of a block of queries: [rows keys]."""
 
     def __init__(self, tiles: Tiles, start, table, buckets, scratch):
-        self.tiles, self.table, self.scratch = tiles, table, scratch
-        self.buckets = buckets[pl.ds(start, tiles.rows), :] if tiles.relative else None
+        self.tiles, self.start, self.table, self.buckets, self.scratch = tiles, start, table, buckets, scratch
+
+    def own_buckets(self):
+        """[rows keys], read anew where they are used: they are in a cache, and registers are what a program runs out of."""
+        return self.buckets[pl.ds(self.start, self.tiles.rows), :]
 
     def of(self, q):
         """q . table[:, bucket] with the unscaled q: each pair picks from the products of its query."""
         self.tiles.wait()  # what was read of the scratch before
         self.scratch[...] = triton.dot(q, self.table[...])
         self.tiles.wait()
-        rows = jax.lax.broadcasted_iota(jnp.int32, self.buckets.shape, 0)
-        return self.scratch[rows, self.buckets]
+        buckets = self.own_buckets()
+        return self.scratch[jax.lax.broadcasted_iota(jnp.int32, buckets.shape, 0), buckets]
 
     def by_bucket(self, dlogits):
         """[rows keys] -> [rows columns]: the sum over the keys of each bucket."""
 
+        buckets = self.own_buckets()
+
         def sum_one(bucket, _):
-            self.scratch[:, bucket] = jnp.sum(jnp.where(self.buckets == bucket, dlogits, 0.0), 1)
+            self.scratch[:, bucket] = jnp.sum(jnp.where(buckets == bucket, dlogits, 0.0), 1)
             return 0
 
         self.tiles.wait()
