@@ -26,7 +26,7 @@ SWIN_SIZES = {
 
 def vit(**sizes) -> ConfigDict:
     """`c.encoder` of a ViT: every key of its section."""
-    rest = dict(mlp_ratio=4.0, drop_path=0.0, qkv_bias="all", layer_scale=0.0, final_norm=True)
+    rest = dict(mlp_ratio=4.0, drop_path=0.0, qkv_bias="all", layer_scale=0.0, attention="auto", final_norm=True)
     return ConfigDict(dict(kind="vit") | rest | sizes)
 
 

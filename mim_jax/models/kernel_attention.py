@@ -7,8 +7,8 @@ neither the output nor a sum of exponentials: it makes the weights again (as Fla
 the row sums of P dP from them.
 
 iRPE: the products of a query with the 50 columns of the table go to a scratch that stays in the L2 cache, and every pair picks
-its own. Its gradient sums the gradient of the logits bucket by bucket. No atomic additions: each program writes its own share of
-the table's gradient, and the shares are summed in a fixed order.
+its own. Its gradient sums that of the logits bucket by bucket. No atomic additions: each program writes its own share of the
+table's gradient, and the shares are summed in a fixed order.
 """
 
 import dataclasses

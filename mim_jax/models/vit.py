@@ -34,14 +34,16 @@ class Block(nn.Module):
     own_bias: bool = False
     qkv_bias: str = "all"
     layer_scale: float = 0.0
+    attention: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, buckets=None, train: bool = False, bias=None):
         drop = DropPath(self.drop_path)
         h = LayerNorm(self.dtype, name="norm1")(x)
-        attention = Attention(self.heads, self.relative, self.own_bias, self.qkv_bias, self.dtype, name="attn")
-        x = x + drop(self.scaled(attention(h, buckets, bias), "gamma_1"), train)
+        way = self.attention
+        attend = Attention(self.heads, self.relative, self.own_bias, self.qkv_bias, way, self.dtype, name="attn")
+        x = x + drop(self.scaled(attend(h, buckets, bias), "gamma_1"), train)
         h = LayerNorm(self.dtype, name="norm2")(x)
         h = Mlp(round(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(h)
         return x + drop(self.scaled(h, "gamma_2"), train)
@@ -66,7 +68,7 @@ class ViT(Encoder):
     position: "rpe" (iRPE in every block, nothing added to tokens), "absolute" (a fixed sin-cos table is added),
     "learned" (the same table as a trainable parameter, cls row included, as timm fine-tunes it), "shared_bias" (one
     relative-position bias that every block adds to its logits), "layer_bias" (one of each block's own), "learned_layer_bias"
-    (both, as released segmentation has it).
+    (both, as released segmentation has it). attention: "auto", or "kernel" for GPUs (models/kernel_attention.py).
 
     Where a method takes `ids`, the images are parts of larger ones: ids [r n] are the places of their patches in `grid`.
     """
@@ -77,6 +79,7 @@ class ViT(Encoder):
     position: str = "rpe"
     qkv_bias: str = "all"
     layer_scale: NotNegative = 0.0
+    attention: str = "auto"
     drop_path: BelowOne = 0.0
     final_norm: bool = True
 
@@ -85,6 +88,7 @@ class ViT(Encoder):
     def setup(self):
         choice("encoder.position", self.position, POSITIONS)
         choice("encoder.qkv_bias", self.qkv_bias, ("all", "qv"))
+        choice("encoder.attention", self.attention, ("auto", "kernel"))
         self.patch_embed = Dense(self.width, self.dtype)
         self.cls_token = self.param("cls_token", token_init, (1, 1, self.width))
         if self.position in LEARNED:
@@ -93,7 +97,7 @@ class ViT(Encoder):
             shape = (relative_bias.entries(self.grid), self.heads)
             self.relative_bias = self.param("relative_bias", nn.initializers.zeros, shape)
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
-        options = (self.position in OWN_BIAS, self.qkv_bias, self.layer_scale, self.dtype)
+        options = (self.position in OWN_BIAS, self.qkv_bias, self.layer_scale, self.attention, self.dtype)
         for i in range(self.depth):
             rate = self.drop_path * i / max(self.depth - 1, 1)  # linear in depth, as timm's
             setattr(self, f"block_{i:02d}", block(self.heads, self.mlp_ratio, self.relative, rate, *options))
