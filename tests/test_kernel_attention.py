@@ -102,20 +102,20 @@ from mim_jax.models import irpe, kernel_attention
 from mim_jax.models.vit import Block
 
 kernel_attention.attention = functools.partial(kernel_attention.attention, interpret=True)
-mesh = sharding.make_mesh()
 x = jax.random.normal(jax.random.key(0), (4, 10, 24))
 buckets = irpe.bucket_table((3, 3))
 block = Block(heads=3, relative=True, attention="kernel")
 params = jax.tree.map(lambda p: p + 0.1, block.init(jax.random.key(1), x, jnp.asarray(buckets)))
+shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params, x))
 of = lambda params, x: jax.grad(lambda p: jnp.square(block.apply(p, x, jnp.asarray(buckets))).sum())(params)
 found = []
-for devices in (mesh.devices, mesh.devices[:1]):
-    with mock.patch.object(platforms, "current", lambda: "gpu"), platforms.compiled_for(sharding.make_mesh(list(devices))):
-        where = sharding.batch_sharding(sharding.make_mesh(list(devices)))
-        step = jax.jit(of, in_shardings=(None, where)).lower(params, x).compile()
-        found.append(step(params, jax.device_put(x, where)))
+for mesh in map(sharding.make_mesh, (jax.devices(), jax.devices()[:1])):
+    with mock.patch.object(platforms, "current", lambda: "gpu"), platforms.compiled_for(mesh):
+        where = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+        step = jax.jit(lambda *a: of(*a), in_shardings=where).lower(*shapes).compile()
+        found.append(step(*jax.device_put((params, x), where)))
         text = step.as_text()
-    print(len(devices), "all-gather" in text, "all-reduce" in text)
+    print(mesh.size, "all-gather" in text, "all-reduce" in text)
 jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-4), *found)
 """
 
