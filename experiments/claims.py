@@ -6,8 +6,8 @@ from typing import NamedTuple
 from experiments import efficiency
 
 HERE = (
-    "here a step of as many images costs {flops} times the FLOPs, by estimate {tpu-v3-8} times the time on a TPU v3 and {a100} on "
-    "an A100, and {cpu} as measured on a CPU"
+    "here a step of as many images costs {flops} times the FLOPs, by estimate {tpu-v3-8} times the time on a TPU v3 and {a100} "
+    "on an A100, and {cpu} as measured on a CPU"
 )
 
 

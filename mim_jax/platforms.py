@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+from collections.abc import Callable
 
 import jax
 
@@ -10,7 +11,7 @@ LAYOUTS = {
     "gpu": "GELU keeps one array for its gradient, attention of maps goes row by row",
     "cpu": "linear layers are products of two matrices",
 }
-_compiled_for = contextvars.ContextVar("compiled_for", default=("", 1))
+_compiled_for = contextvars.ContextVar("compiled_for", default=("", None))
 
 
 def current() -> str:
@@ -20,7 +21,20 @@ def current() -> str:
 
 def devices() -> int:
     """How many share the batch: of the mesh that is being traced for, else one."""
-    return _compiled_for.get()[1]
+    mesh = _compiled_for.get()[1]
+    return mesh.devices.size if mesh else 1
+
+
+def by_device(of_rows: Callable) -> Callable:
+    """`of_rows(x, whole)`, what is done to each row of x alone and which the compiler cannot split, on each device its share.
+
+    The gradient by `whole` is summed over the devices. Raises ValueError for rows that the devices do not divide.
+    """
+    if devices() == 1:
+        return of_rows
+    mesh = _compiled_for.get()[1]
+    rows, whole = jax.sharding.PartitionSpec(mesh.axis_names), jax.sharding.PartitionSpec()
+    return jax.shard_map(of_rows, mesh=mesh, in_specs=(rows, whole), out_specs=rows, check_vma=False)
 
 
 def layouts() -> str:
@@ -32,7 +46,7 @@ def layouts() -> str:
 def compiled_for(mesh: jax.sharding.Mesh):
     """What is traced inside is for the devices of the mesh, which need not be here."""
     platform = mesh.devices.flat[0].platform
-    token = _compiled_for.set(({"cuda": "gpu", "rocm": "gpu"}.get(platform, platform), mesh.devices.size))
+    token = _compiled_for.set(({"cuda": "gpu", "rocm": "gpu"}.get(platform, platform), mesh))
     try:
         yield
     finally:

@@ -26,7 +26,8 @@ SWIN_SIZES = {
 
 def vit(**sizes) -> ConfigDict:
     """`c.encoder` of a ViT: every key of its section."""
-    rest = dict(mlp_ratio=4.0, drop_path=0.0, qkv_bias="all", layer_scale=0.0, final_norm=True, scan=False)
+    rest = dict(mlp_ratio=4.0, drop_path=0.0, qkv_bias="all", layer_scale=0.0, final_norm=True)
+    rest |= dict(attention="auto", scan=False)  # how it is computed
     return ConfigDict(dict(kind="vit") | rest | sizes)
 
 

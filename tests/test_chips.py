@@ -323,3 +323,17 @@ def test_the_command_line_says_what_to_do(arguments, words, capsys):
         benchmark.flags.FLAGS.unparse_flags()
         for flag in values:
             benchmark.flags.FLAGS[flag].unparse()
+
+
+def test_a_kernel_of_triton_counts_its_operands_and_results_as_bytes():
+    text = """HloModule jit_step
+
+ENTRY %main (x: bf16[2,64], t: f32[64]) -> bf16[2,64] {
+  %x = bf16[2,64]{1,0} parameter(0)
+  %t = f32[64]{0} parameter(1)
+  %call = (bf16[2,64]{1,0}, f32[2,32]{1,0}) custom-call(%x, %t), custom_call_target="__gpu$xla.gpu.triton", api_version=API_VERSION_TYPED_FFI, metadata={op_name="jit(step)/block_00/attn/attention_forward/pallas_call"}, backend_config={grid_x = 2 : i32, ir = "ML\\EF", num_warps = 4 : i32}
+  ROOT %out = bf16[2,64]{1,0} get-tuple-element(%call), index=0
+}
+"""  # noqa: E501
+    (found,) = estimates.rows(text, GPUS["h100"], 1)
+    assert found.bytes == 2 * 256 + 256 + 256 and found.attention and found.part == "attention"

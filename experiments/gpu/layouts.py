@@ -1,4 +1,4 @@
-"""On the card: a transformer block as layers choose it for each platform, in time and in value, beside the plain one."""
+"""On the card: a transformer block as layers choose it for each platform and with the kernel of attention, beside the plain."""
 
 import functools
 import types
@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mim_jax import platforms
+from mim_jax.config import ConfigError
 from mim_jax.jobs.step_costs import timed
 from mim_jax.models import irpe
 from mim_jax.models.vit import Block
 
 PLAIN = "cpu"
+KERNEL = "kernel"  # encoder.attention=kernel, else as on a GPU
 ROUNDS, REPEAT = 5, 20
 # name: sequences, side of the grid of tokens, whether cls is before them, width, heads, iRPE
 SHAPES = {
@@ -40,21 +42,30 @@ def for_platform(name: str):
 
 def of_shape(rows: int, side: int, width: int, heads: int, relative: bool, repeat: int) -> dict:
     """{platform: seconds of a block's forward and backward pass, relative errors of its value and gradients in bf16 against
-    the plain block in float32}, or what went wrong where its layers are for chips alone."""
+    the plain block in float32}, or what went wrong where its layers are for chips alone. On a GPU the kernel of attention too,
+    and whether it gives the same bits twice."""
     buckets = jnp.asarray(irpe.bucket_table((side, side))) if relative else None
     x = jax.random.normal(jax.random.key(0), (rows, 1 + side**2, width))
     fresh = Block(heads, relative=relative).init(jax.random.key(1), x[:1], buckets)
     params = jax.tree.map(lambda p: p + 0.02 * jax.random.normal(jax.random.key(2), p.shape), fresh)  # no table of zeros
-    of = lambda dtype: functools.partial(gradients, Block(heads, relative=relative, dtype=dtype), buckets)
+    block = functools.partial(Block, heads, relative=relative)
+    of = lambda dtype, way="auto": functools.partial(gradients, block(dtype=dtype, attention=way), buckets)
     with for_platform(PLAIN), jax.default_matmul_precision("highest"):
         exact = jax.jit(of(jnp.float32))(params, x)
     programs, found = {}, {}
-    for name in platforms.LAYOUTS:
+    for name in [*platforms.LAYOUTS, *([KERNEL] if jax.default_backend() == "gpu" else [])]:
         try:
-            with for_platform(name):
-                value = jax.jit(of(jnp.bfloat16))(params, x)
-                programs[name] = jax.jit(functools.partial(over_and_over, of(jnp.bfloat16), repeat)).lower(params, x).compile()
+            way, platform = ("kernel", "gpu") if name == KERNEL else ("auto", name)
+            with for_platform(platform):
+                once = jax.jit(of(jnp.bfloat16, way)).lower(params, x).compile()
+                again = functools.partial(over_and_over, of(jnp.bfloat16, way), repeat)
+                programs[name] = jax.jit(again).lower(params, x).compile()
+            value = once(params, x)
             found[name] = {"errors": [error(a, b) for a, b in zip(value, exact)], "seconds": []}
+            if name == KERNEL:
+                found[name] |= bits(value, once(params, x))
+        except ConfigError as refused:  # too many tokens for the kernel
+            found[name] = {"skipped": str(refused)}
         except Exception as failed:  # whatever a compiler may raise: the others are still compared
             found[name] = {"error": f"{type(failed).__name__}: {str(failed)[:300]}"}
             programs.pop(name, None)
@@ -86,6 +97,11 @@ def over_and_over(of, repeat: int, params, x):
         return x - 1e-3 * by_x - 1e-6 * y - 1e-9 * by_params.sum()
 
     return jax.lax.fori_loop(0, repeat, body, x)
+
+
+def bits(first, second) -> dict:
+    differ = sum(bool((a != b).any()) for a, b in zip(first, second))
+    return {"same_bits": differ == 0, "differ": differ}
 
 
 def error(found, exact) -> float:

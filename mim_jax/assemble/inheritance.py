@@ -39,7 +39,13 @@ def inherit(config: ConfigDict, source: ConfigDict) -> ConfigDict:
     e = merged.encoder
     if e.get("position") == "absolute" and (config.job == "finetune" or given != tuple(source.image_size)):
         e.position = "learned"  # timm trains the fixed table; at another size the old table is resized, not made anew
+    e.update(anywhere(e))
     return merged
+
+
+def anywhere(encoder: ConfigDict) -> dict:
+    """What a run's encoder must have otherwise for another platform or other images: attention as these have it."""
+    return {"attention": "auto"} if "attention" in encoder else {}
 
 
 def take_data(merged: ConfigDict, source: ConfigDict):

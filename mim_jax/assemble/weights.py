@@ -16,7 +16,7 @@ from mim_jax.objectives.objective import Objective
 from mim_jax.runs import saved
 
 # Settings of an encoder that two runs may have otherwise and still share weights.
-FREE = ("drop_path", "sparse", "window", "position", "layer_scale", "final_norm", "scan")
+FREE = ("drop_path", "sparse", "window", "position", "layer_scale", "final_norm", "attention", "scan")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mim_jax.runs import saved
 from mim_jax.train.state import init_variables
 
 # Fields of an encoder that the attention to a whole image does not depend on.
-APART = ("name", "parent", "drop_path", "final_norm", "sparse", "remat", "scan", "dtype")
+APART = ("name", "parent", "drop_path", "final_norm", "sparse", "remat", "attention", "scan", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)

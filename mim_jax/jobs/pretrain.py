@@ -60,7 +60,9 @@ def reopened(run: saved.Saved, what: str, place=("", "", "")) -> tuple[Pretrain,
     """
     if run.config.job != "pretrain":
         raise ConfigError(f"'{run.folder}' is of a {run.config.job} run; {what} a pretraining run")
-    config = read(Pretrain, saved_keys(inheritance.with_other_data(run.config, *place)), complete=True)
+    settings = saved_keys(inheritance.with_other_data(run.config, *place))
+    settings.encoder.update(inheritance.anywhere(settings.encoder))
+    config = read(Pretrain, settings, complete=True)
     return config, methods.objective(config, complete=True)
 
 

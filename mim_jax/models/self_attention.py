@@ -10,7 +10,7 @@ from einops import rearrange
 
 from mim_jax import platforms
 from mim_jax.config import ConfigError
-from mim_jax.models import irpe, lane_attention, relative_bias, row_attention
+from mim_jax.models import irpe, kernel_attention, lane_attention, relative_bias, row_attention
 from mim_jax.models.layers import Dense
 
 
@@ -20,13 +20,15 @@ class Attention(nn.Module):
     `buckets` is None (no iRPE), one table [n n] for all rows, or a table per row [r n n]; or an irpe.Grid, whose tokens are cls
     and all cells of a grid too large for a table. `bias` is None, a matrix [heads n n] or [r heads n n], or, with
     `own_bias`, a RelativeBias to make one of this layer's own table. `qkv_bias` "qv": a bias on queries and values only
-    (BEiT), since one on keys changes no softmax.
+    (BEiT), since one on keys changes no softmax. `way` "kernel": up to 256 tokens in one kernel of a GPU, and a ConfigError
+    elsewhere and for what it does not do; "auto": as the platform has it.
     """
 
     heads: int
     relative: bool = False
     own_bias: bool = False
     qkv_bias: str = "all"
+    way: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -35,6 +37,8 @@ class Attention(nn.Module):
         if width % self.heads:
             raise ConfigError(f"width {width} is not divisible by {self.heads} heads")
         head_dim = width // self.heads
+        if self.way == "kernel" and self.takes_kernel(x, buckets, bias):
+            return self.by_kernel(x, buckets)
         if isinstance(buckets, irpe.Grid):
             if not self.is_mutable_collection("intermediates"):
                 return self.by_rows(x, buckets)
@@ -58,6 +62,26 @@ class Attention(nn.Module):
         if not self.own_bias:
             return bias
         return bias.of(self.param("relative_bias", nn.initializers.zeros, (relative_bias.entries(bias.grid), self.heads)))
+
+    def takes_kernel(self, x, buckets, bias) -> bool:
+        """Not for more tokens, as evaluators have them at large sizes; nor while parameters are made, which asks no device, nor
+        where the weights are asked for, which are never there."""
+        if x.shape[1] > kernel_attention.LONGEST:
+            return False
+        if self.own_bias or bias is not None:
+            raise ConfigError("encoder.attention=kernel adds no learned bias to the logits; take auto or another position")
+        if words := kernel_attention.refusal(x.shape[-1] // self.heads, buckets):
+            raise ConfigError(f"encoder.attention=kernel takes {words}; take auto")
+        return not self.is_initializing() and not self.is_mutable_collection("intermediates")
+
+    def by_kernel(self, x, buckets):
+        """The same on a GPU, each device its own rows."""
+        if platforms.current() != "gpu":
+            raise ConfigError(f"encoder.attention=kernel is for GPUs, and this is a {platforms.current()}; take auto")
+        table = RelativeKeys(x.shape[-1] // self.heads, self.dtype, name="rpe_k")(None, None) if self.relative else None
+        of_rows = lambda qkv, table: kernel_attention.attention(qkv, self.heads, table, buckets)
+        qkv = self.multiplied(x)
+        return Dense(x.shape[-1], self.dtype, name="proj")(platforms.by_device(of_rows)(qkv, table))
 
     def takes_lanes(self, buckets) -> bool:
         """Not where the weights are asked for, which are never there, nor with a table of buckets per row."""
@@ -85,6 +109,11 @@ class Attention(nn.Module):
 
         Of groups: as three products to that layout from the same kernel, without a transpose of the results.
         """
+        qkv = self.multiplied(x, groups)
+        return qkv if groups else rearrange(qkv, "r n (three h e) -> three r h n e", three=3, h=self.heads)
+
+    def multiplied(self, x, groups: int = 0):
+        """[r n d] -> [r n 3d] as the product leaves it, or of `groups` as `projected` has it."""
         width = x.shape[-1]
         dense = Dense(3 * width, self.dtype, use_bias=self.qkv_bias == "all", name="qkv")
         qkv = dense(x, functools.partial(to_heads, groups)) if groups else dense(x)
@@ -92,7 +121,7 @@ class Attention(nn.Module):
             q, v = (self.param(name, nn.initializers.zeros, (width,)) for name in ("q_bias", "v_bias"))
             bias = jnp.concatenate([q, jnp.zeros_like(q), v]).astype(self.dtype)
             qkv = [y + b for y, b in zip(qkv, _of_heads(bias, groups))] if groups else qkv + bias
-        return qkv if groups else rearrange(qkv, "r n (three h e) -> three r h n e", three=3, h=self.heads)
+        return qkv
 
 
 def _of_heads(bias, heads: int):

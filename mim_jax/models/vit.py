@@ -36,14 +36,16 @@ class Block(nn.Module):
     own_bias: bool = False
     qkv_bias: str = "all"
     layer_scale: float = 0.0
+    attention: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, buckets=None, train: bool = False, bias=None):
         drop = DropPath(self.drop_path)
         h = LayerNorm(self.dtype, name="norm1")(x)
-        attention = Attention(self.heads, self.relative, self.own_bias, self.qkv_bias, self.dtype, name="attn")
-        x = x + drop(self.scaled(attention(h, buckets, bias), "gamma_1"), train)
+        way = self.attention
+        attend = Attention(self.heads, self.relative, self.own_bias, self.qkv_bias, way, self.dtype, name="attn")
+        x = x + drop(self.scaled(attend(h, buckets, bias), "gamma_1"), train)
         h = LayerNorm(self.dtype, name="norm2")(x)
         h = Mlp(round(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(h)
         return x + drop(self.scaled(h, "gamma_2"), train)
@@ -68,7 +70,7 @@ class ViT(Encoder):
     position: "rpe" (iRPE in every block, nothing added to tokens), "absolute" (a fixed sin-cos table is added),
     "learned" (the same table as a trainable parameter, cls row included, as timm fine-tunes it), "shared_bias" (one
     relative-position bias that every block adds to its logits), "layer_bias" (one of each block's own), "learned_layer_bias"
-    (both, as released segmentation has it).
+    (both, as released segmentation has it). attention: "auto", or "kernel" for GPUs (models/kernel_attention.py).
 
     scan: the blocks between two places where anything else happens run as one loop, for a compiler the work of one block.
     Parameters lie as they do without it, and values are the same but for rounding; which samples `drop_path` drops differs,
@@ -83,6 +85,7 @@ class ViT(Encoder):
     position: str = "rpe"
     qkv_bias: str = "all"
     layer_scale: NotNegative = 0.0
+    attention: str = "auto"
     drop_path: BelowOne = 0.0
     final_norm: bool = True
     scan: bool = False
@@ -92,6 +95,7 @@ class ViT(Encoder):
     def setup(self):
         choice("encoder.position", self.position, POSITIONS)
         choice("encoder.qkv_bias", self.qkv_bias, ("all", "qv"))
+        choice("encoder.attention", self.attention, ("auto", "kernel"))
         self.patch_embed = Dense(self.width, self.dtype)
         self.cls_token = self.param("cls_token", token_init, (1, 1, self.width))
         if self.position in LEARNED:
@@ -109,7 +113,8 @@ class ViT(Encoder):
     def of_a_block(self) -> dict:
         """What all blocks have in common."""
         sizes = dict(heads=self.heads, mlp_ratio=self.mlp_ratio, layer_scale=self.layer_scale, dtype=self.dtype)
-        return dict(relative=self.relative, own_bias=self.position in OWN_BIAS, qkv_bias=self.qkv_bias, **sizes)
+        positions = dict(relative=self.relative, own_bias=self.position in OWN_BIAS)
+        return dict(qkv_bias=self.qkv_bias, attention=self.attention, **positions, **sizes)
 
     def rate(self, i: int) -> float:
         """How often block i drops a branch: linear in depth, as timm's."""

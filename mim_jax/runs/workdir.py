@@ -15,7 +15,7 @@ from mim_jax.runs.saved import modernised
 # and which samples drop path drops.
 # (A tokenizer's weights are in the checkpoints, and so is what the data was.)
 MAY_CHANGE = (r"^(log|profile)\.", r"^checkpoint\.", r"^evals\.", r"^data\.(path|data_dir|folders|changed)$",
-              r"^(remat|fsdp|accumulation|encoder\.scan)$", r"^tokenizer\.weights$")  # fmt: skip
+              r"^(remat|fsdp|accumulation)$", r"^encoder\.(attention|scan)$", r"^tokenizer\.weights$")  # fmt: skip
 LATER = ("images",)  # keys of a result that earlier ones lack
 RESULT, CONFIG = "result.json", "config.json"
 

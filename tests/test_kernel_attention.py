@@ -1,0 +1,155 @@
+"""The kernel of attention, interpreted on a CPU: equal to the plain path in value and all gradients, and refused elsewhere."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+from test_platforms import mesh_of
+
+from mim_jax import platforms
+from mim_jax.config import ConfigError
+from mim_jax.models import irpe, kernel_attention
+from mim_jax.models.vit import Block, ViT
+
+
+def plain(heads, qkv, table, buckets):
+    q, k, v = rearrange(qkv, "r n (three h e) -> three r h n e", three=3, h=heads)
+    logits = jnp.einsum("rhie,rhje->rhij", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    if table is not None:
+        products = jnp.einsum("rhie,eb->rhib", q, table, preferred_element_type=jnp.float32)
+        logits += jnp.take_along_axis(products, jnp.broadcast_to(buckets, logits.shape), -1)
+    weights = jax.nn.softmax(logits, -1).astype(qkv.dtype)
+    return rearrange(jnp.einsum("rhij,rhje->rhie", weights, v), "r h n e -> r n (h e)")
+
+
+def by_kernel(heads, qkv, table, buckets):
+    return kernel_attention.attention(qkv, heads, table, buckets, interpret=True)
+
+
+def of_random(tokens: int, heads: int, width: int, relative: bool):
+    """-> heads, a qkv of large logits, a table and buckets, and a gradient."""
+    keys = jax.random.split(jax.random.key(tokens), 3)
+    qkv = 1.5 * jax.random.normal(keys[0], (2, tokens, 3 * heads * width))
+    g = jax.random.normal(keys[1], (2, tokens, heads * width))
+    if not relative:
+        return heads, qkv, None, None, g
+    buckets = np.random.default_rng(0).integers(0, irpe.BUCKETS, (tokens, tokens), dtype=np.int32)
+    return heads, qkv, 0.3 * jax.random.normal(keys[2], (width, irpe.BUCKETS)), buckets, g
+
+
+def value_and_gradients(attention, heads, qkv, table, buckets, g):
+    out, gradient = jax.vjp(lambda qkv, table: attention(heads, qkv, table, buckets), qkv, table)
+    return jax.tree.leaves((out, gradient(g)))
+
+
+# Tokens beyond 64 are taken some queries at a time; three and eight heads in groups; 80 lanes are padded.
+CASES = [(50, 3, 64, True), (17, 8, 32, True), (50, 2, 32, False), (17, 1, 80, False), (70, 1, 32, True), (130, 2, 16, False)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_value_and_gradients_are_those_of_the_plain_path(case):
+    operands = of_random(*case)
+    for ours, theirs in zip(value_and_gradients(by_kernel, *operands), value_and_gradients(plain, *operands), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_in_bf16_it_is_as_near_to_float32_as_the_plain_path(case):
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if getattr(x, "dtype", "") == jnp.float32 else x, of_random(*case))
+    exactly = jax.tree.map(lambda x: x.astype(jnp.float32) if getattr(x, "dtype", "") == jnp.bfloat16 else x, rounded)
+    exact, errors = value_and_gradients(plain, *exactly), []
+    for attention in (by_kernel, plain):
+        found = value_and_gradients(attention, *rounded)
+        assert all(x.dtype == jnp.bfloat16 for x in found)
+        errors.append([float(jnp.linalg.norm(x.astype(jnp.float32) - y) / jnp.linalg.norm(y)) for x, y in zip(found, exact)])
+    for ours, theirs in zip(*errors, strict=True):
+        assert ours < 1.25 * theirs  # each rounds other numbers; a unit of bf16 is 0.4 %
+
+
+@pytest.mark.parametrize("qkv_bias, relative", [("all", True), ("qv", False)])
+def test_a_block_is_the_same_by_the_kernel(qkv_bias, relative, monkeypatch):
+    interpreted = functools.partial(kernel_attention.attention, interpret=True)
+    monkeypatch.setattr(kernel_attention, "attention", interpreted)
+    x = jax.random.normal(jax.random.key(0), (2, 10, 24))
+    buckets = jnp.asarray(irpe.bucket_table((3, 3))) if relative else None
+    of = functools.partial(Block, heads=3, relative=relative, qkv_bias=qkv_bias)
+    params = of().init(jax.random.key(1), x, buckets)
+    jax.tree.map(np.testing.assert_array_equal, of(attention="kernel").init(jax.random.key(1), x, buckets), params)
+    noisy = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
+
+    def by(way):
+        loss = lambda params, x: jnp.square(of(attention=way).apply(params, x, buckets)).sum()
+        with platforms.compiled_for(mesh_of("cuda")):
+            assert ("pallas_call" in str(jax.make_jaxpr(loss)(noisy, x))) == (way == "kernel")
+            return jax.value_and_grad(loss, (0, 1))(noisy, x)
+
+    for ours, theirs in zip(*map(jax.tree.leaves, (by("kernel"), by("auto"))), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=4e-6 * float(jnp.abs(theirs).max()))
+    shown = of(attention="kernel").apply(noisy, x, buckets, mutable=["intermediates"])[1]
+    assert jax.tree.leaves(shown)[0].shape == (2, 3, 10, 10)  # weights are made where they are asked for, on any platform
+
+
+DEVICES = """
+import functools, jax, jax.numpy as jnp, numpy as np
+from unittest import mock
+from mim_jax import platforms, sharding
+from mim_jax.models import irpe, kernel_attention
+from mim_jax.models.vit import Block
+
+kernel_attention.attention = functools.partial(kernel_attention.attention, interpret=True)
+x = jax.random.normal(jax.random.key(0), (4, 10, 24))
+buckets = irpe.bucket_table((3, 3))
+block = Block(heads=3, relative=True, attention="kernel")
+params = jax.tree.map(lambda p: p + 0.1, block.init(jax.random.key(1), x, jnp.asarray(buckets)))
+shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params, x))
+of = lambda params, x: jax.grad(lambda p: jnp.square(block.apply(p, x, jnp.asarray(buckets))).sum())(params)
+found = []
+for mesh in map(sharding.make_mesh, (jax.devices(), jax.devices()[:1])):
+    with mock.patch.object(platforms, "current", lambda: "gpu"), platforms.compiled_for(mesh):
+        where = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+        step = jax.jit(lambda *a: of(*a), in_shardings=where).lower(*shapes).compile()
+        found.append(step(*jax.device_put((params, x), where)))
+        text = step.as_text()
+    print(mesh.size, "all-gather" in text, "all-reduce" in text)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-4), *found)
+"""
+
+
+def test_devices_share_the_rows_and_gather_nothing():
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", DEVICES], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["2 False True", "1 False False"]
+
+
+@pytest.mark.parametrize("tokens, buckets", [(257, None), (1 + 17**2, irpe.Grid((17, 17)))])
+def test_more_tokens_are_attended_to_as_elsewhere(tokens, buckets):
+    block = Block(heads=3, attention="kernel", relative=buckets is not None)
+    x = jax.ShapeDtypeStruct((2, tokens, 24), jnp.float32)
+    params = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, buckets), x)
+    with platforms.compiled_for(mesh_of("cuda")):
+        assert "pallas_call" not in str(jax.make_jaxpr(lambda p, x: block.apply(p, x, buckets))(params, x))
+
+
+def test_refused_before_anything_is_computed():
+    def shapes(tokens=10, width=24, heads=3, buckets=None, bias=None, **options):
+        block = Block(heads=heads, attention="kernel", relative=buckets is not None, **options)
+        x = jax.ShapeDtypeStruct((2, tokens, width), jnp.float32)
+        return block, jax.eval_shape(lambda x: block.init(jax.random.key(0), x, buckets, bias=bias), x), x
+
+    block, params, x = shapes()
+    with pytest.raises(ConfigError, match=r"encoder\.attention=kernel is for GPUs, and this is a cpu; take auto"):
+        jax.eval_shape(block.apply, params, x)
+    with pytest.raises(ConfigError, match="heads of 128 at most, not 192"):
+        shapes(width=192, heads=1)
+    with pytest.raises(ConfigError, match="not one per row"):
+        shapes(buckets=np.zeros((2, 10, 10), np.int32))
+    with pytest.raises(ConfigError, match="no learned bias"):
+        shapes(bias=jnp.zeros((3, 10, 10)))
+    with pytest.raises(ConfigError, match=r"encoder\.attention"):
+        ViT(grid=(2, 2), width=24, heads=3, depth=1, attention="fast").init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
