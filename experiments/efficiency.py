@@ -26,7 +26,7 @@ from mim_jax import provenance
 REPO = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = REPO / "results"
 MEASURES = ("flops", "tpu-v3-8", "a100", "h100", "cpu")  # in the order in which they are shown
-PER_DEVICE, CPU_BATCH, CPU_STEPS = 16, 4, 5
+PER_DEVICE, CPU_BATCH, CPU_STEPS = 16, 4, 3
 
 
 class Case(NamedTuple):
