@@ -1,6 +1,7 @@
 """The kernel of attention, interpreted on a CPU: equal to the plain path in value and all gradients, and refused elsewhere."""
 
 import functools
+import pathlib
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ from mim_jax import platforms
 from mim_jax.config import ConfigError
 from mim_jax.models import irpe, kernel_attention
 from mim_jax.models.vit import Block, ViT
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
 def plain(heads, qkv, table, buckets):
@@ -94,6 +97,39 @@ def test_a_block_is_the_same_by_the_kernel(qkv_bias, relative, monkeypatch):
     assert jax.tree.leaves(shown)[0].shape == (2, 3, 10, 10)  # weights are made where they are asked for, on any platform
 
 
+COMBINED = """
+import functools, jax, jax.numpy as jnp, numpy as np
+from unittest import mock
+from mim_jax import platforms, sharding
+from mim_jax.models import kernel_attention
+from mim_jax.models.vit import ViT
+
+kernel_attention.attention = functools.partial(kernel_attention.attention, interpret=True)
+x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+plain = ViT(grid=(2, 2), patch=4, width=16, depth=2, heads=1, position="rpe")
+noisy = lambda p: p + 0.2 * jax.random.normal(jax.random.key(2), p.shape)
+params = jax.tree.map(noisy, plain.init(jax.random.key(1), x))
+
+def of(made, mesh):
+    loss = lambda p, x: jnp.square(made.apply(p, x, True)).mean()
+    with mock.patch.object(platforms, "current", lambda: "gpu"), platforms.compiled_for(mesh):
+        where = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+        return jax.jit(jax.value_and_grad(loss), in_shardings=where)(*jax.device_put((params, x), where))
+
+wanted = of(plain, sharding.make_mesh(jax.devices()[:1]))
+for scan, remat in ((True, False), (True, True)):
+    found = of(plain.clone(attention="kernel", scan=scan, remat=remat), sharding.make_mesh())
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=4e-6 * float(jnp.abs(theirs).max()))
+"""
+
+
+def test_in_a_loop_and_recomputed_on_two_devices_it_is_the_plain_encoder():
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", COMBINED], env=env, capture_output=True, text=True, timeout=300, cwd=REPO)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 DEVICES = """
 import functools, jax, jax.numpy as jnp, numpy as np
 from unittest import mock
@@ -122,7 +158,7 @@ jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b
 
 def test_devices_share_the_rows_and_gather_nothing():
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", DEVICES], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", DEVICES], env=env, capture_output=True, text=True, timeout=300, cwd=REPO)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == ["2 False True", "1 False False"]
 
@@ -132,6 +168,8 @@ def test_more_tokens_are_attended_to_as_elsewhere(tokens, buckets):
     block = Block(heads=3, attention="kernel", relative=buckets is not None)
     x = jax.ShapeDtypeStruct((2, tokens, 24), jnp.float32)
     params = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, buckets), x)
+    with pytest.raises(ConfigError, match="is for GPUs"):
+        jax.eval_shape(lambda p, x: block.apply(p, x, buckets), params, x)
     with platforms.compiled_for(mesh_of("cuda")):
         assert "pallas_call" not in str(jax.make_jaxpr(lambda p, x: block.apply(p, x, buckets))(params, x))
 
@@ -147,7 +185,7 @@ def test_refused_before_anything_is_computed():
         jax.eval_shape(block.apply, params, x)
     with pytest.raises(ConfigError, match="heads of 128 at most, not 192"):
         shapes(width=192, heads=1)
-    with pytest.raises(ConfigError, match="not one per row"):
+    with pytest.raises(ConfigError, match="not one per row as for tokens that are some"):
         shapes(buckets=np.zeros((2, 10, 10), np.int32))
     with pytest.raises(ConfigError, match="no learned bias"):
         shapes(bias=jnp.zeros((3, 10, 10)))

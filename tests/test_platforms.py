@@ -121,11 +121,12 @@ def all_close(found, wanted, gap=4e-6):
 
 
 def test_gradients_lie_as_parameters_do_on_a_tpu():
-    grads = {"kernel": jnp.arange(6.0).reshape(2, 3), "scale": jnp.float32(2.0)}
-    texts = {}
+    grads = {"kernel": jnp.arange(6.0).reshape(2, 3), "scale": jnp.float32(2.0), "sharded": jnp.ones((2, 3))}
+    whole, part = (types.SimpleNamespace(is_fully_replicated=every) for every in (True, False))
+    texts, where = {}, {"kernel": whole, "scale": whole, "sharded": part}
     for platform in ("cpu", "tpu"):
         with platforms.compiled_for(mesh_of(platform)):
-            program = jax.jit(lambda grads: laid_out(grads))  # of its own: what was traced for a platform is kept
+            program = jax.jit(lambda grads: laid_out(grads, where))  # of its own: what was traced for a platform is kept
             texts[platform] = program.lower(grads).as_text()
             jax.tree.map(np.testing.assert_array_equal, program(grads), grads)
     assert "LayoutConstraint" not in texts["cpu"] and texts["tpu"].count("@LayoutConstraint") == 2

@@ -44,8 +44,9 @@ def inherit(config: ConfigDict, source: ConfigDict) -> ConfigDict:
 
 
 def anywhere(encoder: ConfigDict) -> dict:
-    """What a run's encoder must have otherwise for another platform or other images: attention as these have it."""
-    return {"attention": "auto"} if "attention" in encoder else {}
+    """What a run's encoder has otherwise on another platform or for other images: computed as it is without being asked."""
+    plain = {"attention": "auto", "scan": False}
+    return {key: value for key, value in plain.items() if key in encoder}
 
 
 def take_data(merged: ConfigDict, source: ConfigDict):

@@ -31,8 +31,8 @@ Q, K, V = 0, 1, 2
 
 def refusal(width: int, buckets) -> str:
     """Why attention of heads of this width cannot be computed here, in words; empty where it can."""
-    if buckets is not None and buckets.ndim != 2:
-        return "one table of iRPE's buckets for all rows, not one per row"
+    if buckets is not None and not isinstance(buckets, irpe.Grid) and buckets.ndim != 2:
+        return "one table of iRPE's buckets for all rows, not one per row as for tokens that are some of a view's"
     if width > WIDEST:
         return f"heads of {WIDEST} at most, not {width}"
     return ""

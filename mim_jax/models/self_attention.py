@@ -64,20 +64,20 @@ class Attention(nn.Module):
         return bias.of(self.param("relative_bias", nn.initializers.zeros, (relative_bias.entries(bias.grid), self.heads)))
 
     def takes_kernel(self, x, buckets, bias) -> bool:
-        """Not for more tokens, as evaluators have them at large sizes; nor while parameters are made, which asks no device, nor
-        where the weights are asked for, which are never there."""
-        if x.shape[1] > kernel_attention.LONGEST:
-            return False
+        """Not for more tokens than it takes, as evaluators have them at large sizes; nor while parameters are made, which asks
+        no device, nor where the weights are asked for, which are never there. Raises ConfigError for what it does not do."""
         if self.own_bias or bias is not None:
             raise ConfigError("encoder.attention=kernel adds no learned bias to the logits; take auto or another position")
         if words := kernel_attention.refusal(x.shape[-1] // self.heads, buckets):
             raise ConfigError(f"encoder.attention=kernel takes {words}; take auto")
-        return not self.is_initializing() and not self.is_mutable_collection("intermediates")
+        if self.is_initializing() or self.is_mutable_collection("intermediates"):
+            return False
+        if platforms.current() != "gpu":
+            raise ConfigError(f"encoder.attention=kernel is for GPUs, and this is a {platforms.current()}; take auto")
+        return x.shape[1] <= kernel_attention.LONGEST
 
     def by_kernel(self, x, buckets):
         """The same on a GPU, each device its own rows."""
-        if platforms.current() != "gpu":
-            raise ConfigError(f"encoder.attention=kernel is for GPUs, and this is a {platforms.current()}; take auto")
         table = RelativeKeys(x.shape[-1] // self.heads, self.dtype, name="rpe_k")(None, None) if self.relative else None
         of_rows = lambda qkv, table: kernel_attention.attention(qkv, self.heads, table, buckets)
         qkv = self.multiplied(x)

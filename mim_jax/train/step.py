@@ -32,7 +32,7 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
             state = state.replace(teacher=moved(objective.teacher, state.teacher, state.params, state.step))
         key = prng.stream(seed, "dropout", state.step)
         loss, metrics, stats, grads = accumulate(objective, state, inputs, key, accumulation)
-        grads = laid_out(grads)
+        grads = laid_out(grads, shardings.params)
         with jax.named_scope("optimiser"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -57,12 +57,13 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
     return jax.jit(step, in_shardings=where, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
 
 
-def laid_out(grads):
+def laid_out(grads, shardings):
     """On a TPU as parameters and moments lie in the state, row by row: else these three are copied to the layout in which a
-    gradient comes out of its product, and back."""
+    gradient comes out of its product, and back. Not of those that are sharded, which XLA would gather for it."""
     if platforms.current() != "tpu":
         return grads
-    return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), grads)
+    whole = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return jax.tree.map(lambda x, where: whole(x) if where.is_fully_replicated else x, grads, shardings)
 
 
 def accumulate(objective, state, inputs: dict, key, accumulation: int):
