@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mim_jax import platforms, sharding
+from mim_jax.assemble import inheritance
 from mim_jax.config import ConfigError, load
 from mim_jax.jobs import step_program
 from mim_jax.jobs.run import run
@@ -268,3 +269,10 @@ def test_a_benchmark_asks_for_it_and_says_who_has_none():
         step_program.Program("configs/simmim_swinb.py:toy", step_program.Setting(8, scan=True))
     with pytest.raises(ConfigError, match="a ViTDet "):
         step_program.Program("configs/detect.py:preset=lomar_b,toy", tuned)
+
+
+def test_jobs_that_start_from_a_run_compute_as_they_do_without_being_asked():
+    source = load(str(REPO / "configs/lomar_vitb.py"))
+    source.encoder.update({"scan": True, "attention": "kernel"})
+    encoder = inheritance.inherit(load(str(REPO / "configs/finetune.py")), source).encoder
+    assert (encoder.scan, encoder.attention) == (False, "auto")
