@@ -1,6 +1,7 @@
 """`launch/check_gpu.sh [--out=results/gpu_NAME.json]`: measures on the card at hand, in under 8 minutes, what is claimed.
 
-    base     steps of ViT-B and a sparse Swin-B in bf16: times, share of the peak, and the compilers' estimates beside
+    base     steps of ViT-B and a sparse Swin-B in bf16: times, share of the peak, where a profile says they go, and the
+             compilers' estimates beside
     layouts  what layers choose by platform, in time and in value, beside the plain layers; the kernel of attention too
     resume   a continued run and one that never stopped: the same bits
     large    steps of ViT-L
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 
-LIMITS = {"base": 150, "layouts": 85, "resume": 110, "large": 110, "torch": 150, "at_448": 100}  # seconds
+LIMITS = {"base": 170, "layouts": 75, "resume": 90, "large": 110, "torch": 150, "at_448": 100}  # seconds
 SECONDS = 470  # of all together
 # Of the card's memory, JAX takes three quarters unless told otherwise: here nothing, and there two processes share it.
 ENVIRONMENT = {"torch": {"JAX_PLATFORMS": "cpu"}, "resume": {"XLA_CLIENT_MEM_FRACTION": "0.4"}}
@@ -121,7 +122,7 @@ def faults(found: dict, place: str = "") -> list[str]:
     wrong = [f"{place}{found['error']}"] if "error" in found else []
     wrong += [f"{place}{spec}: {words}" for spec, words in found.get("failed", {}).items()]
     if found.get("same_bits") is False:
-        wrong.append(f"{place}{found['differ']} arrays differ")
+        wrong.append(f"{place}{found.get('differ', 'some')} arrays differ")
     others = {"tpu", "gpu"} - {found.get("current")} if "current" in found else set()
     for name, part in found.items():
         if name == "failed":

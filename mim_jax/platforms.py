@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import re
 from collections.abc import Callable
 
 import jax
@@ -17,6 +18,14 @@ _compiled_for = contextvars.ContextVar("compiled_for", default=("", None))
 def current() -> str:
     """cpu, gpu or tpu: of the mesh that is being traced for, else of this process."""
     return _compiled_for.get()[0] or jax.default_backend()
+
+
+def runs_triton() -> bool:
+    """Whether it is an NVIDIA GPU of compute capability 8 or later: what Pallas' kernels in Triton are written for."""
+    mesh = _compiled_for.get()[1]
+    device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))  # of AMD's: gfx942
+    return current() == "gpu" and re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
 
 
 def devices() -> int:
@@ -39,7 +48,8 @@ def by_device(of_rows: Callable) -> Callable:
 
 def layouts() -> str:
     """What layers do otherwise than usual on this platform, for the log; values are the same but for rounding."""
-    return LAYOUTS.get(current(), "")
+    kernel = "attention of up to 256 tokens in bfloat16 is one kernel, " if runs_triton() else ""
+    return kernel + LAYOUTS.get(current(), "")
 
 
 @contextlib.contextmanager

@@ -43,8 +43,13 @@ def test_the_whole_check_at_toy_size(tmp_path):
 
     for name, count in (("base", 2), ("at_448", 1)):
         results = found[name]["results"]
-        assert len(results) == count and found[name]["failed"] == {} and found[name]["matmul_flops_per_second"] > 0
-        assert all(r["step_median_s"] > 0 and r["recorded_estimates_s"] == {} for r in results)
+        assert len(results) == count and found[name]["failed"] == {}
+        for r in results:
+            assert min(r[key] for key in ("step_median_s", "queued_s", "matmul_flops_per_second")) > 0
+            assert r["recorded_estimates_s"] == {}
+            profile = r["profile"]
+            assert profile["kernels"] > 100 and 0 < profile["busy_s"] and abs(sum(profile["shares_of_busy"].values()) - 1) < 1e-6
+            assert profile["shares_of_busy"]["attention"] > profile["shares_of_busy"].get("unknown", 0)
     for block in found["layouts"]["blocks"].values():
         assert set(block) >= {"cpu", "gpu", "tpu"}
         assert all(b["seconds"] > 0 and 0 < max(b["errors"]) < 0.05 for b in block.values())

@@ -1,5 +1,6 @@
 """On the card: a transformer block as layers choose it for each platform and with the kernel of attention, beside the plain."""
 
+import concurrent.futures
 import functools
 import types
 
@@ -41,9 +42,9 @@ def for_platform(name: str):
 
 def of_shape(rows: int, side: int, width: int, heads: int, relative: bool, repeat: int) -> dict:
     """{platform: seconds of a block's forward and backward pass, relative errors of its value and gradients in bf16 against
-    the plain block in float32}, or what went wrong where its layers are for chips alone. On a GPU the kernel of attention too,
-    where it takes so many tokens, and whether it gives the same bits twice."""
-    buckets = jnp.asarray(irpe.bucket_table((side, side))) if relative else None
+    the plain block in float32, whether they are the same bits twice}, or what went wrong where its layers are for chips alone.
+    On a GPU without those of TPUs, and with the kernel of attention where it takes so many tokens."""
+    buckets = jax.tree.map(jnp.asarray, irpe.buckets_of((side, side))) if relative else None
     x = jax.random.normal(jax.random.key(0), (rows, 1 + side**2, width))
     fresh = Block(heads, relative=relative).init(jax.random.key(1), x[:1], buckets)
     params = jax.tree.map(lambda p: p + 0.02 * jax.random.normal(jax.random.key(2), p.shape), fresh)  # no table of zeros
@@ -51,21 +52,23 @@ def of_shape(rows: int, side: int, width: int, heads: int, relative: bool, repea
     of = lambda dtype, way="auto": functools.partial(gradients, block(dtype=dtype, attention=way), buckets)
     with for_platform(PLAIN), jax.default_matmul_precision("highest"):
         exact = jax.jit(of(jnp.float32))(params, x)
-    programs, found = {}, {}
-    names = [*platforms.LAYOUTS]
-    if jax.default_backend() == "gpu" and x.shape[1] <= kernel_attention.LONGEST:
-        names.append(KERNEL)
-    for name in names:
+    ways = {name: ("plain", name) for name in platforms.LAYOUTS}
+    if jax.default_backend() == "gpu":
+        del ways["tpu"]  # for chips alone, and a card's time is short
+        ways |= {KERNEL: ("kernel", "gpu")} if x.shape[1] <= kernel_attention.LONGEST else {}
+    lowered, programs, found = {}, {}, {}
+    for name, (way, platform) in ways.items():
+        with for_platform(platform):
+            once = of(jnp.bfloat16, way)
+            lowered[name] = [jax.jit(f).lower(params, x) for f in (once, functools.partial(over_and_over, once, repeat))]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        compiled = {name: [pool.submit(each.compile) for each in both] for name, both in lowered.items()}
+    for name, both in compiled.items():
         try:
-            way, platform = ("kernel", "gpu") if name == KERNEL else ("auto", name)
-            with for_platform(platform):
-                once = jax.jit(of(jnp.bfloat16, way)).lower(params, x).compile()
-                again = functools.partial(over_and_over, of(jnp.bfloat16, way), repeat)
-                programs[name] = jax.jit(again).lower(params, x).compile()
+            once, programs[name] = (each.result() for each in both)
             value = once(params, x)
             found[name] = {"errors": [error(a, b) for a, b in zip(value, exact)], "seconds": []}
-            if name == KERNEL:
-                found[name]["same_bits"] = all(bool((a == b).all()) for a, b in zip(value, once(params, x)))
+            found[name]["same_bits"] = all(bool((a == b).all()) for a, b in zip(value, once(params, x)))
         except Exception as failed:  # whatever a compiler may raise: the others are still compared
             found[name] = {"error": f"{type(failed).__name__}: {str(failed)[:300]}"}
             programs.pop(name, None)

@@ -1,11 +1,11 @@
 """On the card: how long whole steps take, and how far from that their compilers' estimates were."""
 
-import concurrent.futures
 import json
 import pathlib
 
 import jax
 
+from experiments.gpu import trace
 from mim_jax.chips import estimates
 from mim_jax.chips.chip import GPUS
 from mim_jax.config import ConfigError
@@ -25,22 +25,32 @@ def group(name: str, toy: bool, tell):
     specs, batch_size = GROUPS[name]
     if toy and not (specs := TOY[name]):
         return tell({"skipped": "nothing of it is tiny"})
-    tell(measure(specs, *((8, "float32", 1) if toy else (batch_size, "bfloat16", 20))))
+    measure(specs, *((8, "float32", 2) if toy else (batch_size, "bfloat16", 20)), tell)
 
 
-def measure(specs, batch_size: int, dtype: str, steps: int) -> dict:
-    """All compiled at once, which takes a card's host many cores and little time, then run in turn."""
-    setting = Setting(batch_size, dtype)
-    with concurrent.futures.ThreadPoolExecutor(len(specs)) as pool:
-        found = {spec: pool.submit(Subject, spec, setting) for spec in specs}
-    failed = {spec: str(f.exception()).splitlines()[0][:300] for spec, f in found.items() if f.exception()}
-    subjects = [f.result() for f in found.values() if not f.exception()]
-    if not subjects:
-        raise ConfigError(f"no step could be compiled: {failed}")
-    report = in_turn(subjects, steps)
-    chip = chip_of(jax.devices()[0].device_kind)
-    report["results"] = [r | beside_estimates(r, s, chip) for r, s in zip(report["results"], subjects)]
-    return {"batch_size": batch_size, "compute_dtype": dtype, "failed": failed, **report}
+def measure(specs, batch_size: int, dtype: str, steps: int, tell):
+    """One after the other, since what is compiled tries its products on the card; told after each."""
+    setting, found = Setting(batch_size, dtype), {"batch_size": batch_size, "compute_dtype": dtype, "failed": {}, "results": []}
+    for spec in specs:
+        try:
+            found["results"].append(measured(Subject(spec, setting), steps))
+        except Exception as error:  # whatever a compiler may raise: the others are still measured
+            found["failed"][spec] = f"{type(error).__name__}: {str(error)[:300]}"
+        tell(found)
+    if not found["results"]:
+        raise ConfigError(f"no step could be measured: {found['failed']}")
+
+
+def measured(subject: Subject, steps: int) -> dict:
+    report = in_turn([subject], steps)
+    found = report.pop("results")[0] | {key: report[key] for key in ("matmul_flops_per_second", "peak_memory_bytes")}
+    found["queued_s"] = trace.queued(subject, steps)
+    found |= beside_estimates(found, subject, chip_of(jax.devices()[0].device_kind))
+    try:
+        found["profile"] = trace.by_part(subject, min(steps, 5))
+    except Exception as error:  # a profiler may be missing or not allowed: what was measured stays
+        found["profile"] = {"without": f"{type(error).__name__}: {str(error)[:300]}"}
+    return found
 
 
 def chip_of(kind: str):

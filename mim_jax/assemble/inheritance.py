@@ -45,7 +45,7 @@ def inherit(config: ConfigDict, source: ConfigDict) -> ConfigDict:
 
 def anywhere(encoder: ConfigDict) -> dict:
     """What a run's encoder has otherwise on another platform or for other images: computed as it is without being asked."""
-    plain = {"attention": "auto", "scan": False}
+    plain = {"attention": "plain" if encoder.get("attention") == "plain" else "auto", "scan": False}
     return {key: value for key, value in plain.items() if key in encoder}
 
 

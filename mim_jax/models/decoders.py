@@ -31,6 +31,7 @@ class MaskedDecoder(nn.Module):
     remat: bool = False
     dtype: Any = jnp.float32
     scale: float | None = None
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, tokens, visible: Visible, units, positions=0, buckets=None, train: bool = False):
@@ -45,7 +46,8 @@ class MaskedDecoder(nn.Module):
         self.sow("intermediates", "tokens_in", x)
         block = nn.remat(vit.Block, static_argnums=(3,)) if self.remat else vit.Block
         for i in range(self.depth):
-            x = block(self.heads, 4.0, self.relative, dtype=self.dtype, name=f"block_{i:02d}")(x, buckets, train)
+            of_a_block = dict(attention=self.attention, dtype=self.dtype, name=f"block_{i:02d}")
+            x = block(self.heads, 4.0, self.relative, **of_a_block)(x, buckets, train)
         x = LayerNorm(self.dtype, name="norm")(x)[:, first:]
         if self.scale is None:
             return Dense(self.out, self.dtype, name="pred")(x)

@@ -4,6 +4,8 @@ logits += q . table[:, bucket(i, j)], with the *unscaled* q. One table per layer
 """
 
 import flax.struct
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2  # ratio 1.9: alpha, 2 alpha, 8 alpha
@@ -48,3 +50,16 @@ def one_hot_index(side: int) -> np.ndarray:
     """-> float32 [side side 7]: the piecewise index of query minus key along an axis."""
     at = np.arange(side)
     return np.eye(SIDE, dtype=np.float32)[piecewise_index(at[:, None] - at) + REACH]
+
+
+def pair_keys(table, buckets):
+    """[e buckets], [n n] -> [e n n]: the table's column for every pair of tokens.
+
+    As a product with one-hot columns, whose gradient sums in a fixed order: a gather's would be a scatter with
+    repeated indices, which a GPU adds up in any order, and a resumed run would differ in its last bits. Of larger grids
+    only the weights are asked for this way, and they gather, the one-hot columns being 50 times their square.
+    """
+    if buckets.shape[0] > LARGEST + 1:
+        return jnp.take(table, buckets.reshape(-1), axis=1).reshape(table.shape[0], *buckets.shape)
+    columns = jax.nn.one_hot(buckets, table.shape[1], axis=0, dtype=table.dtype)
+    return jnp.einsum("eb,bij->eij", table, columns, precision=jax.lax.Precision.HIGHEST)

@@ -1,18 +1,21 @@
 """softmax(q k / sqrt(e) + q . table[:, bucket]) v of short sequences in one kernel of a GPU: the logits never leave the chip.
 
 On a GPU the plain path is bound by bytes: float32 logits and iRPE's term pass through memory many times, and q, k, v are
-transposed before. Here a program takes one sequence and a few heads, reads q, k, v where the product qkv left them, and writes
+transposed before. Here a program takes one head of a few sequences, reads q, k, v where the product qkv left them, and writes
 what the next product reads. All keys of a head are on the chip at once, so the softmax is whole, and the backward pass needs
 neither the output nor a sum of exponentials: it makes the weights again (as FlashAttention does, arXiv 2205.14135) and takes
 the row sums of P dP from them.
 
-iRPE: the products of a query with the 50 columns of the table go to a scratch that stays in the L2 cache, and every pair picks
-its own. Its gradient sums that of the logits bucket by bucket. No atomic additions: each program writes its own share of the
-table's gradient, and the shares are summed in a fixed order.
+iRPE: the products of a query with the 50 columns of the table go to a scratch that stays in a cache, and every pair picks its
+own. Backward, a second kernel takes one query of many sequences at a time, for which the keys of its pairs are the same, so
+that its gradients are products of matrices. No atomic additions: each program writes its own share of the gradient of the
+pairs' keys, and the shares are summed in a fixed order.
 """
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +28,9 @@ LONGEST = 256  # tokens whose keys are on the chip at once
 WIDEST = 128  # of a head
 COLUMNS = 64  # of the products with the table: its buckets, and zeros up to a power of two
 PAIRS = 64 * 64  # of queries and keys at a time, by which a program has registers enough
-GROUP = 4  # heads of a program, at most: more make fewer shares of the table's gradient, fewer fill more of the chip
+PROGRAMS = 512  # at least, where there are so many heads: fewer would leave some of the chip idle
+SEQUENCES = 32  # of one query at a time
+LOG2_E = math.log2(math.e)
 Q, K, V = 0, 1, 2
 
 
@@ -44,23 +49,40 @@ def attention(qkv, heads: int, table=None, buckets=None, interpret: bool = False
     interpret: traced as plain operations, for a platform without the kernel.
     """
     r, n, wide = qkv.shape
-    tiles = Tiles(n, wide // (3 * heads), heads, buckets is not None, interpret)
+    tiles = Tiles(n, wide // (3 * heads), heads, together(r, heads) if buckets is not None else 0, interpret)
+    keys = None
     if buckets is not None:
-        buckets = jnp.pad(jnp.asarray(buckets, jnp.int32), (0, tiles.keys - n))
-        table = jnp.pad(table, ((0, tiles.lanes - tiles.width), (0, COLUMNS - table.shape[1])))
-    out = _attention(tiles, qkv.reshape(r, n, 3, heads, tiles.width), table, buckets)
+        beyond = tiles.lanes - tiles.width
+        keys = irpe.pair_keys(table.astype(jnp.float32), jnp.asarray(buckets))  # whose gradient is that of the table
+        keys = jnp.pad(jnp.transpose(keys, (1, 2, 0)), ((0, 0), (0, tiles.keys - n), (0, beyond)))
+        table = jnp.pad(jax.lax.stop_gradient(table).T, ((0, COLUMNS - table.shape[1]), (0, beyond)))
+        sides = tiles.blocks * tiles.rows, tiles.keys
+        buckets = jnp.pad(jnp.asarray(buckets, jnp.int32), [(0, side - n) for side in sides])
+    out = _attention(tiles, qkv.reshape(r, n, 3, heads, tiles.width), table, keys, buckets)
     return out.reshape(r, n, wide // 3)
+
+
+def together(r: int, heads: int) -> int:
+    """Sequences of one program: as many as leave programs enough, so that they share one scratch."""
+    return max(i for i in range(1, r + 1) if r % i == 0 and (i == 1 or r // i * heads >= PROGRAMS))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """What is on the chip: sides are powers of two, and what lies beyond the array is zero."""
+    """What is on the chip: sides are powers of two, and what lies beyond the array is zero.
+
+    together: sequences of a program with iRPE, 0 without.
+    """
 
     tokens: int
     width: int
     heads: int
-    relative: bool
+    together: int
     interpret: bool
+
+    @property
+    def relative(self) -> bool:
+        return self.together > 0
 
     @property
     def keys(self) -> int:
@@ -75,8 +97,13 @@ class Tiles:
         return max(16, min(self.keys, PAIRS // self.keys))
 
     @property
-    def group(self) -> int:
-        return max(i for i in range(1, GROUP + 1) if self.heads % i == 0)
+    def blocks(self) -> int:
+        """Of rows."""
+        return pl.cdiv(self.tokens, self.rows)
+
+    @property
+    def warps(self) -> int:
+        return 8 if self.keys * self.lanes > 128 * 64 else 4  # by the sums of the gradients of keys and values
 
     @property
     def scale(self) -> float:
@@ -87,33 +114,58 @@ class Tiles:
         rows, lanes = start + jnp.arange(size), jnp.arange(self.lanes)
         return (rows < self.tokens)[:, None] & (lanes < self.width)[None, :]
 
-    def of_head(self, ref, head, start, size: int, which):
-        """Rows of an array [rows heads lanes], or of its part `which` [rows parts heads lanes]."""
-        return ref.at[(pl.ds(start, size), *map(jnp.int32, which), jnp.int32(head), slice(None))]
+    def of_sequence(self, ref, sequence, start, size: int, which):
+        """Rows of an array [sequences rows lanes], or of its part `which` [sequences rows parts lanes]."""
+        return ref.at[(jnp.int32(sequence), pl.ds(start, size), *map(jnp.int32, which), slice(None))]
 
-    def read(self, ref, head, start, size: int, which=()):
-        at = self.of_head(ref, head, start, size, which)
+    def read(self, ref, sequence, start, size: int, which=()):
+        at = self.of_sequence(ref, sequence, start, size, which)
         return triton.load(at, mask=self.there(start, size), other=0.0)
 
-    def write(self, ref, head, start, x, which=()):
-        at = self.of_head(ref, head, start, x.shape[0], which)
+    def write(self, ref, sequence, start, x, which=()):
+        at = self.of_sequence(ref, sequence, start, x.shape[0], which)
         triton.store(at, x.astype(ref.dtype), mask=self.there(start, x.shape[0]))
+
+    def of_pairs(self, qkv, dtype) -> tuple:
+        """An array with a number for every pair [r n heads keys], and its blocks."""
+        r, n, _, heads, _ = qkv.shape
+        shape = jax.ShapeDtypeStruct((r, n, heads, self.keys), dtype)
+        return shape, self.spec((self.together, self.blocks * self.rows, None, self.keys), "r.h.")
+
+    def pairs(self, ref, sequence, start) -> dict:
+        """A block of queries with all keys."""
+        there = (start + jnp.arange(self.rows) < self.tokens)[:, None] & (jnp.arange(self.keys) < self.keys)[None, :]
+        return dict(x_ref=ref.at[jnp.int32(sequence), pl.ds(start, self.rows), :], mask=there)
+
+    def read_pairs(self, ref, sequence, start):
+        at = self.pairs(ref, sequence, start)
+        return triton.load(at["x_ref"], mask=at["mask"], other=0.0)
+
+    def write_pairs(self, ref, sequence, start, x):
+        at = self.pairs(ref, sequence, start)
+        triton.store(at["x_ref"], x.astype(ref.dtype), mask=at["mask"])
 
     def wait(self):
         """Until all threads of a program have written and read what comes before."""
         if not self.interpret:
             triton.debug_barrier()
 
-    def blocks(self, shape, places: str) -> pl.BlockSpec:
-        """Of an array whose axes are: r of sequences, h of groups of heads, one letter more for what is whole."""
-        index = lambda r, h: tuple({"r": r, "h": h}.get(place, 0) for place in places)
+    def spec(self, shape, places: str) -> pl.BlockSpec:
+        """Of an array whose axes are: r of sequences, h of heads or i of queries, a dot for what is whole."""
+        index = lambda r, second: tuple({"r": r, "h": second, "i": second}.get(place, 0) for place in places)
         return pl.BlockSpec(shape, index)
+
+    def of_qkv(self) -> pl.BlockSpec:
+        return self.spec((max(self.together, 1), self.keys, 3, None, self.lanes), "r..h.")
+
+    def of_out(self) -> pl.BlockSpec:
+        return self.spec((max(self.together, 1), self.keys, None, self.lanes), "r.h.")
 
     def call(self, kernel, r: int, operands, results, name: str):
         """operands: arrays and their blocks. results: shapes and their blocks. -> the results."""
         return pl.pallas_call(
             functools.partial(kernel, self),
-            grid=(r, self.heads // self.group),
+            grid=(r // max(self.together, 1), self.heads),
             in_specs=[spec for _, spec in operands],
             out_specs=[spec for _, spec in results],
             out_shape=[shape for shape, _ in results],
@@ -122,145 +174,173 @@ class Tiles:
             name=name,
         )(*(x for x, _ in operands))
 
-    @property
-    def warps(self) -> int:
-        return 4 if self.keys <= 64 else 8
-
-    def scratch(self, r: int) -> tuple:
-        """For the products of a block of queries with the table, or their gradients; each program its own."""
-        shape = jax.ShapeDtypeStruct((r, self.heads // self.group, self.rows, COLUMNS), jnp.float32)
-        return shape, self.blocks((None, None, self.rows, COLUMNS), "rh..")
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(tiles: Tiles, qkv, table, buckets):
+def _attention(tiles: Tiles, qkv, table, keys, buckets):
+    return _forward(tiles, qkv, table, buckets, keep=False)[0]
+
+
+def _forward(tiles: Tiles, qkv, table, buckets, keep: bool):
+    """-> [r n heads lanes], and with iRPE and `keep` the weights."""
     r, n, _, heads, width = qkv.shape
-    shape = jax.ShapeDtypeStruct((r, n, heads, width), qkv.dtype)
-    results = [(shape, tiles.blocks((None, tiles.keys, tiles.group, tiles.lanes), "r.h."))]
-    results += [tiles.scratch(r)] if tiles.relative else []
-    return tiles.call(_forward_kernel, r, _operands(tiles, qkv, table, buckets), results, "attention_forward")[0]
-
-
-def _operands(tiles: Tiles, qkv, table, buckets) -> list:
-    found = [(qkv, tiles.blocks((None, tiles.keys, 3, tiles.group, tiles.lanes), "r..h."))]
+    operands = [(qkv, tiles.of_qkv())]
+    results = [(jax.ShapeDtypeStruct((r, n, heads, width), qkv.dtype), tiles.of_out())]
     if tiles.relative:
-        found += [(x, tiles.blocks(x.shape, "..")) for x in (table, buckets)]
-    return found
+        operands += [(x, tiles.spec(x.shape, "..")) for x in (table, buckets)]
+        own = (r // tiles.together, heads, tiles.rows, COLUMNS)
+        results.append((jax.ShapeDtypeStruct(own, jnp.float32), tiles.spec((None, None, *own[2:]), "rh..")))
+        # weights are at most one, and in float16 four times as fine as in bfloat16
+        results += [tiles.of_pairs(qkv, jnp.float16 if qkv.dtype == jnp.bfloat16 else qkv.dtype)] if keep else []
+    found = tiles.call(_forward_kernel, r, operands, results, "attention_forward")
+    return found[0], found[-1] if keep and tiles.relative else None
+
+
+def _keep(tiles: Tiles, qkv, table, keys, buckets):
+    out, weights = _forward(tiles, qkv, table, buckets, keep=True)
+    return out, (qkv, keys, weights)
 
 
 def _backward(tiles: Tiles, kept, g):
-    qkv, table, buckets = kept
-    r, n, _, heads, width = qkv.shape
-    operands = _operands(tiles, qkv, table, buckets)
-    operands.insert(1, (g, tiles.blocks((None, tiles.keys, tiles.group, tiles.lanes), "r.h.")))
-    results = [(jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), operands[0][1])]
+    qkv, keys, weights = kept
+    operands = [(g, tiles.of_out()), (qkv, tiles.of_qkv())]
+    results = [(jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), tiles.of_qkv())]
     if tiles.relative:
-        shape = (tiles.lanes, COLUMNS)
-        share = jax.ShapeDtypeStruct((r, heads // tiles.group, *shape), jnp.float32)
-        results += [(share, tiles.blocks((None, None, *shape), "rh..")), tiles.scratch(r)]
-    found = tiles.call(_backward_kernel, r, operands, results, "attention_backward")
-    return found[0], found[1].sum((0, 1)).astype(table.dtype) if tiles.relative else None, None
+        operands.append((weights, tiles.of_pairs(qkv, weights.dtype)[1]))
+        results.append(tiles.of_pairs(qkv, qkv.dtype))
+    found = tiles.call(_backward_kernel, qkv.shape[0], operands, results, "attention_backward")
+    if not tiles.relative:
+        return found[0], None, None, None
+    dqkv, dkeys = _by_query(tiles, qkv, keys, *found)
+    return dqkv, None, dkeys.sum(0), None
 
 
-_attention.defvjp(lambda tiles, *operands: (_attention(tiles, *operands), operands), _backward)
+_attention.defvjp(_keep, _backward)
+
+
+def _by_query(tiles: Tiles, qkv, keys, dqkv, dlogits):
+    """-> dqkv with what the relation brings to the gradient of queries, and shares of that of keys [x n keys lanes]."""
+    r, n, _, heads, _ = qkv.shape
+    shares = pl.cdiv(r, SEQUENCES)
+    queries = tiles.spec((SEQUENCES, None, None, heads, tiles.lanes), "ri...")  # the first of q, k, v
+    of_pairs = (tiles.keys, tiles.lanes)
+    share = jax.ShapeDtypeStruct((shares, n, *of_pairs), jnp.float32)
+    return pl.pallas_call(
+        functools.partial(_query_kernel, tiles, r),
+        grid=(shares, n),
+        in_specs=[
+            queries,
+            tiles.spec((None, *of_pairs), "i.."),
+            tiles.spec((SEQUENCES, None, heads, tiles.keys), "ri.."),
+            queries,
+        ],
+        out_specs=[queries, tiles.spec((None, None, *of_pairs), "ri..")],
+        out_shape=[jax.ShapeDtypeStruct(dqkv.shape, dqkv.dtype), share],
+        input_output_aliases={3: 0},
+        compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=1),
+        interpret=tiles.interpret,
+        name="attention_backward_of_relation",
+    )(qkv, keys.astype(qkv.dtype), dlogits, dqkv)
+
+
+def _query_kernel(tiles: Tiles, r: int, q_ref, keys, dlogits_ref, dq_ref, out, share):
+    rows = pl.program_id(0) * SEQUENCES + jnp.arange(SEQUENCES) < r
+    there = rows[:, None] & (jnp.arange(tiles.lanes) < tiles.width)[None, :]
+
+    def of_head(head, dkeys):
+        of = lambda ref: ref.at[:, jnp.int32(head), :]
+        dlogits = triton.load(of(dlogits_ref), mask=rows[:, None] & (jnp.arange(tiles.keys) >= 0)[None, :], other=0.0)
+        q, dq = (triton.load(of(ref), mask=there, other=0.0) for ref in (q_ref, dq_ref))
+        dq = dq.astype(jnp.float32) + triton.dot(dlogits, keys[...])
+        triton.store(of(out), dq.astype(out.dtype), mask=there)
+        return dkeys + triton.dot(dlogits, q, trans_a=True)
+
+    zeros = jnp.zeros((tiles.keys, tiles.lanes), jnp.float32)
+    share[...] = jax.lax.fori_loop(0, tiles.heads, of_head, zeros)
 
 
 def _forward_kernel(tiles: Tiles, qkv, *refs):
-    table, buckets, out, scratch = refs if tiles.relative else (None, None, *refs, None)
+    table, buckets, out, products, *kept = refs if tiles.relative else (None, None, *refs, None)
+    relation = _Relation(tiles, table, buckets, products) if tiles.relative else None
 
-    def of_head(head, _):
-        k, v = (tiles.read(qkv, head, 0, tiles.keys, (which,)) for which in (K, V))
+    def of_sequence(sequence, _):
+        k, v = (tiles.read(qkv, sequence, 0, tiles.keys, (which,)) for which in (K, V))
 
         def of_rows(block, _):
             start = block * tiles.rows
-            q = tiles.read(qkv, head, start, tiles.rows, (Q,))
-            e, total = _exponentials(tiles, q, k, _Relation(tiles, start, table, buckets, scratch))
-            tiles.write(out, head, start, triton.dot(e.astype(v.dtype), v) / total)
+            q = tiles.read(qkv, sequence, start, tiles.rows, (Q,))
+            e, inverse = _exponentials(tiles, q, k, start, relation)
+            tiles.write(out, sequence, start, triton.dot(e.astype(v.dtype), v) * inverse)
+            for weights in kept:
+                tiles.write_pairs(weights, sequence, start, e * inverse)
             return 0
 
-        return _each(pl.cdiv(tiles.tokens, tiles.rows), of_rows, 0)
+        return _each(tiles.blocks, of_rows, 0)
 
-    _each(tiles.group, of_head, 0)
+    _each(max(tiles.together, 1), of_sequence, 0)
 
 
-def _backward_kernel(tiles: Tiles, qkv, g_ref, *refs):
-    table, buckets, dqkv, share, scratch = refs if tiles.relative else (None, None, *refs, None, None)
+def _backward_kernel(tiles: Tiles, g_ref, qkv, *refs):
+    kept, dqkv, dlogits_ref = refs if tiles.relative else (None, *refs, None)
 
-    def of_head(head, dtable):
-        k, v = (tiles.read(qkv, head, 0, tiles.keys, (which,)) for which in (K, V))
+    def of_sequence(sequence, _):
+        k, v = (tiles.read(qkv, sequence, 0, tiles.keys, (which,)) for which in (K, V))
 
         def of_rows(block, sums):
-            dk, dv, dtable = sums
+            dk, dv = sums
             start = block * tiles.rows
-            q, g = tiles.read(qkv, head, start, tiles.rows, (Q,)), tiles.read(g_ref, head, start, tiles.rows)
-            relation = _Relation(tiles, start, table, buckets, scratch)
-            e, total = _exponentials(tiles, q, k, relation)
-            weights, dweights = e / total, triton.dot(g, v, trans_b=True)
-            dlogits = weights * (dweights - jnp.sum(weights * dweights, 1)[:, None])
-            dq = 0.0
-            if tiles.relative:  # first, while little else is held
-                dproducts = relation.by_bucket(dlogits).astype(q.dtype)
-                dtable = dtable + triton.dot(q, dproducts, trans_a=True)
-                dq = triton.dot(dproducts, table[...], trans_b=True)
-            dlogits = dlogits.astype(q.dtype)
-            tiles.write(dqkv, head, start, dq + triton.dot(dlogits, k) * tiles.scale, (Q,))
+            q, g = tiles.read(qkv, sequence, start, tiles.rows, (Q,)), tiles.read(g_ref, sequence, start, tiles.rows)
+            if tiles.relative:
+                weights = tiles.read_pairs(kept, sequence, start).astype(jnp.float32)
+            else:
+                e, inverse = _exponentials(tiles, q, k, start, None)
+                weights = e * inverse
+            dweights = triton.dot(g, v, trans_b=True)
+            dlogits = (weights * (dweights - jnp.sum(weights * dweights, 1)[:, None])).astype(q.dtype)
+            if tiles.relative:
+                tiles.write_pairs(dlogits_ref, sequence, start, dlogits)
+            tiles.write(dqkv, sequence, start, triton.dot(dlogits, k) * tiles.scale, (Q,))
             dk = dk + triton.dot(dlogits, q, trans_a=True)
-            return dk, dv + triton.dot(weights.astype(g.dtype), g, trans_a=True), dtable
+            return dk, dv + triton.dot(weights.astype(g.dtype), g, trans_a=True)
 
         zeros = jnp.zeros((tiles.keys, tiles.lanes), jnp.float32)
-        dk, dv, dtable = _each(pl.cdiv(tiles.tokens, tiles.rows), of_rows, (zeros, zeros, dtable))
-        tiles.write(dqkv, head, 0, dk * tiles.scale, (K,))
-        tiles.write(dqkv, head, 0, dv, (V,))
-        return dtable
+        dk, dv = _each(tiles.blocks, of_rows, (zeros, zeros))
+        tiles.write(dqkv, sequence, 0, dk * tiles.scale, (K,))
+        tiles.write(dqkv, sequence, 0, dv, (V,))
+        return 0
 
-    dtable = _each(tiles.group, of_head, jnp.zeros((tiles.lanes, COLUMNS) if tiles.relative else (), jnp.float32))
-    if tiles.relative:
-        share[...] = dtable
+    _each(max(tiles.together, 1), of_sequence, 0)
 
 
 def _each(count: int, body, carried):
     return body(0, carried) if count == 1 else jax.lax.fori_loop(0, count, body, carried)
 
 
-def _exponentials(tiles: Tiles, q, k, relation):
-    """[rows lanes], [keys lanes] -> exp(logits - their largest) [rows keys], and their sums [rows 1]."""
-    logits = triton.dot(q, k, trans_b=True) * tiles.scale
+def _exponentials(tiles: Tiles, q, k, start, relation):
+    """[rows lanes], [keys lanes] -> exp(logits - their largest) [rows keys], and one over their sums [rows 1].
+
+    As powers of two, and products with the inverse in place of quotients: both cost a fraction of the instructions.
+    """
+    logits = triton.dot(q, k, trans_b=True) * (tiles.scale * LOG2_E)
     if tiles.relative:
-        logits = logits + relation.of(q)
+        logits = logits + relation.of(q, start)
     logits = jnp.where((jnp.arange(tiles.keys) < tiles.tokens)[None, :], logits, -1e30)
-    e = jnp.exp(logits - jnp.max(logits, 1)[:, None])
-    return e, jnp.sum(e, 1)[:, None]
+    e = jnp.exp2(logits - jnp.max(logits, 1)[:, None])
+    return e, (1 / jnp.sum(e, 1))[:, None]
 
 
+@dataclasses.dataclass(frozen=True)
 class _Relation:
-    """iRPE's term of a block of queries: [rows keys]."""
+    """iRPE's term of a block of queries. table: [columns lanes]; buckets: [rows keys]; products: scratch [rows columns]."""
 
-    def __init__(self, tiles: Tiles, start, table, buckets, scratch):
-        self.tiles, self.start, self.table, self.buckets, self.scratch = tiles, start, table, buckets, scratch
+    tiles: Tiles
+    table: Any
+    buckets: Any
+    products: Any
 
-    def own_buckets(self):
-        """[rows keys], read anew where they are used: they are in a cache, and registers are what a program runs out of."""
-        return self.buckets[pl.ds(self.start, self.tiles.rows), :]
-
-    def of(self, q):
-        """q . table[:, bucket] with the unscaled q: each pair picks from the products of its query."""
+    def of(self, q, start):
+        """log2(e) q . table[:, bucket] with the unscaled q: each pair picks from the products of its query. [rows keys]"""
         self.tiles.wait()  # what was read of the scratch before
-        self.scratch[...] = triton.dot(q, self.table[...])
+        self.products[...] = triton.dot(q, self.table[...], trans_b=True) * LOG2_E
         self.tiles.wait()
-        buckets = self.own_buckets()
-        return self.scratch[jax.lax.broadcasted_iota(jnp.int32, buckets.shape, 0), buckets]
-
-    def by_bucket(self, dlogits):
-        """[rows keys] -> [rows columns]: the sum over the keys of each bucket."""
-
-        buckets = self.own_buckets()
-
-        def sum_one(bucket, _):
-            self.scratch[:, bucket] = jnp.sum(jnp.where(buckets == bucket, dlogits, 0.0), 1)
-            return 0
-
-        self.tiles.wait()
-        jax.lax.fori_loop(0, irpe.BUCKETS, sum_one, 0)
-        self.tiles.wait()
-        there = jax.lax.broadcasted_iota(jnp.int32, (self.tiles.rows, COLUMNS), 1) < irpe.BUCKETS
-        return triton.load(self.scratch, mask=there, other=0.0)
+        buckets = self.buckets[pl.ds(start, self.tiles.rows), :]
+        return self.products[jax.lax.broadcasted_iota(jnp.int32, buckets.shape, 0), buckets]

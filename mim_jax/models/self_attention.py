@@ -20,8 +20,8 @@ class Attention(nn.Module):
     `buckets` is None (no iRPE), one table [n n] for all rows, or a table per row [r n n]; or an irpe.Grid, whose tokens are cls
     and all cells of a grid too large for a table. `bias` is None, a matrix [heads n n] or [r heads n n], or, with
     `own_bias`, a RelativeBias to make one of this layer's own table. `qkv_bias` "qv": a bias on queries and values only
-    (BEiT), since one on keys changes no softmax. `way` "kernel": up to 256 tokens in one kernel of a GPU, and a ConfigError
-    elsewhere and for what it does not do; "auto": as the platform has it.
+    (BEiT), since one on keys changes no softmax. `way` "auto": as is best on the platform; "kernel": up to 256 tokens in one
+    kernel of a GPU, and a ConfigError elsewhere and for what it does not do; "plain": not in that kernel.
     """
 
     heads: int
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         if width % self.heads:
             raise ConfigError(f"width {width} is not divisible by {self.heads} heads")
         head_dim = width // self.heads
-        if self.way == "kernel" and self.takes_kernel(x, buckets, bias):
+        if self.takes_kernel(x, buckets, bias):
             return self.by_kernel(x, buckets)
         if isinstance(buckets, irpe.Grid):
             if not self.is_mutable_collection("intermediates"):
@@ -65,16 +65,22 @@ class Attention(nn.Module):
 
     def takes_kernel(self, x, buckets, bias) -> bool:
         """Not for more tokens than it takes, as evaluators have them at large sizes; nor while parameters are made, which asks
-        no device, nor where the weights are asked for, which are never there. Raises ConfigError for what it does not do."""
-        if self.own_bias or bias is not None:
+        no device, nor where the weights are asked for, which are never there; without being asked only in bfloat16 and float16,
+        for which it was measured. Raises ConfigError for what it does not do and was asked for."""
+        biased = self.own_bias or bias is not None
+        words = kernel_attention.refusal(x.shape[-1] // self.heads, buckets)
+        made = not self.is_initializing() and not self.is_mutable_collection("intermediates")
+        fits = made and x.shape[1] <= kernel_attention.LONGEST
+        if self.way != "kernel":
+            halves = jnp.finfo(self.dtype).bits == 16 and x.shape[0] % platforms.devices() == 0
+            return self.way == "auto" and fits and not biased and not words and halves and platforms.runs_triton()
+        if biased:
             raise ConfigError("encoder.attention=kernel adds no learned bias to the logits; take auto or another position")
-        if words := kernel_attention.refusal(x.shape[-1] // self.heads, buckets):
+        if words:
             raise ConfigError(f"encoder.attention=kernel takes {words}; take auto")
-        if self.is_initializing() or self.is_mutable_collection("intermediates"):
-            return False
-        if platforms.current() != "gpu":
+        if made and platforms.current() != "gpu":
             raise ConfigError(f"encoder.attention=kernel is for GPUs, and this is a {platforms.current()}; take auto")
-        return x.shape[1] <= kernel_attention.LONGEST
+        return fits
 
     def by_kernel(self, x, buckets):
         """The same on a GPU, each device its own rows."""
@@ -155,24 +161,11 @@ class RelativeKeys(nn.Module):
         if buckets is None:
             return table
         if q is None:
-            return pair_keys(table, buckets)
+            return irpe.pair_keys(table, buckets)
         if buckets.ndim == 2:
             # A key per pair, the same for all rows and heads: one matrix product per query position. Twice as fast
             # on a CPU as picking from the 50 products q . table.
-            keys = pair_keys(table, buckets)
+            keys = irpe.pair_keys(table, buckets)
             return jnp.einsum("rhie,eij->rhij", q, keys, preferred_element_type=jnp.float32)
         products = jnp.einsum("rhie,eb->rhib", q, table, preferred_element_type=jnp.float32)
         return jnp.take_along_axis(products, buckets[:, None], axis=-1)
-
-
-def pair_keys(table, buckets):
-    """[e buckets], [n n] -> [e n n]: the table's column for every pair of tokens.
-
-    As a product with one-hot columns, whose gradient sums in a fixed order: a gather's would be a scatter with
-    repeated indices, which a GPU adds up in any order, and a resumed run would differ in its last bits. Of larger grids
-    only the weights are asked for this way, and they gather, the one-hot columns being 50 times their square.
-    """
-    if buckets.shape[0] > irpe.LARGEST + 1:
-        return jnp.take(table, buckets.reshape(-1), axis=1).reshape(table.shape[0], *buckets.shape)
-    columns = jax.nn.one_hot(buckets, table.shape[1], axis=0, dtype=table.dtype)
-    return jnp.einsum("eb,bij->eij", table, columns, precision=jax.lax.Precision.HIGHEST)

@@ -70,7 +70,9 @@ class ViT(Encoder):
     position: "rpe" (iRPE in every block, nothing added to tokens), "absolute" (a fixed sin-cos table is added),
     "learned" (the same table as a trainable parameter, cls row included, as timm fine-tunes it), "shared_bias" (one
     relative-position bias that every block adds to its logits), "layer_bias" (one of each block's own), "learned_layer_bias"
-    (both, as released segmentation has it). attention: "auto", or "kernel" for GPUs (models/kernel_attention.py).
+    (both, as released segmentation has it).
+
+    attention: "auto"; "kernel", always in that of GPUs (models/kernel_attention.py); or "plain", never in it.
 
     scan: the blocks between two places where anything else happens run as one loop, for a compiler the work of one block.
     Parameters lie as they do without it, and values are the same but for rounding; which samples `drop_path` drops differs,
@@ -95,7 +97,7 @@ class ViT(Encoder):
     def setup(self):
         choice("encoder.position", self.position, POSITIONS)
         choice("encoder.qkv_bias", self.qkv_bias, ("all", "qv"))
-        choice("encoder.attention", self.attention, ("auto", "kernel"))
+        choice("encoder.attention", self.attention, ("auto", "kernel", "plain"))
         self.patch_embed = Dense(self.width, self.dtype)
         self.cls_token = self.param("cls_token", token_init, (1, 1, self.width))
         if self.position in LEARNED:

@@ -146,7 +146,8 @@ class LocalMIM(MaskedPrediction):
         """The decoder of a tap, of the running module, or with parent=None only for its sizes."""
         e, sizes = self.encoder, (tap.width, tap.depth, tap.heads)
         out = self.target_of(tap.target).width(tap.cell, e.channels)
-        return MaskedDecoder(*sizes, out, e.has_cls, remat=e.remat, dtype=self.dtype, scale=tap.scale, **options)
+        how = dict(attention=getattr(e, "attention", "auto"), remat=e.remat, dtype=self.dtype)
+        return MaskedDecoder(*sizes, out, e.has_cls, scale=tap.scale, **how, **options)
 
     def predict_views(self, views: Views, train: bool = False) -> list:
         e, which, predictions = self.encoder, visible(rearrange(views.hidden, "r y x -> r (y x)"), self.kept), []

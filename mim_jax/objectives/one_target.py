@@ -151,7 +151,8 @@ class DecodedPrediction(AnyTarget):
     def made_decoder(self, **options) -> MaskedDecoder:
         """The decoder, of the running module, or with parent=None only for its sizes."""
         e, sizes = self.encoder, (self.decoder_width, self.decoder_depth, self.decoder_heads)
-        return MaskedDecoder(*sizes, self.head_width, e.has_cls, remat=e.remat, dtype=self.dtype, **options)
+        how = dict(attention=getattr(e, "attention", "auto"), remat=e.remat, dtype=self.dtype)
+        return MaskedDecoder(*sizes, self.head_width, e.has_cls, **how, **options)
 
     def decoder_flops(self, **options) -> int:
         """Forward FLOPs on one view."""
