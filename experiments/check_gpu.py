@@ -3,7 +3,7 @@
     base     steps of ViT-B and a sparse Swin-B in bf16: times, share of the peak, where a profile says they go, and the
              compilers' estimates beside
     layouts  what layers choose by platform, in time and in value, beside the plain layers; the kernel of attention too
-    resume   a continued run and one that never stopped: the same bits
+    resume   a run continued in another process, from the programs it keeps, and one that never stopped: the same bits
     large    steps of ViT-L
     torch    torch.compile'd twins of the steps; left out, and said so, without PyTorch
     at_448   LoMaR and MAE at 448 px

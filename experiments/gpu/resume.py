@@ -10,10 +10,10 @@ import time
 
 import jax
 
-from mim_jax import sharding
+from mim_jax import platforms, sharding
 from mim_jax.assemble import datasets
 from mim_jax.jobs.step_program import Program, Setting
-from mim_jax.runs import checkpoint, saved
+from mim_jax.runs import checkpoint, programs, saved
 from mim_jax.train.state import create
 
 SPEC, BATCH = "configs/lomar_vitb.py", 64
@@ -22,21 +22,19 @@ WAITS = 300  # seconds for the other process
 
 
 def compare(toy: bool, tell):
-    """The other process compiles at the same time and then waits for the checkpoint. On a card two processes share the memory:
-    check_gpu.py gives each a part."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "experiments.gpu.resume", folder, *(["--toy"] if toy else [])]
+    """The other process finds the compiled step where a run keeps its own, and waits for the checkpoint. On a card two
+    processes share the memory: check_gpu.py gives each a part."""
+    with tempfile.TemporaryDirectory() as folder, programs.kept(pathlib.Path(folder)):
+        run, command = Run(toy), [sys.executable, "-m", "experiments.gpu.resume", folder, *(["--toy"] if toy else [])]
         other = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
-            found = uninterrupted(Run(toy), pathlib.Path(folder))
-            tell({"config": SPEC, "saved_at": SAVED_AT, "end": END, "in_the_same_process": differing(*found)})
+            whole, resumed = uninterrupted(run, pathlib.Path(folder))
+            told = {"config": SPEC, "saved_at": SAVED_AT, "end": END, "in_the_same_process": differing(whole, resumed)}
+            tell(told)
             said, complaint = other.communicate(timeout=WAITS)
             if other.returncode:
                 raise RuntimeError(f"the process that continues ended with {other.returncode}: {complaint[-500:]}")
-            anew = differing(found[0], json.loads(said.splitlines()[-1]))
-            tell(
-                {"config": SPEC, "saved_at": SAVED_AT, "end": END, "in_the_same_process": differing(*found), "in_another": anew}
-            )
+            tell(told | {"in_another": differing(whole, json.loads(said.splitlines()[-1]))})
         finally:
             other.kill()
 
@@ -88,15 +86,18 @@ def uninterrupted(run: Run, folder: pathlib.Path) -> tuple[dict, dict]:
 
 
 def main(folder: str, toy: bool):
-    """The other process."""
-    run, folder, began = Run(toy), pathlib.Path(folder), time.monotonic()
-    while not (folder / "saved").exists():
-        if time.monotonic() - began > WAITS or not folder.exists() or os.getppid() == 1:
-            raise SystemExit("no checkpoint came")
-        time.sleep(0.1)
-    print(json.dumps(run.continued(folder)))
+    """The other process. Elsewhere than on a GPU it compiles anew."""
+    if platforms.current() != "gpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+    folder, began = pathlib.Path(folder), time.monotonic()
+    with programs.kept(folder):
+        run = Run(toy)
+        while not (folder / "saved").exists():
+            if time.monotonic() - began > WAITS or not folder.exists() or os.getppid() == 1:
+                raise SystemExit("no checkpoint came")
+            time.sleep(0.1)
+        print(json.dumps(run.continued(folder)))
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_enable_compilation_cache", False)  # or it would run the very program of the other
     main(sys.argv[1], "--toy" in sys.argv)

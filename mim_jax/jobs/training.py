@@ -16,7 +16,7 @@ from mim_jax.durations import Duration, stated
 from mim_jax.logs import Logger, Logging
 from mim_jax.objectives.objective import Objective
 from mim_jax.provenance import git_hash, this_run, write_result
-from mim_jax.runs import same_data
+from mim_jax.runs import programs, same_data
 from mim_jax.runs.checkpoint import Checkpoints, Saving
 from mim_jax.runs.stopping import Stopping
 from mim_jax.runs.workdir import RESULT, claimed, read_json
@@ -68,6 +68,7 @@ def run(e: Experiment, workdir: epath.Path, typed: dict, defaults: dict) -> dict
     with contextlib.ExitStack() as opened:
         opened.callback(e.batches.close)
         opened.enter_context(claimed(workdir, typed, defaults))
+        opened.enter_context(programs.kept(workdir))
         logger = opened.enter_context(Logger(workdir, e.config.log.tensorboard))
         every, keep, keep_every = e.length.steps(saving.every), saving.keep, saving.keep_every_steps
         checkpoints = opened.enter_context(Checkpoints(workdir, every=every, keep=keep, keep_every=keep_every))

@@ -1,0 +1,34 @@
+"""The compiled programs of a run, kept in its folder where compiling them anew would not give the same ones."""
+
+import contextlib
+
+import jax
+from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
+
+from mim_jax import platforms
+
+FOLDER = "programs"
+
+
+@contextlib.contextmanager
+def kept(workdir: epath.Path):
+    """On a GPU, while inside, what is compiled is kept in the workdir and found there when the run goes on.
+
+    A GPU's compiler times kernels on the card and takes the fastest, which is another one the next time where two are as fast:
+    without this a continued run differs in its last bits from one that never stopped. Where JAX_COMPILATION_CACHE_DIR names a
+    folder, that one is used.
+    """
+    if platforms.current() != "gpu" or jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    turn_to(str(workdir / FOLDER))
+    try:
+        yield
+    finally:
+        turn_to(None)
+
+
+def turn_to(folder: str | None):
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # JAX looks at the setting once
