@@ -4,6 +4,13 @@ import os
 
 from experiments import claims, data_tables, efficiency, efficiency_chart, estimated
 from experiments.tables import commits, load, setting, table
+from mim_jax import provenance
+
+CARDS_NOTE = (
+    "In a queue: no step is waited for before the next, as in a run; alone: each is. Of the peak: model FLOPs of the "
+    "card's bf16; of the matrix rate: of a plain product measured between the steps. Estimate: of this very program, a "
+    "lower bound. Kernels, busy and where: of a step compiled without graphs, by its profile. Memory: the step as compiled."
+)
 
 
 def speed() -> str:
@@ -177,6 +184,18 @@ def against_torch() -> str | None:
         f"Meanwhile on the machine: {asked['beside']}. Commits: {commits(runs)}."
     )
     return table(data_tables.TORCH, data_tables.of_torch(run)) + "\n\n" + note
+
+
+def on_cards() -> str | None:
+    """What was measured on GPUs. None: nothing recorded."""
+    if not (runs := load("gpu_*.json")):
+        return None
+    tables = []
+    for run in runs:
+        (kind,) = {part["device"]["kind"] for part in provenance.parts(run)}
+        versions = provenance.parts(run)[0]["versions"]
+        tables.append(f"{kind}, JAX {versions['jax']}, bf16:\n\n" + table(data_tables.CARDS, data_tables.of_cards(run)))
+    return "\n\n".join(tables) + f"\n\n{CARDS_NOTE} Commits: {commits(runs)}."
 
 
 def communication() -> str | None:

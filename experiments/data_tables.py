@@ -24,6 +24,20 @@ TORCH = (
     "PyTorch's",
     "targets",
 )
+CARDS = (
+    "config",
+    "images",
+    "a step in a queue, ms",
+    "alone, ms",
+    "images/s",
+    "of the peak",
+    "of the matrix rate",
+    "estimate, ms",
+    "kernels",
+    "busy, ms",
+    "where",
+    "memory, GB",
+)
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")
 SENT = ("compiled for", "devices", "images a device", *(f"{kind}: MB in how many" for kind in KINDS), "of them asynchronous")
 
@@ -37,6 +51,23 @@ def of_torch(run: dict) -> list[list[str]]:
         name = f"`{r['config'].removeprefix('configs/')}`"
         kind = {"clock": "by the clock", "cpu": "of the CPU"}[r["seconds"]]
         found.append([name, kind, *seconds, f"{r['jax_of_torch']:.2f}", *shares, f"{r['targets_share_of_step']:.1%}"])
+    return found
+
+
+def of_cards(run: dict) -> list[list[str]]:
+    """Of experiments/check_gpu.py: steps of parts that measured some."""
+    found = []
+    for part in ("base", "large", "at_448"):
+        for r in run.get(part, {}).get("results", []):
+            batch, queued, profile = run[part]["batch_size"], r["queued_s"], r["profile"]
+            shares = [f"{x * r['step_median_s'] / queued:.0%}" for x in (r["model_flops_share"], r["share_of_matmul_rate"])]
+            parts = ", ".join(f"{name} {x:.0%}" for name, x in profile.get("shares_of_busy", {}).items() if x >= 0.02)
+            ms = lambda seconds: f"{1e3 * seconds:.1f}" if seconds else "–"
+            seconds = [ms(queued), ms(r["step_median_s"])]
+            told = [f"{profile['kernels']:.0f}" if "kernels" in profile else "–", ms(profile.get("busy_s")), parts or "–"]
+            rate, memory = f"{batch / queued:.0f}", f"{r['step_memory_bytes'] / 1e9:.1f}"
+            name = f"`{r['config'].removeprefix('configs/')}`"
+            found.append([name, str(batch), *seconds, rate, *shares, ms(r["estimate"]["step_s"]), *told, memory])
     return found
 
 

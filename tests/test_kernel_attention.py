@@ -4,6 +4,8 @@ import functools
 import pathlib
 import subprocess
 import sys
+import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from test_platforms import mesh_of
 
 from mim_jax import platforms
 from mim_jax.config import ConfigError
-from mim_jax.models import irpe, kernel_attention
+from mim_jax.models import irpe, kernel_attention, kernel_trial
 from mim_jax.models.vit import Block, ViT
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -191,3 +193,71 @@ def test_refused_before_anything_is_computed():
         shapes(bias=jnp.zeros((3, 10, 10)))
     with pytest.raises(ConfigError, match=r"encoder\.attention"):
         ViT(grid=(2, 2), width=24, heads=3, depth=1, attention="fast").init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def of_cards(*capabilities):
+    """A mesh of GPUs that are not here."""
+    cards = [types.SimpleNamespace(platform="cuda", compute_capability=one) for one in capabilities]
+    return types.SimpleNamespace(devices=np.array(cards))
+
+
+def test_without_being_asked_it_is_taken_on_nvidias_in_bf16():
+    def taken(mesh, dtype=jnp.bfloat16, tokens=10, bias=None, **options):
+        block = Block(heads=3, dtype=dtype, **options)
+        x = jax.ShapeDtypeStruct((2, tokens, 24), dtype)
+        params = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, bias=bias), x)
+        with platforms.compiled_for(mesh), mock.patch.object(platforms, "by_device", lambda of_rows: of_rows):
+            return "pallas_call" in str(jax.make_jaxpr(lambda p, x: block.apply(p, x, bias=bias))(params, x))
+
+    h100 = of_cards("9.0")
+    assert taken(h100) and taken(of_cards("8.0", "8.0"))
+    assert not taken(h100, dtype=jnp.float32) and not taken(h100, tokens=257) and not taken(h100, attention="plain")
+    assert not taken(h100, bias=jnp.zeros((3, 10, 10)))  # refused only where it is asked for
+    assert not taken(of_cards("9.0", "9.0", "9.0"))  # two rows on three devices
+    assert not any(taken(of_cards(other)) for other in ("7.5", "gfx942", ""))
+    with platforms.compiled_for(h100):
+        assert "one kernel" in platforms.layouts()
+
+
+def test_on_a_card_it_must_have_given_what_plain_products_give(monkeypatch, caplog):
+    """The card is the CPU, and its kernel is interpreted."""
+    whole, asked = kernel_attention.attention, []
+    monkeypatch.setattr(kernel_trial, "SIDE", 3)
+    for wrong, words in ((None, ""), ("value", "off by"), ("gradient", "off by"), ("compiler", "cannot be compiled or run")):
+
+        @jax.custom_vjp
+        def spoilt(qkv):
+            return qkv
+
+        spoilt.defvjp(lambda qkv: (qkv, None), lambda _, g: (1.1 * g,))
+
+        def attention(qkv, heads, table=None, buckets=None, wrong=wrong):
+            asked.append(wrong)
+            if wrong == "compiler":
+                raise ValueError("no such instruction")
+            found = whole(spoilt(qkv) if wrong == "gradient" else qkv, heads, table, buckets, interpret=True)
+            return found * 1.1 if wrong == "value" and table is not None else found
+
+        monkeypatch.setattr(kernel_attention, "attention", attention)
+        kernel_trial.passed.cache_clear()
+        caplog.clear()
+
+        @jax.jit
+        def traced(x):
+            return x + kernel_trial.passed() + kernel_trial.passed()  # tried once, in the middle of a trace
+
+        assert traced(jnp.ones(())) == (3 if wrong is None else 1)
+        assert (words in caplog.text and "plain attention is slower" in caplog.text) or wrong is None and not caplog.text
+    kernel_trial.passed.cache_clear()
+    assert asked.count("value") == 2 and asked.count("compiler") == 1
+
+
+def test_a_card_that_failed_is_given_the_plain_path(monkeypatch):
+    block = Block(heads=3, dtype=jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, 10, 24), jnp.bfloat16)
+    params = jax.eval_shape(lambda x: block.init(jax.random.key(0), x), x)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for passed in (True, False):
+        monkeypatch.setattr(kernel_trial, "passed", lambda passed=passed: passed)
+        with platforms.compiled_for(of_cards("9.0")):
+            assert ("pallas_call" in str(jax.make_jaxpr(block.apply)(params, x))) == passed
