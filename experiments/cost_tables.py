@@ -159,15 +159,6 @@ def starts() -> str | None:
     return table(data_tables.STARTS, data_tables.of_starts(runs[0])) + f"\n\nCommits: {commits(runs)}."
 
 
-def layouts() -> str | None:
-    """What layouts by platform bring, by estimate. None: nothing recorded."""
-    if not (after := load("layouts_*.json")):
-        return None
-    before = load("target_*.json")
-    rows = data_tables.of_layouts(before, after)
-    return table(data_tables.LAYOUTS, rows) + f"\n\nESTIMATES, as above. Commits with layouts: {commits(after)}."
-
-
 def against_torch() -> str | None:
     """Our steps on a CPU beside twins in PyTorch. None: nothing recorded."""
     if not (runs := load("against_torch_cpu.json")):

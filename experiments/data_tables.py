@@ -1,4 +1,4 @@
-"""The tables of results/README.md about data, layouts and PyTorch: HEAD and rows of each, from the reports."""
+"""The tables of results/README.md about data, cards and PyTorch: HEAD and rows of each, from the reports."""
 
 WORDS = {
     "decode_whole": "decoding alone, the floor",
@@ -13,7 +13,6 @@ WORDS = {
 }
 INPUT = ("of one image", "CPU ms", "images/s of a core", "of the floor")
 STARTS = ("data", "images", "first start, s", "second start, s", "its peak, MB", "of that imports, MB")
-LAYOUTS = ("config", "target", "step, ms", "with layouts", "GB moved", "with layouts", "copies", "with layouts")
 TORCH = (
     "config",
     "seconds",
@@ -101,17 +100,4 @@ def of_starts(run: dict) -> list[list[str]]:
         peak, imports = (max(start[key] for start in later) for key in ("mb_peak", "mb_imports"))
         begun = f"{first['seconds']:.1f}" if first else "–"
         found.append([name, f"{later[0]['examples']:,}", begun, span, str(peak), str(imports)])
-    return found
-
-
-def of_layouts(before: list[dict], after: list[dict]) -> list[list[str]]:
-    """Of `benchmark --compile_only --target`: the same configs and targets without and with mim_jax/platforms.py."""
-    key = lambda run: (run["results"][0]["config"], run["target"])
-    then = {key(run): run["results"][0] for run in before}
-    found = []
-    for run in after:
-        old, new = then[key(run)], run["results"][0]
-        numbers = lambda r: (f"{1e3 * r['step_s']:.1f}", f"{r['bytes_moved'] / 1e9:.1f}", f"{r['shares']['copies']:.0%}")
-        config = f"`{new['config'].removeprefix('configs/')}`, {new['per_device']} a device"
-        found.append([config, run["target"], *(x for both in zip(numbers(old), numbers(new)) for x in both)])
     return found

@@ -18,7 +18,6 @@ TABLES = {
     "costs": cost_tables.costs,
     "claims": cost_tables.claimed,
     "estimates": cost_tables.estimates,
-    "layouts": cost_tables.layouts,
     "cards": cost_tables.on_cards,
     "communication": cost_tables.communication,
     "against_torch": cost_tables.against_torch,
