@@ -4,7 +4,6 @@ import os
 
 from experiments import claims, data_tables, efficiency, efficiency_chart, estimated
 from experiments.tables import commits, load, setting, table
-from mim_jax import provenance
 
 CARDS_NOTE = (
     "In a queue: no step is waited for before the next, as in a run; alone: each is. Of the peak: model FLOPs of the "
@@ -183,9 +182,11 @@ def on_cards() -> str | None:
         return None
     tables = []
     for run in runs:
-        (kind,) = {part["device"]["kind"] for part in provenance.parts(run)}
-        versions = provenance.parts(run)[0]["versions"]
-        tables.append(f"{kind}, JAX {versions['jax']}, bf16:\n\n" + table(data_tables.CARDS, data_tables.of_cards(run)))
+        rows = data_tables.of_cards(run)
+        origins = [run["provenance"][part] for part in data_tables.STEPS if run.get(part, {}).get("results")]
+        if rows:
+            device, versions = origins[0]["device"]["kind"], origins[0]["versions"]
+            tables.append(f"{device}, JAX {versions['jax']}, bf16:\n\n" + table(data_tables.CARDS, rows))
     return "\n\n".join(tables) + f"\n\n{CARDS_NOTE} Commits: {commits(runs)}."
 
 

@@ -23,6 +23,7 @@ TORCH = (
     "PyTorch's",
     "targets",
 )
+STEPS = ("base", "large", "at_448")  # parts of experiments/check_gpu.py
 CARDS = (
     "config",
     "images",
@@ -56,17 +57,18 @@ def of_torch(run: dict) -> list[list[str]]:
 def of_cards(run: dict) -> list[list[str]]:
     """Of experiments/check_gpu.py: steps of parts that measured some."""
     found = []
-    for part in ("base", "large", "at_448"):
+    for part in STEPS:
         for r in run.get(part, {}).get("results", []):
-            batch, queued, profile = run[part]["batch_size"], r["queued_s"], r["profile"]
-            shares = [f"{x * r['step_median_s'] / queued:.0%}" for x in (r["model_flops_share"], r["share_of_matmul_rate"])]
+            batch, queued, profile = run[part]["batch_size"], r["queued_s"], r.get("profile", {})
+            known = r.get("model_flops_share"), r["share_of_matmul_rate"]  # nothing is known of the peak of every card
+            shares = [f"{x * r['step_median_s'] / queued:.0%}" if x else "–" for x in known]
             parts = ", ".join(f"{name} {x:.0%}" for name, x in profile.get("shares_of_busy", {}).items() if x >= 0.02)
             ms = lambda seconds: f"{1e3 * seconds:.1f}" if seconds else "–"
             seconds = [ms(queued), ms(r["step_median_s"])]
             told = [f"{profile['kernels']:.0f}" if "kernels" in profile else "–", ms(profile.get("busy_s")), parts or "–"]
             rate, memory = f"{batch / queued:.0f}", f"{r['step_memory_bytes'] / 1e9:.1f}"
             name = f"`{r['config'].removeprefix('configs/')}`"
-            found.append([name, str(batch), *seconds, rate, *shares, ms(r["estimate"]["step_s"]), *told, memory])
+            found.append([name, str(batch), *seconds, rate, *shares, ms(r.get("estimate", {}).get("step_s")), *told, memory])
     return found
 
 

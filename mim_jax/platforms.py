@@ -48,8 +48,7 @@ def by_device(of_rows: Callable) -> Callable:
 
 def layouts() -> str:
     """What layers do otherwise than usual on this platform, for the log; values are the same but for rounding."""
-    kernel = "attention of up to 256 tokens in bfloat16 is one kernel, " if runs_triton() else ""
-    return kernel + LAYOUTS.get(current(), "")
+    return LAYOUTS.get(current(), "")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """What a run compiles on a GPU is found again when it goes on."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,14 +12,13 @@ from mim_jax.runs import programs
 
 
 @pytest.fixture
-def nowhere(monkeypatch):
-    """No folder is named for compiled programs, and none takes too little time to be kept."""
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    programs.turn_to(None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+def nowhere():
+    """No folder is named for compiled programs."""
+    before = {name: getattr(jax.config, name) for name in programs.SETTINGS}
+    settings = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 1.0}
+    programs.turn_to(settings | {"jax_persistent_cache_enable_xla_caches": "all"})
     yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
-    programs.turn_to(before[0])
+    programs.turn_to(before)
 
 
 def compiled_in(workdir) -> tuple[list[str], int]:
@@ -40,14 +41,16 @@ def test_a_program_is_kept_and_found(nowhere, tmp_path):
     files, hits = compiled_in(tmp_path)
     assert files and hits == 0 and jax.config.jax_compilation_cache_dir is None
     assert compiled_in(tmp_path)[0] == files and compiled_in(tmp_path)[1] >= 1
-    elsewhere, hits = compiled_in(tmp_path / "another")
-    assert len(elsewhere) == len(files) and hits == 0  # each run its own
+    assert compiled_in(tmp_path / "another") == (files, 0)  # each run its own
+    shutil.copytree(tmp_path / programs.FOLDER, tmp_path / "moved" / programs.FOLDER)
+    assert compiled_in(tmp_path / "moved")[1] >= 1
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 1.0
 
 
 def test_a_folder_that_is_named_stays_and_other_platforms_keep_nothing(nowhere, tmp_path):
     with programs.kept(tmp_path):
         assert jax.config.jax_compilation_cache_dir is None  # a CPU
-    programs.turn_to(str(tmp_path / "named"))
+    programs.turn_to({"jax_compilation_cache_dir": str(tmp_path / "named")})
     with platforms.compiled_for(mesh_of("cuda")), programs.kept(tmp_path):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "named")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "named")

@@ -29,11 +29,12 @@ def group(name: str, toy: bool, tell):
 
 
 def measure(specs, batch_size: int, dtype: str, steps: int, tell):
-    """One after the other, since what is compiled tries its products on the card; told after each."""
+    """One after the other, since what is compiled tries its products on the card; told after each. A profile takes another
+    compilation: of the first only."""
     setting, found = Setting(batch_size, dtype), {"batch_size": batch_size, "compute_dtype": dtype, "failed": {}, "results": []}
     for spec in specs:
         try:
-            found["results"].append(measured(Subject(spec, setting), steps))
+            found["results"].append(measured(Subject(spec, setting), steps, profiled=spec == specs[0]))
         except Exception as error:  # whatever a compiler may raise: the others are still measured
             found["failed"][spec] = f"{type(error).__name__}: {str(error)[:300]}"
         tell(found)
@@ -41,11 +42,13 @@ def measure(specs, batch_size: int, dtype: str, steps: int, tell):
         raise ConfigError(f"no step could be measured: {found['failed']}")
 
 
-def measured(subject: Subject, steps: int) -> dict:
+def measured(subject: Subject, steps: int, profiled: bool) -> dict:
     report = in_turn([subject], steps)
     found = report.pop("results")[0] | {key: report[key] for key in ("matmul_flops_per_second", "peak_memory_bytes")}
     found["queued_s"] = trace.queued(subject, steps)
     found |= beside_estimates(found, subject, chip_of(jax.devices()[0].device_kind))
+    if not profiled:
+        return found
     try:
         found["profile"] = trace.by_part(subject, min(steps, 5))
     except Exception as error:  # a profiler may be missing or not allowed: what was measured stays

@@ -8,42 +8,55 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from einops import rearrange
+from jax.experimental import multihost_utils
 
+from mim_jax import platforms
 from mim_jax.models import irpe, kernel_attention
 
-ROWS, SIDE, HEADS, WIDTH = 34, 7, 3, 64  # no multiple of the sequences that a program takes together
+# Sequences, side of the grid, heads, their width, iRPE. 34 is no multiple of the sequences of which one query is taken at a
+# time; of 66 with 16 heads a program takes two, and of 197 tokens some queries at a time.
+TRIALS = ((34, 7, 3, 64, True), (34, 7, 3, 64, False), (66, 14, 16, 64, True), (66, 14, 16, 32, False))
 ALLOWED = 0.02  # of the norm, in bfloat16; seen on an H100: 0.002 to 0.006
+
+
+def may_be_taken(dtype) -> bool:
+    """Without being asked: in bfloat16, in which it was measured, on an NVIDIA GPU where it has passed or that is not here."""
+    return jnp.dtype(dtype) == jnp.bfloat16 and platforms.runs_triton() and (jax.default_backend() != "gpu" or passed())
 
 
 @functools.cache
 def passed() -> bool:
-    """Tried once in a process, in seconds; says so where it fails."""
+    """Tried once in a process, in seconds; says so where it fails. Of several processes all must pass, and each must ask."""
     try:
-        with concurrent.futures.ThreadPoolExecutor(1) as another:  # which knows nothing of what this one may be tracing
-            worst = another.submit(lambda: max(max(errors(relative)) for relative in (True, False))).result()
+        with concurrent.futures.ThreadPoolExecutor(len(TRIALS)) as others:  # which know nothing of what this one may be tracing
+            found = [error for of_one in others.map(errors, *zip(*TRIALS)) for error in of_one]
     except Exception as error:  # whatever a compiler may raise
-        worst, words = float("inf"), f"it cannot be compiled or run ({type(error).__name__}: {str(error)[:200]})"
+        found, words = [], f"it cannot be compiled or run ({type(error).__name__}: {str(error)[:200]})"
     else:
-        words = f"its values or gradients are off by {worst:.1%}"
-    if not worst < ALLOWED:
+        words = "its values and gradients are off by " + ", ".join(f"{error:.1%}" for error in found)
+    good = bool(found) and all(error < ALLOWED for error in found)  # not by the largest, which a NaN may not be
+    if not good:
         logging.warning("the kernel of attention is not used on this GPU: %s; plain attention is slower", words)
-    return worst < ALLOWED
+    if jax.process_count() > 1:  # one program is compiled for all
+        with concurrent.futures.ThreadPoolExecutor(1) as another:
+            good = bool(another.submit(multihost_utils.process_allgather, np.array(good)).result().all())
+    return good
 
 
-def errors(relative: bool) -> list[float]:
+def errors(rows: int, side: int, heads: int, width: int, relative: bool) -> list[float]:
     """In norm, of the value and the gradients by qkv and table, in bfloat16 against plain products in float32."""
     keys = jax.random.split(jax.random.key(0), 3)
-    n, buckets = 1 + SIDE**2, jnp.asarray(irpe.bucket_table((SIDE, SIDE)))
-    qkv = jax.random.normal(keys[0], (ROWS, n, 3 * HEADS * WIDTH)).astype(jnp.bfloat16)
-    g = jax.random.normal(keys[1], (ROWS, n, HEADS * WIDTH)).astype(jnp.bfloat16)
-    table = (0.3 * jax.random.normal(keys[2], (WIDTH, irpe.BUCKETS))).astype(jnp.bfloat16) if relative else None
-    told = buckets if relative else None
+    n, buckets = 1 + side**2, jnp.asarray(irpe.bucket_table((side, side))) if relative else None
+    qkv = jax.random.normal(keys[0], (rows, n, 3 * heads * width)).astype(jnp.bfloat16)
+    g = jax.random.normal(keys[1], (rows, n, heads * width)).astype(jnp.bfloat16)
+    table = (0.3 * jax.random.normal(keys[2], (width, irpe.BUCKETS))).astype(jnp.bfloat16) if relative else None
 
     def results(attention, *operands):
         def both(g, *operands):
-            value, gradient = jax.vjp(lambda qkv, table: attention(qkv, HEADS, table, told), *operands)
+            value, gradient = jax.vjp(lambda qkv, table: attention(qkv, heads, table, buckets), *operands)
             return jax.tree.leaves((value, gradient(g)))
 
         return jax.jit(both)(*operands)

@@ -65,17 +65,16 @@ class Attention(nn.Module):
 
     def takes_kernel(self, x, buckets, bias) -> bool:
         """Not for more tokens than it takes, as evaluators have them at large sizes; nor while parameters are made, which asks
-        no device, nor where the weights are asked for, which are never there. Without being asked only in bfloat16 and float16,
-        for which it was measured, and once it was right on this card. Raises ConfigError where it is asked for what it does not
-        do."""
+        no device, nor where the weights are asked for, which are never there. Without being asked only where it was tried
+        (kernel_trial.py). Raises ConfigError where it is asked for what it does not do."""
         biased = self.own_bias or bias is not None
         words = kernel_attention.refusal(x.shape[-1] // self.heads, buckets)
         made = not self.is_initializing() and not self.is_mutable_collection("intermediates")
         fits = made and x.shape[1] <= kernel_attention.LONGEST
         if self.way != "kernel":
-            halves = jnp.finfo(self.dtype).bits == 16 and x.shape[0] % platforms.devices() == 0
-            can = self.way == "auto" and fits and not biased and not words and halves and platforms.runs_triton()
-            return can and (jax.default_backend() != "gpu" or kernel_trial.passed())  # else for a card that is not here
+            tried = x.shape[-1] // self.heads <= 64 and x.shape[0] % platforms.devices() == 0
+            can = self.way == "auto" and fits and tried and not biased and not words
+            return can and kernel_trial.may_be_taken(self.dtype)
         if biased:
             raise ConfigError("encoder.attention=kernel adds no learned bias to the logits; take auto or another position")
         if words:

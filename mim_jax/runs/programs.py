@@ -9,6 +9,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from mim_jax import platforms
 
 FOLDER = "programs"
+# Programs of any size, and none of XLA's own caches, whose place would be part of a program's name: a folder may be moved.
+SETTINGS = {
+    "jax_compilation_cache_dir": None,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_enable_xla_caches": "none",
+}
 
 
 @contextlib.contextmanager
@@ -22,13 +28,15 @@ def kept(workdir: epath.Path):
     if platforms.current() != "gpu" or jax.config.jax_compilation_cache_dir:
         yield
         return
-    turn_to(str(workdir / FOLDER))
+    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    turn_to(SETTINGS | {"jax_compilation_cache_dir": str(workdir / FOLDER)})
     try:
         yield
     finally:
-        turn_to(None)
+        turn_to(before)
 
 
-def turn_to(folder: str | None):
-    jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()  # JAX looks at the setting once
+def turn_to(settings: dict):
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX looks at the folder once

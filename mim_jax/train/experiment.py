@@ -10,6 +10,7 @@ import optax
 
 from mim_jax import durations, platforms, tree
 from mim_jax.config import ConfigError
+from mim_jax.models import kernel_trial
 from mim_jax.models.kernel_attention import LONGEST
 from mim_jax.objectives.objective import Objective
 from mim_jax.train.optimizer import Optim
@@ -135,8 +136,10 @@ def describe(e: Experiment, state, workdir, loaded: str) -> str:
         "FLOPs/image": f"{e.objective.flops() / 1e9:.3f} G forward",
     }
     with platforms.compiled_for(mesh):
-        way = getattr(getattr(e.objective, "encoder", None), "attention", "auto")
-        words = [platforms.layouts(), f"the encoder's attention up to {LONGEST} tokens is one kernel" * (way == "kernel")]
+        encoder = getattr(e.objective, "encoder", None)
+        way, dtype = (getattr(encoder, name, None) for name in ("attention", "dtype"))
+        kernel = way == "kernel" or (way == "auto" and kernel_trial.may_be_taken(dtype))
+        words = [platforms.layouts(), f"attention up to {LONGEST} tokens without a learned bias is one kernel" * kernel]
         if any(words):
             rows["layers"] = "; ".join(filter(None, words))
     return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
