@@ -272,3 +272,14 @@ def test_a_card_that_failed_is_given_the_plain_path(monkeypatch):
         monkeypatch.setattr(kernel_trial, "passed", lambda passed=passed: passed)
         with platforms.compiled_for(of_cards("9.0")):
             assert ("pallas_call" in str(jax.make_jaxpr(block.apply)(params, x))) == passed
+
+
+def test_a_jax_without_triton_computes_plainly(monkeypatch):
+    monkeypatch.setattr(kernel_attention, "triton", None)
+    x = jax.ShapeDtypeStruct((2, 10, 24), jnp.bfloat16)
+    block = Block(heads=3, dtype=jnp.bfloat16)
+    params = jax.eval_shape(lambda x: block.init(jax.random.key(0), x), x)
+    with platforms.compiled_for(of_cards("9.0")):
+        assert "pallas_call" not in str(jax.make_jaxpr(block.apply)(params, x))
+        with pytest.raises(ConfigError, match="takes a JAX that has Triton in Pallas"):
+            jax.eval_shape(block.clone(attention="kernel").apply, params, x)

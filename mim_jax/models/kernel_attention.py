@@ -20,10 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from mim_jax.models import irpe
-from mim_jax.models.kernel_tiles import COLUMNS, Tiles, together
+from mim_jax.models.kernel_tiles import COLUMNS, Tiles, together, triton
 
 LONGEST = 256  # tokens whose keys are on the chip at once
 WIDEST = 128  # of a head
@@ -33,7 +32,9 @@ Q, K, V = 0, 1, 2
 
 
 def refusal(width: int, buckets) -> str:
-    """Why attention of heads of this width cannot be computed here, in words; empty where it can."""
+    """What attention of heads of this width would need, in words; empty where it can be computed here."""
+    if triton is None:
+        return f"a JAX that has Triton in Pallas, which {jax.__version__} has not"
     if buckets is not None and not isinstance(buckets, irpe.Grid) and buckets.ndim != 2:
         return "one table of iRPE's buckets for all rows, not one per row as for tokens that are some of a view's"
     if width > WIDEST:
