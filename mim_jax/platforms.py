@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import re
 from collections.abc import Callable
 
 import jax
@@ -20,12 +19,11 @@ def current() -> str:
     return _compiled_for.get()[0] or jax.default_backend()
 
 
-def runs_triton() -> bool:
-    """Whether it is an NVIDIA GPU of compute capability 8 or later: what Pallas' kernels in Triton are written for."""
+def is_hopper() -> bool:
+    """Whether it is one of NVIDIA's GPUs of compute capability 9, H100 and its kin, on which kernels were measured."""
     mesh = _compiled_for.get()[1]
     device = mesh.devices.flat[0] if mesh else jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", ""))  # of AMD's: gfx942
-    return current() == "gpu" and re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
+    return current() == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9.")  # of AMD's: gfx942
 
 
 def devices() -> int:

@@ -16,24 +16,25 @@ from test_platforms import mesh_of
 
 from mim_jax import platforms
 from mim_jax.config import ConfigError
-from mim_jax.models import irpe, kernel_attention, kernel_tiles, kernel_trial
+from mim_jax.models import irpe, kernel_attention, kernel_tiles, kernel_trial, relative_bias
 from mim_jax.models.vit import Block, ViT
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
-def plain(heads, qkv, table, buckets):
+def plain(heads, qkv, table, buckets, bias=None):
     q, k, v = rearrange(qkv, "r n (three h e) -> three r h n e", three=3, h=heads)
     logits = jnp.einsum("rhie,rhje->rhij", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if table is not None:
         products = jnp.einsum("rhie,eb->rhib", q, table, preferred_element_type=jnp.float32)
         logits += jnp.take_along_axis(products, jnp.broadcast_to(buckets, logits.shape), -1)
+    logits = logits if bias is None else logits + bias
     weights = jax.nn.softmax(logits, -1).astype(qkv.dtype)
     return rearrange(jnp.einsum("rhij,rhje->rhie", weights, v), "r h n e -> r n (h e)")
 
 
-def by_kernel(heads, qkv, table, buckets):
-    return kernel_attention.attention(qkv, heads, table, buckets, interpret=True)
+def by_kernel(heads, qkv, table, buckets, bias=None):
+    return kernel_attention.attention(qkv, heads, table, buckets, bias, interpret=True)
 
 
 def of_random(tokens: int, heads: int, width: int, relative: bool):
@@ -63,6 +64,19 @@ def test_value_and_gradients_are_those_of_the_plain_path(case):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6 * float(jnp.abs(theirs).max()))
 
 
+@pytest.mark.parametrize("tokens", [50, 70])
+def test_a_learned_bias_and_its_gradient(tokens):
+    heads, qkv, _, _, g = of_random(tokens, 3, 20, False)
+    bias = jax.random.normal(jax.random.key(5), (heads, tokens, tokens))
+
+    def results(attention):
+        out, gradient = jax.vjp(lambda qkv, bias: attention(heads, qkv, None, None, bias), qkv, bias)
+        return out, *gradient(g)
+
+    for ours, theirs in zip(results(by_kernel), results(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6 * float(jnp.abs(theirs).max()))
+
+
 def test_sequences_that_share_a_program(monkeypatch):
     monkeypatch.setattr(kernel_tiles, "PROGRAMS", 2)
     heads, qkv, table, buckets, g = of_random(70, 2, 16, True)
@@ -86,26 +100,28 @@ def test_in_bf16_it_is_as_near_to_float32_as_the_plain_path(case):
         assert ours < 1.25 * theirs  # each rounds other numbers; a unit of bf16 is 0.4 %
 
 
-@pytest.mark.parametrize("qkv_bias, relative", [("all", True), ("qv", False)])
-def test_a_block_is_the_same_by_the_kernel(qkv_bias, relative, monkeypatch):
+@pytest.mark.parametrize("qkv_bias, relative, own_bias", [("all", True, False), ("qv", False, False), ("all", False, True)])
+def test_a_block_is_the_same_by_the_kernel(qkv_bias, relative, own_bias, monkeypatch):
     interpreted = functools.partial(kernel_attention.attention, interpret=True)
     monkeypatch.setattr(kernel_attention, "attention", interpreted)
     x = jax.random.normal(jax.random.key(0), (2, 10, 24))
     buckets = jnp.asarray(irpe.bucket_table((3, 3))) if relative else None
-    of = functools.partial(Block, heads=3, relative=relative, qkv_bias=qkv_bias)
-    params = of().init(jax.random.key(1), x, buckets)
-    jax.tree.map(np.testing.assert_array_equal, of(attention="kernel").init(jax.random.key(1), x, buckets), params)
+    bias = relative_bias.RelativeBias((3, 3), (3, 3)) if own_bias else None
+    of = functools.partial(Block, heads=3, relative=relative, own_bias=own_bias, qkv_bias=qkv_bias)
+    params = of().init(jax.random.key(1), x, buckets, bias=bias)
+    again = of(attention="kernel").init(jax.random.key(1), x, buckets, bias=bias)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
     noisy = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
 
     def by(way):
-        loss = lambda params, x: jnp.square(of(attention=way).apply(params, x, buckets)).sum()
+        loss = lambda params, x: jnp.square(of(attention=way).apply(params, x, buckets, bias=bias)).sum()
         with platforms.compiled_for(mesh_of("cuda")):
             assert ("pallas_call" in str(jax.make_jaxpr(loss)(noisy, x))) == (way == "kernel")
             return jax.value_and_grad(loss, (0, 1))(noisy, x)
 
     for ours, theirs in zip(*map(jax.tree.leaves, (by("kernel"), by("auto"))), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=4e-6 * float(jnp.abs(theirs).max()))
-    shown = of(attention="kernel").apply(noisy, x, buckets, mutable=["intermediates"])[1]
+    shown = of(attention="kernel").apply(noisy, x, buckets, bias=bias, mutable=["intermediates"])[1]
     assert jax.tree.leaves(shown)[0].shape == (2, 3, 10, 10)  # weights are made where they are asked for, on any platform
 
 
@@ -199,8 +215,10 @@ def test_refused_before_anything_is_computed():
         shapes(width=192, heads=1)
     with pytest.raises(ConfigError, match="not one per row as for tokens that are some"):
         shapes(buckets=np.zeros((2, 10, 10), np.int32))
-    with pytest.raises(ConfigError, match="no learned bias"):
-        shapes(bias=jnp.zeros((3, 10, 10)))
+    with pytest.raises(ConfigError, match="one learned bias for all rows, not one per row"):
+        shapes(bias=jnp.zeros((2, 3, 10, 10)))
+    with pytest.raises(ConfigError, match="iRPE or a learned bias, not both"):
+        shapes(buckets=np.zeros((10, 10), np.int32), bias=jnp.zeros((3, 10, 10)))
     with pytest.raises(ConfigError, match=r"encoder\.attention"):
         ViT(grid=(2, 2), width=24, heads=3, depth=1, attention="fast").init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
@@ -211,7 +229,7 @@ def of_cards(*capabilities):
     return types.SimpleNamespace(devices=np.array(cards))
 
 
-def test_without_being_asked_it_is_taken_on_nvidias_in_bf16():
+def test_without_being_asked_it_is_taken_on_hoppers_in_bf16():
     def taken(mesh, dtype=jnp.bfloat16, tokens=10, wide=24, bias=None, **options):
         block = Block(heads=3, dtype=dtype, **options)
         x = jax.ShapeDtypeStruct((2, tokens, wide), dtype)
@@ -220,18 +238,19 @@ def test_without_being_asked_it_is_taken_on_nvidias_in_bf16():
             return "pallas_call" in str(jax.make_jaxpr(lambda p, x: block.apply(p, x, bias=bias))(params, x))
 
     h100 = of_cards("9.0")
-    assert taken(h100) and taken(of_cards("8.0", "8.0"))
+    assert taken(h100) and taken(of_cards("9.0", "9.0"))
     assert not taken(h100, dtype=jnp.float32) and not taken(h100, tokens=257) and not taken(h100, attention="plain")
-    assert not taken(h100, bias=jnp.zeros((3, 10, 10)))  # refused only where it is asked for
+    assert taken(h100, bias=jnp.zeros((3, 10, 10)))
+    assert not taken(h100, bias=jnp.zeros((2, 3, 10, 10)))  # refused only where it is asked for
     assert not taken(of_cards("9.0", "9.0", "9.0"))  # two rows on three devices
-    assert not any(taken(of_cards(other)) for other in ("7.5", "gfx942", ""))
+    assert not any(taken(of_cards(other)) for other in ("8.0", "10.0", "gfx942", ""))
     assert not taken(h100, dtype=jnp.float16) and not taken(h100, wide=216)  # in which, and how wide, it was not tried
 
 
 def test_on_a_card_it_must_have_given_what_plain_products_give(monkeypatch, caplog):
     """The card is the CPU, and its kernel is interpreted."""
     whole, asked = kernel_attention.attention, []
-    monkeypatch.setattr(kernel_trial, "TRIALS", ((34, 3, 3, 16, True), (34, 3, 3, 16, False)))
+    monkeypatch.setattr(kernel_trial, "TRIALS", ((34, 3, 3, 16, "irpe"), (34, 3, 3, 16, "bias"), (34, 3, 3, 16, "")))
     cases = {None: "", "value": "off by", "gradient": "off by", "nan": "nan", "compiler": "cannot be compiled or run"}
     for wrong, words in cases.items():
 
@@ -242,11 +261,11 @@ def test_on_a_card_it_must_have_given_what_plain_products_give(monkeypatch, capl
         by = jnp.nan if wrong == "nan" else 1.1
         spoilt.defvjp(lambda qkv: (qkv, None), lambda _, g, by=by: (by * g,))
 
-        def attention(qkv, heads, table=None, buckets=None, wrong=wrong):
+        def attention(qkv, heads, table=None, buckets=None, bias=None, wrong=wrong):
             asked.append(wrong)
             if wrong == "compiler":
                 raise ValueError("no such instruction")
-            found = whole(spoilt(qkv) if wrong in ("gradient", "nan") else qkv, heads, table, buckets, interpret=True)
+            found = whole(spoilt(qkv) if wrong in ("gradient", "nan") else qkv, heads, table, buckets, bias, interpret=True)
             return found * 1.1 if wrong == "value" and table is not None else found
 
         monkeypatch.setattr(kernel_attention, "attention", attention)
@@ -260,7 +279,7 @@ def test_on_a_card_it_must_have_given_what_plain_products_give(monkeypatch, capl
         assert traced(jnp.ones(())) == (3 if wrong is None else 1)
         assert (words in caplog.text and "plain attention is slower" in caplog.text) or wrong is None and not caplog.text
     kernel_trial.passed.cache_clear()
-    assert asked.count("value") == asked.count(None) == 2
+    assert asked.count("value") == asked.count(None) == 3
 
 
 def test_a_card_that_failed_is_given_the_plain_path(monkeypatch):

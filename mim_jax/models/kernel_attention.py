@@ -31,45 +31,53 @@ LOG2_E = math.log2(math.e)
 Q, K, V = 0, 1, 2
 
 
-def refusal(width: int, buckets) -> str:
-    """What attention of heads of this width would need, in words; empty where it can be computed here."""
+def refusal(width: int, buckets, bias: str = "") -> str:
+    """What attention of heads of this width would need, in words; empty where it can be computed here. bias: "of all rows",
+    "of each row" or none."""
     if triton is None:
         return f"a JAX that has Triton in Pallas, which {jax.__version__} has not"
     if buckets is not None and not isinstance(buckets, irpe.Grid) and buckets.ndim != 2:
         return "one table of iRPE's buckets for all rows, not one per row as for tokens that are some of a view's"
+    if bias == "of each row":
+        return "one learned bias for all rows, not one per row as for tokens that are some of a view's"
+    if bias and buckets is not None:
+        return "iRPE or a learned bias, not both"
     if width > WIDEST:
         return f"heads of {WIDEST} at most, not {width}"
     return ""
 
 
-def attention(qkv, heads: int, table=None, buckets=None, interpret: bool = False):
-    """[r n 3*d], table [e buckets], buckets [n n] -> [r n d]. Without table and buckets there is no iRPE.
+def attention(qkv, heads: int, table=None, buckets=None, bias=None, interpret: bool = False):
+    """[r n 3*d], table [e buckets], buckets [n n] -> [r n d]. Without table and buckets there is no iRPE; bias [heads n n] is
+    added to the logits.
 
     interpret: traced as plain operations, for a platform without the kernel.
     """
     r, n, wide = qkv.shape
-    tiles = Tiles(n, wide // (3 * heads), heads, together(r, heads) if buckets is not None else 0, interpret)
-    keys = None
+    of_program = together(r, heads) if buckets is not None else 0
+    tiles = Tiles(n, wide // (3 * heads), heads, of_program, bias is not None, interpret)
+    keys, sides = None, [(0, side - n) for side in (tiles.blocks * tiles.rows, tiles.keys)]
     if buckets is not None:
         beyond = tiles.lanes - tiles.width
         keys = irpe.pair_keys(table.astype(jnp.float32), jnp.asarray(buckets))  # whose gradient is that of the table
         keys = jnp.pad(jnp.transpose(keys, (1, 2, 0)), ((0, 0), (0, tiles.keys - n), (0, beyond)))
         table = jnp.pad(jax.lax.stop_gradient(table).T, ((0, COLUMNS - table.shape[1]), (0, beyond)))
-        sides = tiles.blocks * tiles.rows, tiles.keys
-        buckets = jnp.pad(jnp.asarray(buckets, jnp.int32), [(0, side - n) for side in sides])
-    out = _attention(tiles, qkv.reshape(r, n, 3, heads, tiles.width), table, keys, buckets)
+        buckets = jnp.pad(jnp.asarray(buckets, jnp.int32), sides)
+    if bias is not None:
+        bias = jnp.pad(bias.astype(jnp.float32), [(0, 0), *sides])
+    out = _attention(tiles, qkv.reshape(r, n, 3, heads, tiles.width), table, keys, buckets, bias)
     return out.reshape(r, n, wide // 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(tiles: Tiles, qkv, table, keys, buckets):
-    return _forward(tiles, qkv, table, buckets, keep=False)[0]
+def _attention(tiles: Tiles, qkv, table, keys, buckets, bias):
+    return _forward(tiles, qkv, table, buckets, bias, keep=False)[0]
 
 
-def _forward(tiles: Tiles, qkv, table, buckets, keep: bool):
+def _forward(tiles: Tiles, qkv, table, buckets, bias, keep: bool):
     """-> [r n heads lanes], and with iRPE and `keep` the weights."""
     r, n, _, heads, width = qkv.shape
-    operands = [(qkv, tiles.of_qkv())]
+    operands = [(qkv, tiles.of_qkv()), *tiles.of_bias(bias)]
     results = [(jax.ShapeDtypeStruct((r, n, heads, width), qkv.dtype), tiles.of_out())]
     if tiles.relative:
         operands += [(x, tiles.spec(x.shape, "..")) for x in (table, buckets)]
@@ -81,23 +89,28 @@ def _forward(tiles: Tiles, qkv, table, buckets, keep: bool):
     return found[0], found[-1] if keep and tiles.relative else None
 
 
-def _keep(tiles: Tiles, qkv, table, keys, buckets):
-    out, weights = _forward(tiles, qkv, table, buckets, keep=True)
-    return out, (qkv, keys, weights)
+def _keep(tiles: Tiles, qkv, table, keys, buckets, bias):
+    out, weights = _forward(tiles, qkv, table, buckets, bias, keep=True)
+    return out, (qkv, keys, weights, bias)
 
 
 def _backward(tiles: Tiles, kept, g):
-    qkv, keys, weights = kept
-    operands = [(g, tiles.of_out()), (qkv, tiles.of_qkv())]
+    qkv, keys, weights, bias = kept
+    operands = [(g, tiles.of_out()), (qkv, tiles.of_qkv()), *tiles.of_bias(bias)]
     results = [(jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), tiles.of_qkv())]
     if tiles.relative:
         operands.append((weights, tiles.of_pairs(qkv, weights.dtype)[1]))
+    if tiles.relative or tiles.biased:
         results.append(tiles.of_pairs(qkv, qkv.dtype))
     found = tiles.call(_backward_kernel, qkv.shape[0], operands, results, "attention_backward")
+    if tiles.biased:
+        dbias = jnp.swapaxes(found[1].astype(jnp.float32).sum(0), 0, 1)
+        dbias = jnp.pad(dbias, ((0, 0), (0, bias.shape[1] - dbias.shape[1]), (0, 0)))
+        return found[0], None, None, None, dbias
     if not tiles.relative:
-        return found[0], None, None, None
+        return found[0], None, None, None, None
     dqkv, dkeys = _by_query(tiles, qkv, keys, *found)
-    return dqkv, None, dkeys.sum(0), None
+    return dqkv, None, dkeys.sum(0), None, None
 
 
 _attention.defvjp(_keep, _backward)
@@ -145,8 +158,13 @@ def _query_kernel(tiles: Tiles, r: int, q_ref, keys, dlogits_ref, dq_ref, out, s
 
 
 def _forward_kernel(tiles: Tiles, qkv, *refs):
-    table, buckets, out, products, *kept = refs if tiles.relative else (None, None, *refs, None)
-    relation = _Relation(tiles, table, buckets, products) if tiles.relative else None
+    kept, relation = (), None
+    if tiles.relative:
+        table, buckets, out, products, *kept = refs
+        relation = _Relation(tiles, table, buckets, products)
+    else:
+        *bias, out = refs
+        relation = _Bias(tiles, *bias) if bias else None
 
     def of_sequence(sequence, _):
         k, v = (tiles.read(qkv, sequence, 0, tiles.keys, (which,)) for which in (K, V))
@@ -166,7 +184,8 @@ def _forward_kernel(tiles: Tiles, qkv, *refs):
 
 
 def _backward_kernel(tiles: Tiles, g_ref, qkv, *refs):
-    kept, dqkv, dlogits_ref = refs if tiles.relative else (None, *refs, None)
+    added, dqkv, dlogits_ref = refs if tiles.relative or tiles.biased else (None, *refs, None)
+    bias = _Bias(tiles, added) if tiles.biased else None
 
     def of_sequence(sequence, _):
         k, v = (tiles.read(qkv, sequence, 0, tiles.keys, (which,)) for which in (K, V))
@@ -176,13 +195,13 @@ def _backward_kernel(tiles: Tiles, g_ref, qkv, *refs):
             start = block * tiles.rows
             q, g = tiles.read(qkv, sequence, start, tiles.rows, (Q,)), tiles.read(g_ref, sequence, start, tiles.rows)
             if tiles.relative:
-                weights = tiles.read_pairs(kept, sequence, start).astype(jnp.float32)
+                weights = tiles.read_pairs(added, sequence, start).astype(jnp.float32)
             else:
-                e, inverse = _exponentials(tiles, q, k, start, None)
+                e, inverse = _exponentials(tiles, q, k, start, bias)
                 weights = e * inverse
             dweights = triton.dot(g, v, trans_b=True)
             dlogits = (weights * (dweights - jnp.sum(weights * dweights, 1)[:, None])).astype(q.dtype)
-            if tiles.relative:
+            if tiles.relative or tiles.biased:
                 tiles.write_pairs(dlogits_ref, sequence, start, dlogits)
             tiles.write(dqkv, sequence, start, triton.dot(dlogits, k) * tiles.scale, (Q,))
             dk = dk + triton.dot(dlogits, q, trans_a=True)
@@ -207,11 +226,23 @@ def _exponentials(tiles: Tiles, q, k, start, relation):
     As powers of two, and products with the inverse in place of quotients: both cost a fraction of the instructions.
     """
     logits = triton.dot(q, k, trans_b=True) * (tiles.scale * LOG2_E)
-    if tiles.relative:
+    if relation is not None:
         logits = logits + relation.of(q, start)
     logits = jnp.where((jnp.arange(tiles.keys) < tiles.tokens)[None, :], logits, -1e30)
     e = jnp.exp2(logits - jnp.max(logits, 1)[:, None])
     return e, (1 / jnp.sum(e, 1))[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bias:
+    """What is learned for a pair of places, of one head: [rows keys]."""
+
+    tiles: Tiles
+    bias: Any
+
+    def of(self, q, start):
+        """log2(e) times that of a block of queries. [rows keys]"""
+        return self.bias[pl.ds(start, self.tiles.rows), :] * LOG2_E
 
 
 @dataclasses.dataclass(frozen=True)

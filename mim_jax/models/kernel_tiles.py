@@ -33,6 +33,7 @@ class Tiles:
     width: int
     heads: int
     together: int
+    biased: bool
     interpret: bool
 
     @property
@@ -81,11 +82,15 @@ class Tiles:
         at = self.of_sequence(ref, sequence, start, x.shape[0], which)
         triton.store(at, x.astype(ref.dtype), mask=self.there(start, x.shape[0]))
 
+    def of_bias(self, bias) -> list[tuple]:
+        """The bias [heads rows keys] with its blocks, where there is one."""
+        return [(bias, self.spec((None, *bias.shape[1:]), "h.."))] if self.biased else []
+
     def of_pairs(self, qkv, dtype) -> tuple:
         """An array with a number for every pair [r n heads keys], and its blocks."""
         r, n, _, heads, _ = qkv.shape
         shape = jax.ShapeDtypeStruct((r, n, heads, self.keys), dtype)
-        return shape, self.spec((self.together, self.blocks * self.rows, None, self.keys), "r.h.")
+        return shape, self.spec((max(self.together, 1), self.blocks * self.rows, None, self.keys), "r.h.")
 
     def pairs(self, ref, sequence, start) -> dict:
         """A block of queries with all keys."""

@@ -38,7 +38,7 @@ class Attention(nn.Module):
             raise ConfigError(f"width {width} is not divisible by {self.heads} heads")
         head_dim = width // self.heads
         if self.takes_kernel(x, buckets, bias):
-            return self.by_kernel(x, buckets)
+            return self.by_kernel(x, buckets, bias)
         if isinstance(buckets, irpe.Grid):
             if not self.is_mutable_collection("intermediates"):
                 return self.by_rows(x, buckets)
@@ -67,28 +67,27 @@ class Attention(nn.Module):
         """Not for more tokens than it takes, as evaluators have them at large sizes; nor while parameters are made, which asks
         no device, nor where the weights are asked for, which are never there. Without being asked only where it was tried
         (kernel_trial.py). Raises ConfigError where it is asked for what it does not do."""
-        biased = self.own_bias or bias is not None
-        words = kernel_attention.refusal(x.shape[-1] // self.heads, buckets)
+        own = self.own_bias and bias.ids is not None
+        kind = "" if bias is None else "of each row" if own or not self.own_bias and bias.ndim == 4 else "of all rows"
+        words = kernel_attention.refusal(x.shape[-1] // self.heads, buckets, kind)
         made = not self.is_initializing() and not self.is_mutable_collection("intermediates")
         fits = made and x.shape[1] <= kernel_attention.LONGEST
         if self.way != "kernel":
             tried = x.shape[-1] // self.heads <= 64 and x.shape[0] % platforms.devices() == 0
-            can = self.way == "auto" and fits and tried and not biased and not words
+            can = self.way == "auto" and fits and tried and not words
             return can and kernel_trial.may_be_taken(self.dtype)
-        if biased:
-            raise ConfigError("encoder.attention=kernel adds no learned bias to the logits; take auto or another position")
         if words:
             raise ConfigError(f"encoder.attention=kernel takes {words}; take auto")
         if made and platforms.current() != "gpu":
             raise ConfigError(f"encoder.attention=kernel is for GPUs, and this is a {platforms.current()}; take auto")
         return fits
 
-    def by_kernel(self, x, buckets):
+    def by_kernel(self, x, buckets, bias):
         """The same on a GPU, each device its own rows."""
         table = RelativeKeys(x.shape[-1] // self.heads, self.dtype, name="rpe_k")(None, None) if self.relative else None
-        of_rows = lambda qkv, table: kernel_attention.attention(qkv, self.heads, table, buckets)
-        qkv = self.multiplied(x)
-        return Dense(x.shape[-1], self.dtype, name="proj")(platforms.by_device(of_rows)(qkv, table))
+        of_rows = lambda qkv, whole: kernel_attention.attention(qkv, self.heads, whole[0], buckets, whole[1])
+        qkv, bias = self.multiplied(x), self.table_of(bias)
+        return Dense(x.shape[-1], self.dtype, name="proj")(platforms.by_device(of_rows)(qkv, (table, bias)))
 
     def takes_lanes(self, buckets) -> bool:
         """Not where the weights are asked for, which are never there, nor with a table of buckets per row."""
