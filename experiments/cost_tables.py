@@ -178,16 +178,14 @@ def against_torch() -> str | None:
 
 def on_cards() -> str | None:
     """What was measured on GPUs. None: nothing recorded."""
-    if not (runs := load("gpu_*.json")):
-        return None
-    tables = []
+    runs, tables = load("gpu_*.json"), []
     for run in runs:
         rows = data_tables.of_cards(run)
         origins = [run["provenance"][part] for part in data_tables.STEPS if run.get(part, {}).get("results")]
         if rows:
-            device, versions = origins[0]["device"]["kind"], origins[0]["versions"]
-            tables.append(f"{device}, JAX {versions['jax']}, bf16:\n\n" + table(data_tables.CARDS, rows))
-    return "\n\n".join(tables) + f"\n\n{CARDS_NOTE} Commits: {commits(runs)}."
+            ((device, jax),) = {(origin["device"]["kind"], origin["versions"]["jax"]) for origin in origins}
+            tables.append(f"{device}, JAX {jax}, bf16:\n\n" + table(data_tables.CARDS, rows))
+    return None if not tables else "\n\n".join(tables) + f"\n\n{CARDS_NOTE} Commits: {commits(runs)}."
 
 
 def communication() -> str | None:

@@ -60,7 +60,7 @@ def of_cards(run: dict) -> list[list[str]]:
     for part in STEPS:
         for r in run.get(part, {}).get("results", []):
             batch, queued, profile = run[part]["batch_size"], r["queued_s"], r.get("profile", {})
-            known = r.get("model_flops_share"), r["share_of_matmul_rate"]  # nothing is known of the peak of every card
+            known = r.get("model_flops_share"), r["share_of_matmul_rate"]  # the peak of some cards is not known
             shares = [f"{x * r['step_median_s'] / queued:.0%}" if x else "–" for x in known]
             parts = ", ".join(f"{name} {x:.0%}" for name, x in profile.get("shares_of_busy", {}).items() if x >= 0.02)
             ms = lambda seconds: f"{1e3 * seconds:.1f}" if seconds else "–"

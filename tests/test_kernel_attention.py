@@ -162,16 +162,17 @@ DEVICES = """
 import functools, jax, jax.numpy as jnp, numpy as np
 from unittest import mock
 from mim_jax import platforms, sharding
-from mim_jax.models import irpe, kernel_attention
+from mim_jax.models import irpe, kernel_attention, relative_bias
 from mim_jax.models.vit import Block
 
 kernel_attention.attention = functools.partial(kernel_attention.attention, interpret=True)
 x = jax.random.normal(jax.random.key(0), (4, 10, 24))
 buckets = irpe.bucket_table((3, 3))
-block = Block(heads=3, relative=True, attention="kernel")
-params = jax.tree.map(lambda p: p + 0.1, block.init(jax.random.key(1), x, jnp.asarray(buckets)))
+block = Block(heads=3, relative=RELATIVE, own_bias=not RELATIVE, attention="kernel")
+told = (jnp.asarray(buckets), False, None) if RELATIVE else (None, False, relative_bias.RelativeBias((3, 3), (3, 3)))
+params = jax.tree.map(lambda p: p + 0.1, block.init(jax.random.key(1), x, *told))
 shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params, x))
-of = lambda params, x: jax.grad(lambda p: jnp.square(block.apply(p, x, jnp.asarray(buckets))).sum())(params)
+of = lambda params, x: jax.grad(lambda p: jnp.square(block.apply(p, x, *told)).sum())(params)
 found = []
 for mesh in map(sharding.make_mesh, (jax.devices(), jax.devices()[:1])):
     with mock.patch.object(platforms, "current", lambda: "gpu"), platforms.compiled_for(mesh):
@@ -184,9 +185,17 @@ jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b
 """
 
 
-def test_devices_share_the_rows_and_gather_nothing():
+@pytest.mark.parametrize("relative", [True, False])
+def test_devices_share_the_rows_and_gather_nothing(relative):
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", DEVICES], env=env, capture_output=True, text=True, timeout=300, cwd=REPO)
+    done = subprocess.run(
+        [sys.executable, "-c", DEVICES.replace("RELATIVE", str(relative))],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=REPO,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == ["2 False True", "1 False False"]
 
@@ -217,6 +226,8 @@ def test_refused_before_anything_is_computed():
         shapes(buckets=np.zeros((2, 10, 10), np.int32))
     with pytest.raises(ConfigError, match="one learned bias for all rows, not one per row"):
         shapes(bias=jnp.zeros((2, 3, 10, 10)))
+    with pytest.raises(ConfigError, match="one learned bias for all rows, not one per row"):
+        shapes(bias=relative_bias.RelativeBias((3, 3), (3, 3), jnp.zeros((2, 9), jnp.int32)), own_bias=True)
     with pytest.raises(ConfigError, match="iRPE or a learned bias, not both"):
         shapes(buckets=np.zeros((10, 10), np.int32), bias=jnp.zeros((3, 10, 10)))
     with pytest.raises(ConfigError, match=r"encoder\.attention"):
@@ -241,7 +252,10 @@ def test_without_being_asked_it_is_taken_on_hoppers_in_bf16():
     assert taken(h100) and taken(of_cards("9.0", "9.0"))
     assert not taken(h100, dtype=jnp.float32) and not taken(h100, tokens=257) and not taken(h100, attention="plain")
     assert taken(h100, bias=jnp.zeros((3, 10, 10)))
+    own = functools.partial(relative_bias.RelativeBias, (3, 3), (3, 3))
+    assert taken(h100, bias=own(), own_bias=True)
     assert not taken(h100, bias=jnp.zeros((2, 3, 10, 10)))  # refused only where it is asked for
+    assert not taken(h100, bias=own(jnp.zeros((2, 9), jnp.int32)), own_bias=True)
     assert not taken(of_cards("9.0", "9.0", "9.0"))  # two rows on three devices
     assert not any(taken(of_cards(other)) for other in ("8.0", "10.0", "gfx942", ""))
     assert not taken(h100, dtype=jnp.float16) and not taken(h100, wide=216)  # in which, and how wide, it was not tried

@@ -51,9 +51,14 @@ def differing(whole: dict, resumed: dict) -> dict:
 
 
 class Run:
-    """The real step of a config, on made-up batches that are a function of the step."""
+    """The real step of a config, on made-up batches that are a function of the step.
+
+    Elsewhere than on a GPU it is compiled anew: what a cache holds may have been compiled for other cores of a CPU.
+    """
 
     def __init__(self, toy: bool):
+        if platforms.current() != "gpu":
+            jax.config.update("jax_enable_compilation_cache", False)
         self.program = Program(SPEC + ":toy" * toy, Setting(8 if toy else BATCH, "bfloat16"))
         self.program.compile()
 
@@ -86,9 +91,7 @@ def uninterrupted(run: Run, folder: pathlib.Path) -> tuple[dict, dict]:
 
 
 def main(folder: str, toy: bool):
-    """The other process. Elsewhere than on a GPU it compiles anew."""
-    if platforms.current() != "gpu":
-        jax.config.update("jax_enable_compilation_cache", False)
+    """The other process."""
     folder, began = pathlib.Path(folder), time.monotonic()
     with programs.kept(folder):
         run = Run(toy)

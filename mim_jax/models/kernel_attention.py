@@ -1,4 +1,5 @@
-"""softmax(q k / sqrt(e) + q . table[:, bucket]) v of short sequences in one kernel of a GPU: the logits never leave the chip.
+"""softmax(q k / sqrt(e) + q . table[:, bucket]) v, or with a bias for each pair in place of iRPE's term, of short sequences in
+one kernel of a GPU: the logits never leave the chip.
 
 On a GPU the plain path is bound by bytes: float32 logits and iRPE's term pass through memory many times, and q, k, v are
 transposed before. Here a program takes one head of a few sequences, reads q, k, v where the product qkv left them, and writes
@@ -7,9 +8,10 @@ neither the output nor a sum of exponentials: it makes the weights again (as Fla
 the row sums of P dP from them.
 
 iRPE: the products of a query with the 50 columns of the table go to a scratch that stays in a cache, and every pair picks its
-own. Backward, a second kernel takes one query of many sequences at a time, for which the keys of its pairs are the same, so
-that its gradients are products of matrices. No atomic additions: each program writes its own share of the gradient of the
-pairs' keys, and the shares are summed in a fixed order.
+own. The weights are kept for the backward pass, in which registers are short; there a second kernel takes one query of many
+sequences at a time, for which the keys of its pairs are the same, so that its gradients are products of matrices. No atomic
+additions: each program writes its own share of the gradient of the pairs' keys, and the shares are summed in a fixed order.
+That of a bias is the sum over the sequences of the logits' gradient, which is written in the type of qkv.
 """
 
 import dataclasses
@@ -53,6 +55,8 @@ def attention(qkv, heads: int, table=None, buckets=None, bias=None, interpret: b
 
     interpret: traced as plain operations, for a platform without the kernel.
     """
+    if bias is not None and buckets is not None or (table is None) != (buckets is None):
+        raise ValueError("attention takes a table and buckets, or a bias, or neither")
     r, n, wide = qkv.shape
     of_program = together(r, heads) if buckets is not None else 0
     tiles = Tiles(n, wide // (3 * heads), heads, of_program, bias is not None, interpret)

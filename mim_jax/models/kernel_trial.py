@@ -24,13 +24,15 @@ TRIALS = (
     (66, 14, 16, 64, "irpe"),
     (66, 14, 16, 32, ""),
     (66, 14, 12, 64, "bias"),
+    (34, 10, 3, 48, "irpe"),
 )
-ALLOWED = 0.02  # of the norm, in bfloat16; seen on an H100: 0.002 to 0.006
+ALLOWED = 0.02  # of the norm, in bfloat16; an H100 gave 0.002 to 0.006 without iRPE, and with that of an earlier kernel
 
 
 def may_be_taken(dtype) -> bool:
     """Without being asked: in bfloat16, in which it was measured, on a Hopper that it has passed on or that is not here."""
-    return jnp.dtype(dtype) == jnp.bfloat16 and platforms.is_hopper() and (jax.default_backend() != "gpu" or passed())
+    there = jnp.dtype(dtype) == jnp.bfloat16 and kernel_attention.triton is not None and platforms.is_hopper()
+    return there and (jax.default_backend() != "gpu" or passed())
 
 
 @functools.cache

@@ -65,16 +65,17 @@ class Attention(nn.Module):
 
     def takes_kernel(self, x, buckets, bias) -> bool:
         """Not for more tokens than it takes, as evaluators have them at large sizes; nor while parameters are made, which asks
-        no device, nor where the weights are asked for, which are never there. Without being asked only where it was tried
-        (kernel_trial.py). Raises ConfigError where it is asked for what it does not do."""
+        no device, nor where the weights are asked for, which are never there. Without being asked only for heads up to 64,
+        beyond which nobody tried, and where kernel_trial.py allows it. Raises ConfigError where it is asked for what it does
+        not do."""
         own = self.own_bias and bias.ids is not None
         kind = "" if bias is None else "of each row" if own or not self.own_bias and bias.ndim == 4 else "of all rows"
         words = kernel_attention.refusal(x.shape[-1] // self.heads, buckets, kind)
         made = not self.is_initializing() and not self.is_mutable_collection("intermediates")
         fits = made and x.shape[1] <= kernel_attention.LONGEST
         if self.way != "kernel":
-            tried = x.shape[-1] // self.heads <= 64 and x.shape[0] % platforms.devices() == 0
-            can = self.way == "auto" and fits and tried and not words
+            narrow, even = x.shape[-1] // self.heads <= 64, x.shape[0] % platforms.devices() == 0
+            can = self.way == "auto" and fits and narrow and even and not words
             return can and kernel_trial.may_be_taken(self.dtype)
         if words:
             raise ConfigError(f"encoder.attention=kernel takes {words}; take auto")

@@ -9,7 +9,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from mim_jax import platforms
 
 FOLDER = "programs"
-# Programs of any size, and none of XLA's own caches, whose place would be part of a program's name: a folder may be moved.
+# Programs however soon compiled, and none of XLA's own caches, whose place would be part of a program's name: a folder may be
+# moved.
 SETTINGS = {
     "jax_compilation_cache_dir": None,
     "jax_persistent_cache_min_compile_time_secs": 0.0,

@@ -139,7 +139,7 @@ def describe(e: Experiment, state, workdir, loaded: str) -> str:
         encoder = getattr(e.objective, "encoder", None)
         way, dtype = (getattr(encoder, name, None) for name in ("attention", "dtype"))
         kernel = way == "kernel" or (way == "auto" and kernel_trial.may_be_taken(dtype))
-        words = [platforms.layouts(), f"attention up to {LONGEST} tokens without a learned bias is one kernel" * kernel]
+        words = [platforms.layouts(), f"attention up to {LONGEST} tokens is one kernel" * kernel]
         if any(words):
             rows["layers"] = "; ".join(filter(None, words))
     return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
