@@ -151,7 +151,8 @@ def _query_kernel(tiles: Tiles, r: int, q_ref, keys, dlogits_ref, dq_ref, out, s
 
     def of_head(head, dkeys):
         of = lambda ref: ref.at[:, jnp.int32(head), :]
-        dlogits = triton.load(of(dlogits_ref), mask=rows[:, None] & (jnp.arange(tiles.keys) >= 0)[None, :], other=0.0)
+        of_keys = jnp.broadcast_to(rows[:, None], (SEQUENCES, tiles.keys))
+        dlogits = triton.load(of(dlogits_ref), mask=of_keys, other=0.0)
         q, dq = (triton.load(of(ref), mask=there, other=0.0) for ref in (q_ref, dq_ref))
         dq = dq.astype(jnp.float32) + triton.dot(dlogits, keys[...])
         triton.store(of(out), dq.astype(out.dtype), mask=there)
@@ -184,7 +185,7 @@ def _forward_kernel(tiles: Tiles, qkv, *refs):
 
         return _each(tiles.blocks, of_rows, 0)
 
-    _each(max(tiles.together, 1), of_sequence, 0)
+    _each(tiles.sequences, of_sequence, 0)
 
 
 def _backward_kernel(tiles: Tiles, g_ref, qkv, *refs):
@@ -217,7 +218,7 @@ def _backward_kernel(tiles: Tiles, g_ref, qkv, *refs):
         tiles.write(dqkv, sequence, 0, dv, (V,))
         return 0
 
-    _each(max(tiles.together, 1), of_sequence, 0)
+    _each(tiles.sequences, of_sequence, 0)
 
 
 def _each(count: int, body, carried):

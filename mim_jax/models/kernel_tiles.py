@@ -41,6 +41,11 @@ class Tiles:
         return self.together > 0
 
     @property
+    def sequences(self) -> int:
+        """Of one program."""
+        return max(self.together, 1)
+
+    @property
     def keys(self) -> int:
         return max(16, pl.next_power_of_2(self.tokens))
 
@@ -90,20 +95,21 @@ class Tiles:
         """An array with a number for every pair [r n heads keys], and its blocks."""
         r, n, _, heads, _ = qkv.shape
         shape = jax.ShapeDtypeStruct((r, n, heads, self.keys), dtype)
-        return shape, self.spec((max(self.together, 1), self.blocks * self.rows, None, self.keys), "r.h.")
+        return shape, self.spec((self.sequences, self.blocks * self.rows, None, self.keys), "r.h.")
 
-    def pairs(self, ref, sequence, start) -> dict:
-        """A block of queries with all keys."""
-        there = (start + jnp.arange(self.rows) < self.tokens)[:, None] & (jnp.arange(self.keys) < self.keys)[None, :]
-        return dict(x_ref=ref.at[jnp.int32(sequence), pl.ds(start, self.rows), :], mask=there)
+    def pairs(self, ref, sequence, start) -> tuple:
+        """Where a block of queries with all keys lies, and which of them are there."""
+        there = (start + jnp.arange(self.rows) < self.tokens)[:, None]
+        at = ref.at[jnp.int32(sequence), pl.ds(start, self.rows), :]
+        return at, jnp.broadcast_to(there, (self.rows, self.keys))
 
     def read_pairs(self, ref, sequence, start):
-        at = self.pairs(ref, sequence, start)
-        return triton.load(at["x_ref"], mask=at["mask"], other=0.0)
+        at, there = self.pairs(ref, sequence, start)
+        return triton.load(at, mask=there, other=0.0)
 
     def write_pairs(self, ref, sequence, start, x):
-        at = self.pairs(ref, sequence, start)
-        triton.store(at["x_ref"], x.astype(ref.dtype), mask=at["mask"])
+        at, there = self.pairs(ref, sequence, start)
+        triton.store(at, x.astype(ref.dtype), mask=there)
 
     def wait(self):
         """Until all threads of a program have written and read what comes before."""
@@ -116,16 +122,16 @@ class Tiles:
         return pl.BlockSpec(shape, index)
 
     def of_qkv(self) -> pl.BlockSpec:
-        return self.spec((max(self.together, 1), self.keys, 3, None, self.lanes), "r..h.")
+        return self.spec((self.sequences, self.keys, 3, None, self.lanes), "r..h.")
 
     def of_out(self) -> pl.BlockSpec:
-        return self.spec((max(self.together, 1), self.keys, None, self.lanes), "r.h.")
+        return self.spec((self.sequences, self.keys, None, self.lanes), "r.h.")
 
     def call(self, kernel, r: int, operands, results, name: str):
         """operands: arrays and their blocks. results: shapes and their blocks. -> the results."""
         return pl.pallas_call(
             functools.partial(kernel, self),
-            grid=(r // max(self.together, 1), self.heads),
+            grid=(r // self.sequences, self.heads),
             in_specs=[spec for _, spec in operands],
             out_specs=[spec for _, spec in results],
             out_shape=[shape for shape, _ in results],
