@@ -46,7 +46,26 @@ def test_a_block_is_the_same_on_every_platform(platform, heads, width, qkv_bias,
     assert text != other  # another program, or nothing was compared
 
 
-@pytest.mark.parametrize("rows", [(), (2,)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_long_sequence_is_the_same_on_a_tpu(biased, monkeypatch):
+    """There one product more replaces the logits in memory."""
+    monkeypatch.setattr(lane_attention, "LANES", 8)
+    x, block = jax.random.normal(jax.random.key(0), (2, TOKENS, 24)), Block(heads=3)
+    params = block.init(jax.random.key(1), x)
+    bias = jax.random.normal(jax.random.key(2), (3, TOKENS, TOKENS)) if biased else None
+
+    def of(where):
+        with platforms.compiled_for(mesh_of(where)):
+            forward = lambda params, x: jnp.square(block.apply(params, x, bias=bias)).sum()
+            products = jax.jit(forward).lower(params, x).as_text().count("dot_general")
+            return jax.value_and_grad(forward, (0, 1))(params, x), products
+
+    (found, products), (wanted, usual) = of("tpu"), of("cpu")
+    all_close(found, wanted)
+    assert products == usual + 1
+
+
+@pytest.mark.parametrize("rows", [(), (2,), (1,)])
 def test_a_bias_of_the_logits_is_the_same_on_a_tpu(rows):
     x = jax.random.normal(jax.random.key(0), (2, TOKENS, 24))
     bias = jax.random.normal(jax.random.key(1), (*rows, 3, TOKENS, TOKENS))

@@ -35,7 +35,7 @@ from mim_jax.jobs.import_weights import import_weights
 from mim_jax.models.dalle import DalleEncoder
 from mim_jax.models.posembed import sincos_table
 from mim_jax.models.relative_bias import bias_matrix, resize_offsets, view_bias
-from mim_jax.models.window_attention import WindowLayout
+from mim_jax.models.window_layout import WindowLayout
 from mim_jax.runs import checkpoint, saved
 from mim_jax.runs.checkpoint import Checkpoints
 from mim_jax.sections import read

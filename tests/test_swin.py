@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_platforms import mesh_of
 
+from mim_jax import platforms
 from mim_jax.config import ConfigError
+from mim_jax.models.relative_bias import bias_matrix
 from mim_jax.models.swin import Merge, Swin
-from mim_jax.models.window_attention import WindowLayout, bias_matrix
+from mim_jax.models.window_layout import WindowLayout
 from mim_jax.tokens import patchify, unpatchify, visible
 from mim_jax.tree import flatten, nest
 
@@ -328,21 +331,49 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # copies; products with ones and zeros
 @pytest.mark.parametrize("arguments", LAYOUTS)
-def test_windows_are_cut_where_they_stand_and_joined_again(arguments):
-    layout = WindowLayout.of(*arguments)
+def test_windows_are_cut_where_they_stand_and_joined_again(arguments, platform):
+    with platforms.compiled_for(mesh_of(platform)):
+        check_windows(WindowLayout.of(*arguments))
+
+
+def check_windows(layout):
     (rows, columns), (h, w), (dy, dx) = layout.grid, layout.window, layout.shift
     # every token carries its row and column; units one after the other
     place = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1)
     s = layout.side
     units = place.reshape(layout.units[0], s, layout.units[1], s, 2).swapaxes(1, 2).reshape(1, -1, s, s, 2)
-    cut = np.asarray(layout.cut(jnp.asarray(units)))
+    units = jnp.asarray(units, jnp.bfloat16)
+    assert layout.picks(units) == (platforms.current() == "tpu")
+    cut = layout.cut(units)
     windows = [(y, x) for y in range(rows // h) for x in range(columns // w)]
     assert cut.shape == (1, len(windows), h * w, 2)
     for m, (y, x) in enumerate(windows):
         want = [((y * h + i + dy) % rows, (x * w + j + dx) % columns) for i in range(h) for j in range(w)]
         assert [tuple(p) for p in cut[0, m]] == want
-    np.testing.assert_array_equal(layout.join(jnp.asarray(cut)), units)
+    np.testing.assert_array_equal(layout.join(cut), units)
+    group = 2 - len(windows) % 2
+    grouped = layout.cut(units, group)
+    np.testing.assert_array_equal(grouped, cut.reshape(1, len(windows) // group, -1, 2))
+    np.testing.assert_array_equal(layout.join(grouped), units)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # slices; products with ones and zeros
+def test_the_bias_of_a_pair_is_that_of_its_offset(platform):
+    r, c = 2, 3
+    table = jax.random.normal(jax.random.key(0), ((2 * r - 1) * (2 * c - 1), 4))
+    with platforms.compiled_for(mesh_of(platform)):
+        matrix = bias_matrix(table, (r, c))
+    places = list(itertools.product(range(r), range(c)))
+    for (i, (y, x)), (j, (v, u)) in itertools.product(enumerate(places), repeat=2):
+        np.testing.assert_array_equal(matrix[:, i, j], table[(y - v + r - 1) * (2 * c - 1) + x - u + c - 1])
+
+
+def test_large_grids_are_cut_by_copies_on_a_tpu_too():
+    with platforms.compiled_for(mesh_of("tpu")):
+        of = lambda side, dtype: WindowLayout.of((7, 7), side, 7, shifted=True).picks(jnp.zeros((), dtype))
+        assert of(4, jnp.bfloat16) and not of(8, jnp.bfloat16) and not of(4, bool)
 
 
 @pytest.mark.parametrize("arguments", LAYOUTS)

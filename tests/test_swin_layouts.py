@@ -9,7 +9,7 @@ from test_platforms import mesh_of
 from mim_jax import platforms
 from mim_jax.models import window_attention
 from mim_jax.models.swin import Stage
-from mim_jax.models.window_attention import WindowLayout
+from mim_jax.models.window_layout import WindowLayout
 from mim_jax.tokens import visible
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from mim_jax.convert import names
 from mim_jax.models.posembed import sincos_table
 from mim_jax.models.relative_bias import offsets
-from mim_jax.models.window_attention import WindowLayout
+from mim_jax.models.window_layout import WindowLayout
 from mim_jax.tokens import grid_size
 
 SOBEL = np.array([[1, 0, -1], [2, 0, -2], [1, 0, -1]], np.float32)

@@ -26,11 +26,12 @@ def heads_of_a_product(heads: int, head_dim: int, tokens: int) -> int:
 def attention(q, k, v, keys, bias, group: int):
     """q, k, v [r p n x] -> [r p n x].
 
-    keys [e n n] or None: q . keys, with the unscaled q, is added to the logits; bias or None: added to the logits of
-    [r p n n], for which group is 1.
+    keys [e n n] or None: q . keys, with the unscaled q, is added to the logits; bias [p n n], [m p n n] for each m rows in
+    turn, or None: added to the logits of [r p n n], for which group is 1.
     """
-    q, k, v = map(_Lay(group), (q, k, v))
-    return _attention(group, q, k, v, None if keys is None else _of_group(keys, group), bias)
+    lay = _Lay(group)
+    q, k, v = map(lay.at_borders, (q, k, v))
+    return lay.at_borders(_attention(group, q, k, v, None if keys is None else _of_group(keys, group), bias))
 
 
 def _of_group(keys, group: int):
@@ -47,11 +48,21 @@ def _attention(group, q, k, v, keys, bias):
 
 def _forward(group, q, k, v, keys, bias):
     lay, side = _Lay(group), _Side(group, q.shape[3], k.shape[2])
-    logits = jnp.einsum("rpix,rpjx->rpij", q, side.apart(k * side.scale), preferred_element_type=jnp.float32)
+    relation = None
     if keys is not None:
-        logits = logits + lay(jnp.einsum("rpix,xij->rpij", q, keys, preferred_element_type=jnp.float32))
-    logits = lay(logits if bias is None else logits + bias)
-    e = jnp.exp(logits - side.over_keys(side.of_keys(jnp.max, logits, -jnp.inf)))
+        relation = lay(jnp.einsum("rpix,xij->rpij", q, keys, preferred_element_type=jnp.float32))
+
+    def logits_of(q):
+        logits = jnp.einsum("rpix,rpjx->rpij", q, side.apart(k * side.scale), preferred_element_type=jnp.float32)
+        logits = logits if relation is None else logits + relation
+        return lay(logits if bias is None else _in_turn(logits, bias) + bias).reshape(logits.shape)
+
+    logits = logits_of(q)
+    most = side.over_keys(side.of_keys(jnp.max, logits, -jnp.inf))
+    if group == 1 and keys is None and k.shape[2] > LANES:  # multiplied once more is faster than to write and read them
+        zero, most = _kept((jnp.zeros((), q.dtype), most))
+        logits = logits_of(q + zero)  # which the compiler does not know to be the same
+    e = jnp.exp(logits - most)
     inverse = [1 / x for x in side.of_keys(jnp.sum, e, 0.0)]
     e = _kept(lay(e.astype(q.dtype)))
     out = jnp.einsum("rpij,rpjx->rpix", e, side.apart(v), preferred_element_type=jnp.float32)
@@ -76,11 +87,16 @@ def _backward(group, kept, g):
         dq = lay(dq) + lay(jnp.einsum("rpij,xij->rpix", by_query, keys))
         dkeys = jnp.einsum("rpij,rpix->xij", by_query, q).astype(keys.dtype)
     if bias is not None:
-        dbias = dlogits.astype(bias.dtype) if bias.ndim == 4 else dlogits.sum(0, dtype=bias.dtype)
+        dbias = _in_turn(dlogits, bias).sum(0, dtype=bias.dtype)
     return lay(dq), lay(dk), lay(dv), dkeys, dbias
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _in_turn(logits, bias):
+    """[(b m) p n n] -> [b m p n n] for a bias of m rows, or as it is for one of all rows."""
+    return logits if bias.ndim == 3 else logits.reshape(-1, *bias.shape)
 
 
 def _kept(x):
@@ -96,6 +112,12 @@ class _Lay:
 
     def __call__(self, x, order=(0, 1, 2, 3)):
         return x if self.group == 1 else with_layout_constraint(x, Layout(order))
+
+    def at_borders(self, x):
+        """[r p n x]: as everywhere, and of single heads with the tokens on the lanes, where these fill more of them; the
+        compiler would now and then have the rows there, and copy."""
+        by_tokens = self.group == 1 and x.shape[2] > x.shape[3]
+        return with_layout_constraint(x, Layout((0, 1, 3, 2))) if by_tokens else self(x)
 
 
 class _Side:

@@ -7,11 +7,14 @@ entries: from cls to a token, from a token to cls, from cls to itself.
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
+from mim_jax import platforms
 from mim_jax.models.posembed import resize_table
 
 CLS_ENTRIES = 3
+EXACT = jax.lax.Precision.HIGHEST  # of products that only pick
 
 
 def offsets(grid) -> int:
@@ -36,14 +39,31 @@ def resize_offsets(table, old, new, cls: bool):
 def bias_matrix(table, window):
     """[(2r-1)(2c-1) heads] -> [heads n n]: the table's row for the offset query - key, of every pair in a window.
 
-    Offsets of neighbours are neighbours in the table, so slices make the matrix; the gradient of a gather would add up
-    in any order on a GPU.
+    The gradient of a gather would add up in any order on a GPU, so slices make the matrix: offsets of neighbours are neighbours
+    in the table. A TPU, which copies slices slowly, has products that pick.
     """
     r, c = window
-    flipped = table.reshape(2 * r - 1, 2 * c - 1, -1)[::-1, ::-1]  # now key - query
+    table = table.reshape(2 * r - 1, 2 * c - 1, -1)
+    pairs = _by_products(table, r, c) if platforms.current() == "tpu" else _by_slices(table, r, c)
+    return rearrange(pairs, "h i j k l -> h (i j) (k l)")
+
+
+def _by_slices(table, r: int, c: int):
+    """[2r-1 2c-1 heads] -> [heads r c r c], row and column of the query, then of the key."""
+    flipped = table[::-1, ::-1]  # now key - query
     rows = jnp.stack([flipped[r - 1 - i : 2 * r - 1 - i] for i in range(r)])  # [query row, key row, offset, heads]
     both = jnp.stack([rows[:, :, c - 1 - j : 2 * c - 1 - j] for j in range(c)])  # [query column, row, row, column, heads]
-    return rearrange(both, "j i k l h -> h (i j) (k l)")
+    return rearrange(both, "j i k l h -> h i j k l")
+
+
+def _by_products(table, r: int, c: int):
+    """As `_by_slices`, by one-hot offsets."""
+    of_rows, of_columns = (
+        jnp.asarray(np.subtract.outer(range(n), range(n))[..., None] + n - 1 == np.arange(2 * n - 1), table.dtype)
+        for n in (r, c)
+    )
+    rows = jnp.einsum("abh,ika->hikb", table, of_rows, precision=EXACT)
+    return jnp.einsum("hikb,jlb->hijkl", rows, of_columns, precision=EXACT)
 
 
 def view_bias(table, grid, view):

@@ -47,12 +47,17 @@ def _attention(q, k, v, coefficients, keys, apart):
 
 
 def _forward(q, k, v, coefficients, keys, apart):
-    logits = _product("yrhxe,rhen->yrhxn", q, k)
-    if keys is not None:
-        logits = logits + _product("yrhxp,ypn->yrhxn", coefficients, keys, precision=_EXACT)
-    if apart is not None:
-        logits = jnp.where(apart, jnp.finfo(jnp.float32).min, logits)
-    e = jnp.exp(logits - logits.max(-1, keepdims=True))
+    def logits_of(q):
+        logits = _product("yrhxe,rhen->yrhxn", q, k)
+        if keys is not None:
+            logits = logits + _product("yrhxp,ypn->yrhxn", coefficients, keys, precision=_EXACT)
+        return logits if apart is None else jnp.where(apart, jnp.finfo(jnp.float32).min, logits)
+
+    logits = logits_of(q)
+    most = logits.max(-1, keepdims=True)
+    if platforms.current() == "tpu" and keys is None:  # one product more is faster than to write and read them
+        logits = logits_of(jax.lax.optimization_barrier((q, most))[0])  # which the compiler does not know to be the same
+    e = jnp.exp(logits - most)
     inverse = 1 / e.sum(-1, keepdims=True)
     e = jax.lax.optimization_barrier(e.astype(v.dtype))
     out = (_product("yrhxn,rhnd->yrhxd", e, v) * inverse).astype(v.dtype)

@@ -99,7 +99,7 @@ class Attention(nn.Module):
         n = x.shape[1]
         bias = self.table_of(bias)
         group = 1 if bias is not None else lane_attention.heads_of_a_product(self.heads, x.shape[-1] // self.heads, n)
-        q, k, v = self.projected(x, self.heads // group)
+        q, k, v = self.projected(x, self.heads // group, at_once=group == 1)
         keys = RelativeKeys(x.shape[-1] // self.heads, self.dtype, name="rpe_k")(None, buckets) if self.relative else None
         out = lane_attention.attention(q, k, v, keys, bias, group)
         return Dense(x.shape[-1], self.dtype, name="proj")(out, from_heads, x.shape[-1])
@@ -111,19 +111,19 @@ class Attention(nn.Module):
         out = row_attention.among_cls_and_cells(q, k, v, table, grid.sides)
         return Dense(x.shape[-1], self.dtype, name="proj")(rearrange(out, "r h n e -> r n (h e)"))
 
-    def projected(self, x, groups: int = 0):
+    def projected(self, x, groups: int = 0, at_once: bool = False):
         """[r n d] -> queries, keys, values [r h n e], or of `groups` of heads [r groups n x].
 
-        Of groups: as three products to that layout from the same kernel, without a transpose of the results.
+        Of groups: as three products to that layout from the same kernel, or one, without a transpose of the results.
         """
-        qkv = self.multiplied(x, groups)
+        qkv = self.multiplied(x, groups, at_once)
         return qkv if groups else rearrange(qkv, "r n (three h e) -> three r h n e", three=3, h=self.heads)
 
-    def multiplied(self, x, groups: int = 0):
+    def multiplied(self, x, groups: int = 0, at_once: bool = False):
         """[r n d] -> [r n 3d] as the product leaves it, or of `groups` as `projected` has it."""
         width = x.shape[-1]
         dense = Dense(3 * width, self.dtype, use_bias=self.qkv_bias == "all", name="qkv")
-        qkv = dense(x, functools.partial(to_heads, groups)) if groups else dense(x)
+        qkv = dense(x, functools.partial(to_heads, groups, at_once=at_once)) if groups else dense(x)
         if self.qkv_bias == "qv":
             q, v = (self.param(name, nn.initializers.zeros, (width,)) for name in ("q_bias", "v_bias"))
             bias = jnp.concatenate([q, jnp.zeros_like(q), v]).astype(self.dtype)
@@ -135,10 +135,11 @@ def _of_heads(bias, heads: int):
     return rearrange(bias, "(three h e) -> three h 1 e", three=3, h=heads)
 
 
-def to_heads(heads: int, x, kernel, bias):
-    """[r n d], [d 3d] -> three times [r h n e]."""
+def to_heads(heads: int, x, kernel, bias, at_once: bool = False):
+    """[r n d], [d 3d] -> three times [r h n e], by a product each or by one."""
     kernels = rearrange(kernel, "d (three h e) -> three d h e", three=3, h=heads)
-    found = [jnp.einsum("rnd,dhe->rhne", x, each) for each in kernels]
+    each = lambda kernel: jnp.einsum("rnd,dhe->rhne", x, kernel)
+    found = list(jnp.einsum("rnd,tdhe->trhne", x, kernels)) if at_once else [each(kernel) for kernel in kernels]
     return found if bias is None else [y + b for y, b in zip(found, _of_heads(bias, heads))]
 
 

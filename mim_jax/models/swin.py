@@ -18,7 +18,8 @@ from mim_jax.config import ConfigError
 from mim_jax.models import flops
 from mim_jax.models.encoder import Encoder
 from mim_jax.models.layers import LAYER_NORM_EPS, Dense, DropPath, LayerNorm, Mlp
-from mim_jax.models.window_attention import WindowAttention, WindowLayout
+from mim_jax.models.window_attention import WindowAttention
+from mim_jax.models.window_layout import WindowLayout
 from mim_jax.sections import BelowOne, Count, Natural, NotNegative, Positive
 from mim_jax.tokens import Visible, keep, patchify
 
@@ -45,8 +46,10 @@ class SwinBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, visible: Visible | None = None, train: bool = False):
-        attend = lambda h: WindowAttention(self.heads, self.layout, self.dtype, name="attn")(h, visible)
-        return branches(self, x, attend, train)
+        attention = WindowAttention(self.heads, self.layout, self.dtype, name="attn")
+        attend = lambda tokens: attention(tokens.reshape(x.shape), visible).reshape(tokens.shape)
+        tokens = rearrange(x, "b u i j d -> b (u i j) d")  # a TPU would else lay the few rows of a unit on tiles of eight
+        return branches(self, tokens, attend, train).reshape(x.shape)
 
 
 class Merge(nn.Module):

@@ -12,7 +12,8 @@ from einops import rearrange
 
 from mim_jax.models.layers import LAYER_NORM_EPS
 from mim_jax.models.swin import Merge, Swin, branches
-from mim_jax.models.window_attention import WindowAttention, WindowLayout
+from mim_jax.models.window_attention import WindowAttention
+from mim_jax.models.window_layout import WindowLayout
 from mim_jax.tokens import padded, patchify
 
 

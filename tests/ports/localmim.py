@@ -15,7 +15,7 @@ from mim_jax import tokens
 from mim_jax.convert import names
 from mim_jax.masking.random import TokenMask, keep_smallest
 from mim_jax.models.swin import Merge, Stage, Swin, SwinBlock
-from mim_jax.models.window_attention import WindowLayout
+from mim_jax.models.window_layout import WindowLayout
 from mim_jax.objectives.localmim import LocalMIM
 
 

@@ -8,7 +8,8 @@ from einops import rearrange
 from recorded import Case, Report, capture, compare_gradients, from_released, run_and_look
 
 from mim_jax.convert import names
-from mim_jax.models.window_attention import WindowLayout, bias_matrix
+from mim_jax.models.relative_bias import bias_matrix
+from mim_jax.models.window_layout import WindowLayout
 from mim_jax.objectives.classify import Classify
 from ports.classifiers import ClassifierPort
 from ports.localmim import swin_of
