@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 
 LAYOUTS = {
-    "tpu": "heads of short sequences in one product, attention and GELU keep little for their gradients, maps go row by row",
+    "tpu": "heads and windows share products, attention and GELU keep little for their gradients, maps go row by row",
     "gpu": "GELU keeps one array for its gradient, attention of maps goes row by row",
     "cpu": "linear layers are products of two matrices",
 }

@@ -1,4 +1,4 @@
-"""softmax(q k / sqrt(e) + ...) v as a TPU computes it fast: few layouts, nothing done twice, what is kept in the compute type.
+"""softmax(q k / sqrt(e) + ...) v as a TPU computes it fast: few layouts, few passes, what is kept in the compute type.
 
 The 128 lanes of a TPU hold heads side by side. Short sequences of several heads go through one product, in which the keys of
 one head meet zeros in the lanes of the others, [r p n x]: p groups of heads, x the lanes of a group, `group` heads each.
@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
 LANES = 128
+NEVER = np.finfo(np.float32).min  # the logit of a pair that is not to be
 
 
 def heads_of_a_product(heads: int, head_dim: int, tokens: int) -> int:
@@ -23,15 +24,15 @@ def heads_of_a_product(heads: int, head_dim: int, tokens: int) -> int:
     return group if group * head_dim == LANES and heads % group == 0 and group * tokens <= LANES else 1
 
 
-def attention(q, k, v, keys, bias, group: int):
+def attention(q, k, v, keys, bias, group: int, apart=None):
     """q, k, v [r p n x] -> [r p n x].
 
-    keys [e n n] or None: q . keys, with the unscaled q, is added to the logits; bias [p n n], [m p n n] for each m rows in
-    turn, or None: added to the logits of [r p n n], for which group is 1.
+    keys [e n n] or None: q . keys, with the unscaled q, is added to the logits; bias [p n n], [r p n n] or None: added to the
+    logits, for which group is 1. apart: bool [m n n], for each m rows in turn, pairs that do not see each other, or None.
     """
     lay = _Lay(group)
     q, k, v = map(lay.at_borders, (q, k, v))
-    return lay.at_borders(_attention(group, q, k, v, None if keys is None else _of_group(keys, group), bias))
+    return lay.at_borders(_attention(group, q, k, v, None if keys is None else _of_group(keys, group), bias, apart))
 
 
 def _of_group(keys, group: int):
@@ -42,11 +43,11 @@ def _of_group(keys, group: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(group, q, k, v, keys, bias):
-    return _forward(group, q, k, v, keys, bias)[0]
+def _attention(group, q, k, v, keys, bias, apart):
+    return _forward(group, q, k, v, keys, bias, apart)[0]
 
 
-def _forward(group, q, k, v, keys, bias):
+def _forward(group, q, k, v, keys, bias, apart):
     lay, side = _Lay(group), _Side(group, q.shape[3], k.shape[2])
     relation = None
     if keys is not None:
@@ -55,13 +56,14 @@ def _forward(group, q, k, v, keys, bias):
     def logits_of(q):
         logits = jnp.einsum("rpix,rpjx->rpij", q, side.apart(k * side.scale), preferred_element_type=jnp.float32)
         logits = logits if relation is None else logits + relation
-        return lay(logits if bias is None else _in_turn(logits, bias) + bias).reshape(logits.shape)
+        logits = lay(logits if bias is None else logits + bias)
+        return logits if apart is None else _masked(logits, apart)
 
     logits = logits_of(q)
     most = side.over_keys(side.of_keys(jnp.max, logits, -jnp.inf))
-    if group == 1 and keys is None and k.shape[2] > LANES:  # multiplied once more is faster than to write and read them
-        zero, most = _kept((jnp.zeros((), q.dtype), most))
-        logits = logits_of(q + zero)  # which the compiler does not know to be the same
+    if group == 1 and keys is None and k.shape[2] > LANES:  # one product more is faster than to write and read them
+        zero, most = jax.lax.optimization_barrier((jnp.zeros((), q.dtype), most))
+        logits = logits_of(q + zero)  # which the compiler does not know to be q, and adds where it reads it
     e = jnp.exp(logits - most)
     inverse = [1 / x for x in side.of_keys(jnp.sum, e, 0.0)]
     e = _kept(lay(e.astype(q.dtype)))
@@ -87,16 +89,17 @@ def _backward(group, kept, g):
         dq = lay(dq) + lay(jnp.einsum("rpij,xij->rpix", by_query, keys))
         dkeys = jnp.einsum("rpij,rpix->xij", by_query, q).astype(keys.dtype)
     if bias is not None:
-        dbias = _in_turn(dlogits, bias).sum(0, dtype=bias.dtype)
-    return lay(dq), lay(dk), lay(dv), dkeys, dbias
+        dbias = dlogits.astype(bias.dtype) if bias.ndim == 4 else dlogits.sum(0, dtype=bias.dtype)
+    return lay(dq), lay(dk), lay(dv), dkeys, dbias, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _in_turn(logits, bias):
-    """[(b m) p n n] -> [b m p n n] for a bias of m rows, or as it is for one of all rows."""
-    return logits if bias.ndim == 3 else logits.reshape(-1, *bias.shape)
+def _masked(logits, apart):
+    """[(b m) p n n], [m n n] -> [(b m) p n n]."""
+    in_turn = logits.reshape(-1, apart.shape[0], *logits.shape[1:])
+    return jnp.where(apart[:, None], NEVER, in_turn).reshape(logits.shape)
 
 
 def _kept(x):

@@ -11,10 +11,10 @@ import numpy as np
 from einops import rearrange
 
 from mim_jax import platforms
+from mim_jax.models.layers import exact
 from mim_jax.models.posembed import resize_table
 
 CLS_ENTRIES = 3
-EXACT = jax.lax.Precision.HIGHEST  # of products that only pick
 
 
 def offsets(grid) -> int:
@@ -62,8 +62,8 @@ def _by_products(table, r: int, c: int):
         jnp.asarray(np.subtract.outer(range(n), range(n))[..., None] + n - 1 == np.arange(2 * n - 1), table.dtype)
         for n in (r, c)
     )
-    rows = jnp.einsum("abh,ika->hikb", table, of_rows, precision=EXACT)
-    return jnp.einsum("hikb,jlb->hijkl", rows, of_columns, precision=EXACT)
+    rows = jnp.einsum("abh,ika->hikb", table, of_rows, precision=exact(table.dtype))
+    return jnp.einsum("hikb,jlb->hijkl", rows, of_columns, precision=exact(table.dtype))
 
 
 def view_bias(table, grid, view):

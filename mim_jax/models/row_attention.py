@@ -3,7 +3,8 @@
 A relation that factors into rows and columns is a product too: of a query's coefficients c with keys o that are one-hot, so
 that it needs neither a table of all pairs nor an array whose axes are merged afterwards, which a TPU does by copying. Rows are
 the outermost axis, in which these keys differ. The gradient is that of lane_attention: what the exponential was is kept in the
-compute type, and the gradient of the logits needs no second pass over them.
+compute type, and the gradient of the logits needs no second pass over them; where one product gives the logits a TPU makes it
+twice and never writes them.
 """
 
 import functools
@@ -15,6 +16,8 @@ from einops import rearrange
 
 from mim_jax import platforms
 from mim_jax.models import irpe
+from mim_jax.models.lane_attention import NEVER
+from mim_jax.models.layers import exact
 
 MOST = 2**28  # logits in the memory of a device at a time: a gibibyte, and 4096 tokens of 12 heads
 
@@ -38,7 +41,6 @@ def attention(q, k, v, coefficients=None, keys=None, apart=None):
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-_EXACT = jax.lax.Precision.HIGHEST  # of products that only pick, where float32 would be rounded
 
 
 @jax.custom_vjp
@@ -50,8 +52,8 @@ def _forward(q, k, v, coefficients, keys, apart):
     def logits_of(q):
         logits = _product("yrhxe,rhen->yrhxn", q, k)
         if keys is not None:
-            logits = logits + _product("yrhxp,ypn->yrhxn", coefficients, keys, precision=_EXACT)
-        return logits if apart is None else jnp.where(apart, jnp.finfo(jnp.float32).min, logits)
+            logits = logits + _product("yrhxp,ypn->yrhxn", coefficients, keys, precision=exact(q.dtype))
+        return logits if apart is None else jnp.where(apart, NEVER, logits)
 
     logits = logits_of(q)
     most = logits.max(-1, keepdims=True)
@@ -74,7 +76,7 @@ def _backward(kept, g):
     dlogits = jax.lax.optimization_barrier(dlogits.astype(v.dtype))
     dq = jnp.einsum("yrhxn,rhen->yrhxe", dlogits, k)
     dk = jnp.einsum("yrhxn,yrhxe->rhen", dlogits, q)
-    dcoefficients = None if keys is None else jnp.einsum("yrhxn,ypn->yrhxp", dlogits, keys, precision=_EXACT)
+    dcoefficients = None if keys is None else jnp.einsum("yrhxn,ypn->yrhxp", dlogits, keys, precision=exact(q.dtype))
     return dq, dk, dv, dcoefficients, None, None
 
 
@@ -109,9 +111,9 @@ def by_bucket(q, table, of_row, of_column):
     """
     rows, columns = of_row.shape[1], of_column.shape[1]
     of_pair = _product("yrhxe,eab->yrhxab", q, table).astype(q.dtype)
-    own = jnp.einsum("yrhxab,xlb->yrhxal", of_pair, of_column, precision=_EXACT)
+    own = jnp.einsum("yrhxab,xlb->yrhxal", of_pair, of_column, precision=exact(q.dtype))
     row, column = of_cells(rows, columns, q.dtype)
-    keys = jnp.einsum("yka,kn->yan", of_row, row, precision=_EXACT)[:, :, None] * column
+    keys = jnp.einsum("yka,kn->yan", of_row, row, precision=exact(q.dtype))[:, :, None] * column
     return rearrange(own, "y r h x a l -> y r h x (a l)"), rearrange(keys, "y a l n -> y (a l) n")
 
 

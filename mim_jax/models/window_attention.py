@@ -6,20 +6,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 
 from mim_jax import platforms
 from mim_jax.config import ConfigError
 from mim_jax.models import lane_attention, row_attention
-from mim_jax.models.layers import Dense, token_init
+from mim_jax.models.lane_attention import NEVER
+from mim_jax.models.layers import Dense, exact, token_init
 from mim_jax.models.relative_bias import bias_matrix, offsets
 from mim_jax.models.self_attention import from_heads, to_heads
-from mim_jax.models.window_layout import WindowLayout, exact
+from mim_jax.models.window_layout import WindowLayout
 from mim_jax.tokens import Visible, keep, spread
 
-NEVER = np.finfo(np.float32).min  # the logit of a pair that is not to be
-LONG = 128  # tokens; the pairs of longer sequences have a gradient of their own on a TPU
+LONG = 128  # tokens; longer sequences have their biases in the product of queries and keys on a TPU
 
 
 def split_heads(dense: Dense, x, heads: int, at_once: bool):
@@ -78,8 +77,7 @@ class WindowAttention(nn.Module):
         """[r h n e] of r = b x m groups of windows three times -> [r h n e]."""
         bias = jnp.tile(bias_matrix(table, self.layout.window), (1, group, group))
         if platforms.current() == "tpu" and visible is None and not self.is_mutable_collection("intermediates"):
-            apart = self.layout.apart(group)
-            return lane_attention.attention(q, k, v, None, bias if apart is None else jnp.where(apart[:, None], NEVER, bias), 1)
+            return lane_attention.attention(q, k, v, None, bias, 1, self.layout.apart(group))
         logits = jnp.einsum("rhie,rhje->rhij", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32) + bias
         logits = rearrange(logits, "(b m) h i j -> b m h i j", m=self.layout.windows // group)
         logits = jnp.where(self.blocked(visible, group), NEVER, logits)

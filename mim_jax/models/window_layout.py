@@ -1,21 +1,16 @@
-"""How Swin cuts a grid of tokens into (shifted) windows (arXiv 2103.14030, section 3.2). All of it is static: sizes only."""
+"""How Swin cuts a grid of tokens into (shifted) windows (arXiv 2103.14030, section 3.2)."""
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
 from mim_jax import platforms
 from mim_jax.config import ConfigError
+from mim_jax.models.layers import exact
 
 PICKED = 2304  # tokens of an image up to which a TPU brings them to their windows by a product
-
-
-def exact(dtype) -> jax.lax.Precision:
-    """Of a product that only picks: in float32 it is then no less exact than a gather, in bfloat16 it is so anyway."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +69,7 @@ class WindowLayout:
 
     def picks(self, x) -> bool:
         """Whether tokens come to their windows by a product with ones and zeros: a TPU's matrix unit does that faster than it
-        copies tile by tile, as long as they are few."""
+        copies tile by tile, as long as they are few. A token that is not finite then makes its image so."""
         few = self.grid[0] * self.grid[1] <= PICKED
         return few and platforms.current() == "tpu" and jnp.issubdtype(x.dtype, jnp.floating)
 
@@ -117,8 +112,8 @@ class WindowLayout:
         return max(g for g in range(1, max(most, 1) + 1) if self.windows % g == 0)
 
     def apart(self, group: int = 1) -> np.ndarray | None:
-        """-> [m n n] bool of m groups of windows: pairs of two windows, and pairs that a rolled window holds though the image's
-        border lies between them; or None where there are none."""
+        """-> [m n n] bool of m groups of windows, or of one for all: pairs of two windows, and pairs that a rolled window holds
+        though the image's border lies between them; or None where there are none."""
         if group == 1 and not any(self.shift):
             return None
         bands = lambda g, w, s: np.searchsorted([g - w, g - s] if s else [g], np.arange(g), "right")
@@ -126,4 +121,5 @@ class WindowLayout:
         piece = rows[:, None] * 3 + columns  # of the rolled grid
         piece = rearrange(piece, "(y r) (x c) -> (y x) (r c)", r=self.window[0], c=self.window[1])
         piece = rearrange(piece + 9 * np.arange(self.windows)[:, None], "(m g) n -> m (g n)", g=group)
+        piece = piece if any(self.shift) else piece[:1]  # all groups alike
         return piece[:, :, None] != piece[:, None, :]
