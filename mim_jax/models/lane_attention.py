@@ -31,8 +31,11 @@ def attention(q, k, v, keys, bias, group: int, apart=None):
     logits, for which group is 1. apart: bool [m n n], for each m rows in turn, pairs that do not see each other, or None.
     """
     lay = _Lay(group)
-    q, k, v = map(lay.at_borders, (q, k, v))
-    return lay.at_borders(_attention(group, q, k, v, None if keys is None else _of_group(keys, group), bias, apart))
+    if group == 1 and keys is None and q.shape[2] > q.shape[3]:
+        # Tokens on the lanes, of which they fill more than a head does: the compiler at times lays rows there, and copies.
+        lay = lambda x: with_layout_constraint(x, Layout((0, 1, 3, 2)))
+    q, k, v = map(lay, (q, k, v))
+    return lay(_attention(group, q, k, v, None if keys is None else _of_group(keys, group), bias, apart))
 
 
 def _of_group(keys, group: int):
@@ -115,12 +118,6 @@ class _Lay:
 
     def __call__(self, x, order=(0, 1, 2, 3)):
         return x if self.group == 1 else with_layout_constraint(x, Layout(order))
-
-    def at_borders(self, x):
-        """[r p n x]: as everywhere, and of single heads with the tokens on the lanes, where these fill more of them; the
-        compiler would now and then have the rows there, and copy."""
-        by_tokens = self.group == 1 and x.shape[2] > x.shape[3]
-        return with_layout_constraint(x, Layout((0, 1, 3, 2))) if by_tokens else self(x)
 
 
 class _Side:

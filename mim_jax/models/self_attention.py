@@ -99,7 +99,7 @@ class Attention(nn.Module):
         n = x.shape[1]
         bias = self.table_of(bias)
         group = 1 if bias is not None else lane_attention.heads_of_a_product(self.heads, x.shape[-1] // self.heads, n)
-        q, k, v = self.projected(x, self.heads // group, at_once=group == 1)
+        q, k, v = self.projected(x, self.heads // group, at_once=group == 1 and not self.relative)
         keys = RelativeKeys(x.shape[-1] // self.heads, self.dtype, name="rpe_k")(None, buckets) if self.relative else None
         out = lane_attention.attention(q, k, v, keys, bias, group)
         return Dense(x.shape[-1], self.dtype, name="proj")(out, from_heads, x.shape[-1])
