@@ -103,9 +103,9 @@ class WindowAttention(nn.Module):
             queries = jnp.concatenate([q * q.shape[-1] ** -0.5, biases], -1)
             keys = jnp.concatenate([k, jnp.broadcast_to(places[:, None], (*k.shape[:3], places.shape[-1]))], -1)
             return row_attention.attention(queries[None], keys.mT, v, apart=~same)[0]
-        bias = jnp.einsum("bhiq,bjq->bhij", biases, places, precision=exact(self.dtype), preferred_element_type=jnp.float32)
+        bias = jnp.einsum("bhiq,bjq->bhij", biases, places, precision=exact(self.dtype))
         if platforms.current() == "tpu":
-            return lane_attention.attention(q, k, v, None, jnp.where(same, bias, NEVER), 1)
+            return lane_attention.attention(q, k, v, None, bias, 1, ~same[:, 0])
         logits = jnp.einsum("bhie,bhje->bhij", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32) + bias
         logits = jnp.where(same, logits, NEVER)
         # Divided after the product: e numbers of a token instead of n.
