@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import re
 from collections.abc import Callable
 
 import jax
@@ -24,6 +25,14 @@ def is_hopper() -> bool:
     mesh = _compiled_for.get()[1]
     device = mesh.devices.flat[0] if mesh else jax.devices()[0]
     return current() == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9.")  # of AMD's: gfx942
+
+
+def tpu_version() -> int:
+    """3 of a v3; of what is no TPU, and where nothing is said: 0."""
+    mesh = _compiled_for.get()[1]
+    device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+    found = re.match(r"TPU ?v?(\d+)", getattr(device, "device_kind", ""))
+    return int(found[1]) if found else 0
 
 
 def devices() -> int:

@@ -218,8 +218,15 @@ def test_refused_before_anything_is_computed():
         return block, jax.eval_shape(lambda x: block.init(jax.random.key(0), x, buckets, bias=bias), x), x
 
     block, params, x = shapes()
-    with pytest.raises(ConfigError, match=r"encoder\.attention=kernel is for GPUs, and this is a cpu; take auto"):
+    with pytest.raises(ConfigError, match=r"encoder\.attention=kernel is for GPUs and TPUs, and this is a cpu; take auto"):
         jax.eval_shape(block.apply, params, x)
+    with platforms.compiled_for(mesh_of("cuda")):
+        refused(shapes)
+    with pytest.raises(ConfigError, match=r"encoder\.attention"):
+        ViT(grid=(2, 2), width=24, heads=3, depth=1, attention="fast").init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def refused(shapes):
     with pytest.raises(ConfigError, match="heads of 128 at most, not 192"):
         shapes(width=192, heads=1)
     with pytest.raises(ConfigError, match="not one per row as for tokens that are some"):
@@ -230,8 +237,6 @@ def test_refused_before_anything_is_computed():
         shapes(bias=relative_bias.RelativeBias((3, 3), (3, 3), jnp.zeros((2, 9), jnp.int32)), own_bias=True)
     with pytest.raises(ConfigError, match="iRPE or a learned bias, not both"):
         shapes(buckets=np.zeros((10, 10), np.int32), bias=jnp.zeros((3, 10, 10)))
-    with pytest.raises(ConfigError, match=r"encoder\.attention"):
-        ViT(grid=(2, 2), width=24, heads=3, depth=1, attention="fast").init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
 def of_cards(*capabilities):
@@ -264,7 +269,8 @@ def test_without_being_asked_it_is_taken_on_hoppers_in_bf16():
 def test_on_a_card_it_must_have_given_what_plain_products_give(monkeypatch, caplog):
     """The card is the CPU, and its kernel is interpreted."""
     whole, asked = kernel_attention.attention, []
-    monkeypatch.setattr(kernel_trial, "TRIALS", ((34, 3, 3, 16, "irpe"), (34, 3, 3, 16, "bias"), (34, 3, 3, 16, "")))
+    monkeypatch.setattr(kernel_trial, "TRIALS", {"cpu": ((34, 3, 3, 16, "irpe"), (34, 3, 3, 16, "bias"), (34, 3, 3, 16, ""))})
+    monkeypatch.setattr(kernel_trial, "KERNELS", {"cpu": kernel_attention})
     cases = {None: "", "value": "off by", "gradient": "off by", "nan": "nan", "compiler": "cannot be compiled or run"}
     for wrong, words in cases.items():
 

@@ -44,7 +44,7 @@ def of_shape(rows: int, side: int, width: int, heads: int, relative: bool, repea
     """{platform: seconds of a block's forward and backward pass, relative errors of its value and gradients in bf16 against
     the plain block in float32, whether they are the same bits twice}, or what went wrong where its layers are for chips alone.
     On a GPU without those of TPUs, and with the kernel of attention where it takes so many tokens."""
-    buckets = jax.tree.map(jnp.asarray, irpe.buckets_of((side, side))) if relative else None
+    buckets = irpe.Grid((side, side)) if relative else None
     x = jax.random.normal(jax.random.key(0), (rows, 1 + side**2, width))
     fresh = Block(heads, relative=relative).init(jax.random.key(1), x[:1], buckets)
     params = jax.tree.map(lambda p: p + 0.02 * jax.random.normal(jax.random.key(2), p.shape), fresh)  # no table of zeros

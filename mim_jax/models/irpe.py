@@ -18,9 +18,14 @@ LARGEST = 256  # cells of a grid of whose pairs a table is made
 
 @flax.struct.dataclass
 class Grid:
-    """Of a larger grid with cls, in place of its table: how many rows and columns it has. Static."""
+    """All cells of a grid, with cls: how many rows and columns it has. Static."""
 
     sides: tuple[int, int] = flax.struct.field(pytree_node=False)
+
+    @property
+    def large(self) -> bool:
+        """Too large for a table of all pairs."""
+        return self.sides[0] * self.sides[1] > LARGEST
 
 
 def piecewise_index(offset) -> np.ndarray:
@@ -39,11 +44,6 @@ def bucket_table(grid, cls: bool = True) -> np.ndarray:
     c = piecewise_index(column[:, None] - column[None, :])
     table = (r + REACH) * SIDE + (c + REACH)
     return np.pad(table, ((1, 0), (1, 0)), constant_values=CLS_BUCKET) if cls else table
-
-
-def buckets_of(grid) -> np.ndarray | Grid:
-    """What attention is told of all pairs of cls and the cells of a grid: the table, or the sides of a large one."""
-    return bucket_table(grid) if grid[0] * grid[1] <= LARGEST else Grid(tuple(grid))
 
 
 def one_hot_index(side: int) -> np.ndarray:

@@ -33,7 +33,7 @@ LOG2_E = math.log2(math.e)
 Q, K, V = 0, 1, 2
 
 
-def refusal(width: int, buckets, bias: str = "") -> str:
+def refusal(heads: int, width: int, buckets, bias: str = "") -> str:
     """What attention of heads of this width would need, in words; empty where it can be computed here. bias: "of all rows",
     "of each row" or none."""
     if triton is None:
@@ -50,13 +50,15 @@ def refusal(width: int, buckets, bias: str = "") -> str:
 
 
 def attention(qkv, heads: int, table=None, buckets=None, bias=None, interpret: bool = False):
-    """[r n 3*d], table [e buckets], buckets [n n] -> [r n d]. Without table and buckets there is no iRPE; bias [heads n n] is
+    """[r n 3*d], table [e buckets], buckets [n n] or irpe.Grid -> [r n d]. Without table and buckets there is no iRPE; bias [heads n n] is
     added to the logits.
 
     interpret: traced as plain operations, for a platform without the kernel.
     """
     if bias is not None and buckets is not None or (table is None) != (buckets is None):
         raise ValueError("attention takes a table and buckets, or a bias, or neither")
+    if isinstance(buckets, irpe.Grid):
+        buckets = irpe.bucket_table(buckets.sides)
     r, n, wide = qkv.shape
     of_program = together(r, heads) if buckets is not None else 0
     tiles = Tiles(n, wide // (3 * heads), heads, of_program, bias is not None, interpret)

@@ -10,18 +10,18 @@ from einops import rearrange
 
 from mim_jax import platforms
 from mim_jax.config import ConfigError
-from mim_jax.models import irpe, kernel_attention, kernel_trial, lane_attention, relative_bias, row_attention
-from mim_jax.models.layers import Dense
+from mim_jax.models import irpe, kernel_trial, lane_attention, relative_bias, row_attention
+from mim_jax.models.layers import Dense, multiplied
 
 
 class Attention(nn.Module):
     """[r n d], buckets, bias -> [r n d].
 
-    `buckets` is None (no iRPE), one table [n n] for all rows, or a table per row [r n n]; or an irpe.Grid, whose tokens are cls
-    and all cells of a grid too large for a table. `bias` is None, a matrix [heads n n] or [r heads n n], or, with
+    `buckets` is None (no iRPE), an irpe.Grid whose tokens are cls and all its cells, one table [n n] for all rows, or a table per
+    row [r n n]. `bias` is None, a matrix [heads n n] or [r heads n n], or, with
     `own_bias`, a RelativeBias to make one of this layer's own table. `qkv_bias` "qv": a bias on queries and values only
     (BEiT), since one on keys changes no softmax. `way` "auto": as is best on the platform; "kernel": up to 256 tokens in one
-    kernel of a GPU, and a ConfigError elsewhere and for what it does not do; "plain": not in that kernel.
+    kernel of a GPU or a TPU, and a ConfigError elsewhere and for what it does not do; "plain": not in that kernel.
     """
 
     heads: int
@@ -40,9 +40,9 @@ class Attention(nn.Module):
         if self.takes_kernel(x, buckets, bias):
             return self.by_kernel(x, buckets, bias)
         if isinstance(buckets, irpe.Grid):
-            if not self.is_mutable_collection("intermediates"):
+            if buckets.large and not self.is_mutable_collection("intermediates"):  # weights are to be looked at
                 return self.by_rows(x, buckets)
-            buckets = jnp.asarray(irpe.bucket_table(buckets.sides))  # for weights that are to be looked at
+            buckets = jnp.asarray(irpe.bucket_table(buckets.sides))
         if platforms.current() == "tpu" and self.takes_lanes(buckets):
             return self.by_lanes(x, buckets, bias)
         q, k, v = self.projected(x)
@@ -70,25 +70,30 @@ class Attention(nn.Module):
         not do."""
         own = self.own_bias and bias.ids is not None
         kind = "" if bias is None else "of each row" if own or not self.own_bias and bias.ndim == 4 else "of all rows"
-        words = kernel_attention.refusal(x.shape[-1] // self.heads, buckets, kind)
         made = not self.is_initializing() and not self.is_mutable_collection("intermediates")
-        fits = made and x.shape[1] <= kernel_attention.LONGEST
+        kernel = kernel_trial.KERNELS.get(platforms.current())
+        if kernel is None:
+            if self.way == "kernel" and made:
+                raise ConfigError(f"encoder.attention=kernel is for GPUs and TPUs, and this is a {platforms.current()}; take auto")
+            return False
+        width = x.shape[-1] // self.heads
+        words = kernel.refusal(self.heads, width, buckets, kind)
+        fits = made and x.shape[1] <= kernel.LONGEST
         if self.way != "kernel":
-            narrow, even = x.shape[-1] // self.heads <= 64, x.shape[0] % platforms.devices() == 0
-            can = self.way == "auto" and fits and narrow and even and not words
+            can = self.way == "auto" and fits and width <= 64 and x.shape[0] % platforms.devices() == 0 and not words
             return can and kernel_trial.may_be_taken(self.dtype)
         if words:
             raise ConfigError(f"encoder.attention=kernel takes {words}; take auto")
-        if made and platforms.current() != "gpu":
-            raise ConfigError(f"encoder.attention=kernel is for GPUs, and this is a {platforms.current()}; take auto")
         return fits
 
     def by_kernel(self, x, buckets, bias):
-        """The same on a GPU, each device its own rows."""
+        """The same on a GPU or a TPU, each device its own rows."""
+        kernel, of_tpu = kernel_trial.KERNELS[platforms.current()], platforms.current() == "tpu"
         table = RelativeKeys(x.shape[-1] // self.heads, self.dtype, name="rpe_k")(None, None) if self.relative else None
-        of_rows = lambda qkv, whole: kernel_attention.attention(qkv, self.heads, whole[0], buckets, whole[1])
-        qkv, bias = self.multiplied(x), self.table_of(bias)
-        return Dense(x.shape[-1], self.dtype, name="proj")(platforms.by_device(of_rows)(qkv, (table, bias)))
+        qkv, offsets = self.product_and_bias(x) if of_tpu else (self.multiplied(x), None)
+        learned = {"table": table, "bias": self.table_of(bias)} | ({"offsets": offsets} if of_tpu else {})
+        of_rows = lambda qkv, learned: kernel.attention(qkv, self.heads, buckets=buckets, **learned)
+        return Dense(x.shape[-1], self.dtype, name="proj")(platforms.by_device(of_rows)(qkv, learned))
 
     def takes_lanes(self, buckets) -> bool:
         """Not where the weights are asked for, which are never there, nor with a table of buckets per row."""
@@ -121,14 +126,24 @@ class Attention(nn.Module):
 
     def multiplied(self, x, groups: int = 0, at_once: bool = False):
         """[r n d] -> [r n 3d] as the product leaves it, or of `groups` as `projected` has it."""
-        width = x.shape[-1]
-        dense = Dense(3 * width, self.dtype, use_bias=self.qkv_bias == "all", name="qkv")
+        dense = self.dense(x.shape[-1])
         qkv = dense(x, functools.partial(to_heads, groups, at_once=at_once)) if groups else dense(x)
         if self.qkv_bias == "qv":
-            q, v = (self.param(name, nn.initializers.zeros, (width,)) for name in ("q_bias", "v_bias"))
-            bias = jnp.concatenate([q, jnp.zeros_like(q), v]).astype(self.dtype)
+            bias = self.bias_of_queries_and_values(x.shape[-1])
             qkv = [y + b for y, b in zip(qkv, _of_heads(bias, groups))] if groups else qkv + bias
         return qkv
+
+    def product_and_bias(self, x):
+        """[r n d] -> [r n 3d], and what is still to be added to it, [3d]."""
+        product, bias = self.dense(x.shape[-1])(x, lambda x, kernel, bias: (multiplied(x, kernel), bias))
+        return product, self.bias_of_queries_and_values(x.shape[-1]) if self.qkv_bias == "qv" else bias
+
+    def dense(self, width: int) -> Dense:
+        return Dense(3 * width, self.dtype, use_bias=self.qkv_bias == "all", name="qkv")
+
+    def bias_of_queries_and_values(self, width: int):
+        q, v = (self.param(name, nn.initializers.zeros, (width,)) for name in ("q_bias", "v_bias"))
+        return jnp.concatenate([q, jnp.zeros_like(q), v]).astype(self.dtype)
 
 
 def _of_heads(bias, heads: int):

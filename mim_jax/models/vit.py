@@ -72,7 +72,7 @@ class ViT(Encoder):
     relative-position bias that every block adds to its logits), "layer_bias" (one of each block's own), "learned_layer_bias"
     (both, as released segmentation has it).
 
-    attention: "auto"; "kernel", always in that of GPUs (models/kernel_attention.py); or "plain", never in it.
+    attention: "auto"; "kernel", always in that of GPUs or TPUs (models/kernel_attention.py, mosaic_attention.py); or "plain".
 
     scan: the blocks between two places where anything else happens run as one loop, for a compiler the work of one block.
     Parameters lie as they do without it, and values are the same but for rounding; which samples `drop_path` drops differs,
@@ -211,7 +211,7 @@ class ViT(Encoder):
         for what is not used."""
         buckets, bias = None, None
         if self.relative and ids is None:
-            buckets = irpe.buckets_of(view)
+            buckets = irpe.Grid(tuple(view))
         elif self.relative:
             there = jnp.pad(ids + 1, ((0, 0), (1, 0)))  # cls comes first
             buckets = jnp.asarray(irpe.bucket_table(view))[there[:, :, None], there[:, None, :]]
