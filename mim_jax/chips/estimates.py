@@ -1,6 +1,7 @@
 """How long a compiled step would take, by instruction: estimates, and none of them a measurement.
 
-On a TPU the cycles that its compiler expects of an instruction, divided by the clock. On a GPU, whose compiler says nothing of
+On a TPU the cycles that its compiler expects of an instruction, divided by the clock, and of a kernel those that it scheduled
+(schedule.py), if they take longer than moving its bytes. On a GPU, whose compiler says nothing of
 time, a roofline: the longer of moving its bytes at the memory's full bandwidth and of its matrix products at the peak, so that
 the sum is a lower bound. Communication: bytes over all links of a device, nothing of it hidden behind computation.
 """
@@ -27,14 +28,15 @@ class Row:
     stated: bool  # whether the compiler said how long it takes
 
 
-def rows(text: str, chip: Tpu | Gpu, devices: int) -> list[Row]:
-    """The text of a compiled program -> what it runs on one device, in order."""
+def rows(text: str, chip: Tpu | Gpu, devices: int, kernels: dict[str, int] | None = None) -> list[Row]:
+    """The text of a compiled program -> what it runs on one device, in order. kernels: cycles of a TPU's, as
+    jobs/kernel_costs.py finds them."""
     program = Program(text)
-    return [row(program, *found, chip, devices) for found in program.run()]
+    return [row(program, *found, chip, devices, kernels or {}) for found in program.run()]
 
 
-def row(program: Program, where: str, one: Instruction, times: float, chip: Tpu | Gpu, devices: int) -> Row:
-    here, moved = program.computations[where], 0.0
+def row(program: Program, where: str, one: Instruction, times: float, chip: Tpu | Gpu, devices: int, kernels: dict) -> Row:
+    here, moved, scheduled = program.computations[where], 0.0, kernels.get(program.kernel(where, one))
     if parts.is_collective(one):
         seconds, flops = sent(one, sum(size(here[x].shape, on_chip=True) for x in one.operands), devices) / chip.link, {}
     elif one.opcode.endswith(("-start", "-done", "-update")):
@@ -45,9 +47,11 @@ def row(program: Program, where: str, one: Instruction, times: float, chip: Tpu 
         seconds = max(moved / chip.bandwidth, sum(n / peak(chip, kind) for kind, n in flops.items()))
         if one.cycles is not None:
             seconds = one.cycles / chip.clock
+        elif scheduled is not None:
+            seconds = max(moved / chip.bandwidth, scheduled / chip.clock)
     attention = re.search(r"/attn/|\.relations/", one.op_name + "/") is not None
     named = parts.part(program, one), parts.place(program, one), attention
-    return Row(*named, times * seconds, times * moved, one.cycles is not None)
+    return Row(*named, times * seconds, times * moved, one.cycles is not None or scheduled is not None)
 
 
 def sent(one: Instruction, operands: float, devices: int) -> float:

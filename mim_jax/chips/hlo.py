@@ -104,6 +104,14 @@ class Program:
         """The instructions of a fusion; of an instruction that calls nothing: none."""
         return self.computations[one.called[0]] if one.opcode == "fusion" and one.called else {}
 
+    def kernel(self, computation: str, one: Instruction) -> str:
+        """Of a TPU's kernel of attention, of whose cost its compiler says nothing: its name and the type and sizes of its first
+        operand; of other instructions nothing."""
+        if one.opcode != "custom-call" or '"tpu_custom_call"' not in one.attributes:
+            return ""
+        found = re.search(r"attention_(?:forward|backward)_of_\w+", one.op_name)
+        return f"{found[0]} {self.computations[computation][one.operands[0]].shape.split('{')[0]}" if found else ""
+
     def moved(self, computation: str, one: Instruction) -> float:
         """Bytes that an instruction reads and writes, nothing kept on the chip between instructions.
 

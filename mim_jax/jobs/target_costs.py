@@ -16,6 +16,7 @@ from mim_jax.chips.chip import GIB, Tpu
 from mim_jax.chips.topology import ENVIRONMENT, Target
 from mim_jax.config import ConfigError
 from mim_jax.durations import Duration
+from mim_jax.jobs import kernel_costs
 
 IMAGENET = 1_281_167  # training images
 # A GPU's compiler, which may not try kernels where no card is, knows no tiles for some products: then cuBLAS has all of them.
@@ -125,7 +126,11 @@ def compiled(asked: Asked, spec: str, per_device: int) -> dict:
             raise
         return {**found, "memory_bytes": said_to_need(str(error))}
     text, told = program.step.as_text(), {**memory(program.step), "compile_s": program.compile_seconds}
-    rows = estimates.rows(text, target.chip, len(devices))
+    kernels = {}
+    if isinstance(target.chip, Tpu):
+        kernels = kernel_costs.of_program(text, lambda *kernel: alone(kernel_costs.scheduled, asked.target, *kernel))
+        told |= {"kernels": kernels} if kernels else {}
+    rows = estimates.rows(text, target.chip, len(devices), kernels)
     return {**found, **told, **estimates.summed(rows), "communication": estimates.communication(text, len(devices))}
 
 

@@ -30,6 +30,7 @@ class Tiles:
     heads: int
     sequences: int  # of a program
     products: Any
+    in_pairs: bool = False  # whether rows of bfloat16 become float32 by mosaic_rows.py
     grid: tuple[int, int] | None = None  # of iRPE
     interpret: bool = False
 
@@ -72,8 +73,9 @@ class Tiles:
 
     @property
     def together(self) -> int:
-        """Tiles whose steps alternate: divides `tiles`."""
-        return max(i for i in range(1, TOGETHER + 1) if self.tiles % i == 0) if self.side == 2 else 1
+        """Tiles whose steps alternate."""
+        whole = self.sequences * self.tiles
+        return max(i for i in range(1, TOGETHER + 1) if whole % i == 0) if self.side == 2 else 1
 
     @property
     def turns(self) -> int:
@@ -83,6 +85,11 @@ class Tiles:
     @property
     def relation(self) -> Relation | None:
         return self.grid and Relation(self.grid, self.columns, self.side)
+
+    @property
+    def on_grid(self) -> list[str]:
+        """Of the kernel's name."""
+        return [f"on_{self.grid[0]}x{self.grid[1]}"] if self.grid else []
 
     @property
     def scale(self) -> float:
@@ -110,14 +117,14 @@ class Tiles:
         heads = [[z * self.side + g for z in range(self.stacks)] for g in range(self.side)]
         return below([self.only(padded(x, self.columns), of_side) for of_side in heads])
 
-    def from_stacks(self, x, rows: int):
-        """[stacks*m 128] -> the first of the m [rows 128]: the lanes of each stack from its own rows."""
+    def from_stacks(self, x):
+        """[stacks*m 128] -> [m 128]: the lanes of each stack from its own rows."""
         m = x.shape[0] // self.stacks
-        return self.chosen([x[z * m :][:rows] for z in range(self.stacks)], self.of_stack)
+        return self.chosen([x[z * m :][:m] for z in range(self.stacks)], self.of_stack)
 
     def from_heads(self, x):
-        """[heads*columns 128] -> [tokens 128]: the lanes of each head from its own rows."""
-        return self.chosen([x[h * self.columns :][: self.tokens] for h in range(self.of_tile)], lambda h: [h])
+        """[heads*columns 128] -> [rows 128]: the lanes of each head from its own rows."""
+        return self.chosen([x[h * self.columns :][: self.rows] for h in range(self.of_tile)], lambda h: [h])
 
     def chosen(self, parts, heads_of):
         found = parts[0]
