@@ -203,3 +203,16 @@ def test_refused_before_anything_is_computed():
     refused("iRPE of a whole grid", buckets=np.zeros((2, 10, 10), np.int32))
     refused("one learned bias for all rows", bias=jnp.zeros((2, 4, 10, 10)))
     refused("iRPE or a learned bias", buckets=irpe.Grid((3, 3)), bias=jnp.zeros((4, 10, 10)))
+
+
+def test_what_has_no_room_on_a_chip_is_attended_to_as_elsewhere():
+    """The limits are those found by compiling for a v3: of grids of 15 x 15 a ViT-L's iRPE does not fit, a learned bias does."""
+
+    def fits(side, width, heads, grid=False, biased=False):
+        shape = (8, 1 + side**2, width)
+        return mosaic_attention.fits(shape, heads, jnp.bfloat16, irpe.Grid((side, side)) if grid else None, biased)
+
+    assert fits(14, 1024, 16, grid=True) and not fits(15, 1024, 16, grid=True) and fits(15, 768, 12, grid=True)
+    assert fits(15, 1024, 16, biased=True) and not fits(15, 1536, 48, biased=True)
+    assert fits(15, 2048, 64) and not fits(15, 3072, 48) and not fits(16, 384, 6)
+    assert all(fits(7, width, heads, grid=True) for width, heads in ((192, 3), (384, 6), (768, 12), (1024, 16)))

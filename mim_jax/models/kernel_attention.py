@@ -49,6 +49,11 @@ def refusal(heads: int, width: int, buckets, bias: str = "") -> str:
     return ""
 
 
+def fits(shape, heads: int, dtype, buckets, biased: bool) -> bool:
+    """Whether attention among [r n d] of one device has room on the chip, whatever else it is."""
+    return shape[1] <= LONGEST
+
+
 def attention(qkv, heads: int, table=None, buckets=None, bias=None, interpret: bool = False):
     """[r n 3*d], table [e buckets], buckets [n n] or irpe.Grid -> [r n d]. Without table and buckets there is no iRPE; bias [heads n n] is
     added to the logits.

@@ -24,6 +24,7 @@ from mim_jax.models.mosaic_relation import PRODUCTS, table_rows
 from mim_jax.models.mosaic_tiles import LANES, Tiles
 
 LONGEST = 256  # tokens whose keys are on the chip at once
+MEMORY = 2**24  # bytes of a core's own, all of a v3's and what a compiler gives to a kernel on later ones
 ABSENT = dict.fromkeys(("offsets", "table", "bias", "doffsets", "dtable", "dbias"))
 
 
@@ -39,6 +40,12 @@ def refusal(heads: int, width: int, buckets, bias: str = "") -> str:
     if bias and buckets is not None:
         return "iRPE or a learned bias, not both"
     return ""
+
+
+def fits(shape, heads: int, dtype, buckets, biased: bool) -> bool:
+    """Whether attention among [r n d] of one device has room on the chip."""
+    qkv = jax.ShapeDtypeStruct((*shape[:2], 3 * shape[2]), dtype)
+    return shape[1] <= LONGEST and _tiles(qkv, heads, buckets and buckets.sides).memory(biased) <= MEMORY
 
 
 def attention(qkv, heads: int, table=None, buckets=None, bias=None, offsets=None, interpret: bool = False):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mim_jax.models.mosaic_relation import Relation
+from mim_jax.models.mosaic_relation import PRODUCTS, Relation
 
 LANES = 128
 HALF = LANES // 2
@@ -85,6 +85,16 @@ class Tiles:
     @property
     def relation(self) -> Relation | None:
         return self.grid and Relation(self.grid, self.columns, self.side)
+
+    def memory(self, biased: bool) -> int:
+        """Bytes of the chip's own memory that the backward pass takes: blocks that are read and written beside the computation,
+        a learned bias and its gradient, and 17 arrays of logits with iRPE, as a v3's compiler had it; else they are consumed as
+        they are made."""
+        lanes, itemsize = -(-self.side * self.columns // LANES) * LANES, 2 if self.in_pairs or self.products == jnp.bfloat16 else 4
+        block = self.sequences * self.rows * self.heads * self.width * itemsize
+        bias = 2 * self.tiles * self.stacks * self.rows * lanes * 4 if biased else 0
+        logits = 17 * self.together * self.stacks * (self.rows + PRODUCTS) * lanes * 4 if self.grid else 0
+        return 2 * 7 * block + bias + logits + 10**6
 
     @property
     def on_grid(self) -> list[str]:

@@ -64,7 +64,7 @@ class Attention(nn.Module):
         return bias.of(self.param("relative_bias", nn.initializers.zeros, (relative_bias.entries(bias.grid), self.heads)))
 
     def takes_kernel(self, x, buckets, bias) -> bool:
-        """Not for more tokens than it takes, as evaluators have them at large sizes; nor while parameters are made, which asks
+        """Not for more than the chip has room for, as evaluators have it at large sizes; nor while parameters are made, which asks
         no device, nor where the weights are asked for, which are never there. Without being asked only for heads up to 64,
         beyond which nobody tried, and where kernel_trial.py allows it. Raises ConfigError where it is asked for what it does
         not do."""
@@ -78,13 +78,14 @@ class Attention(nn.Module):
             return False
         width = x.shape[-1] // self.heads
         words = kernel.refusal(self.heads, width, buckets, kind)
-        fits = made and x.shape[1] <= kernel.LONGEST
-        if self.way != "kernel":
-            can = self.way == "auto" and fits and width <= 64 and x.shape[0] % platforms.devices() == 0 and not words
-            return can and kernel_trial.may_be_taken(self.dtype)
-        if words:
+        if words and self.way == "kernel":
             raise ConfigError(f"encoder.attention=kernel takes {words}; take auto")
-        return fits
+        if words or not made or self.way == "plain":
+            return False
+        shape = max(1, x.shape[0] // platforms.devices()), *x.shape[1:]
+        fits = kernel.fits(shape, self.heads, self.dtype, buckets, bias is not None)
+        asked = self.way == "kernel" or width <= 64 and x.shape[0] % platforms.devices() == 0
+        return fits and asked and (self.way == "kernel" or kernel_trial.may_be_taken(self.dtype))
 
     def by_kernel(self, x, buckets, bias):
         """The same on a GPU or a TPU, each device its own rows."""
