@@ -6,12 +6,12 @@ import math
 import pytest
 
 from mim_jax import benchmark
-from mim_jax.chips import estimates, parts
+from mim_jax.chips import estimates, parts, schedule
 from mim_jax.chips.chip import GPUS, TPUS, Tpu
 from mim_jax.chips.hlo import Program, size
 from mim_jax.chips.topology import Target, card
 from mim_jax.config import ConfigError, load
-from mim_jax.jobs import cost_ratios, target_costs
+from mim_jax.jobs import cost_ratios, kernel_costs, target_costs
 from mim_jax.jobs.step_program import Program as Step
 from mim_jax.jobs.step_program import Setting
 
@@ -337,3 +337,46 @@ ENTRY %main (x: bf16[2,64], t: f32[64]) -> bf16[2,64] {
 """  # noqa: E501
     (found,) = estimates.rows(text, GPUS["h100"], 1)
     assert found.bytes == 2 * 256 + 256 + 256 and found.attention and found.part == "attention"
+
+
+SCHEDULE = """= control target key start
+LB: loop body
+     0   :  { %s1 = smov.u32 0 } /* Start region 3 */
+   0x1   :  { %s2 = smov.u32 0  ;;  %9 = vdelay 2 }
+   0x2 LB: > { %s3 = sadd.s32 1, %s2 }
+hlo: some.1
+   0x3 PF: > { %s4 = smov.u32 0  ;;  %10 = vdelay 7 } /* End region 3 */
+   0x4 LB: >> { %5 = vmatmul.f32.gmra.mxu0 %v1  ;;  %11 = vdelay 3 }
+   0x5   :  { %12 = vnop }
+   0x6   : >> { %13 = vst [vmem:[%s3] sm:$0xff] }
+   0x7   : > { %14 = sbr.rel target = $region4 }
+   0x8   :  { %15 = vnop }
+"""
+
+
+def test_a_kernels_schedule_is_counted_by_loop():
+    """Once: 1 + 3 + 1. In every program 1 + 8 + 1, and in every turn of its loop 4 + 1 + 1, with what is waited for."""
+    assert dict(schedule.cycles_by_depth(SCHEDULE)) == {0: 5, 1: 10, 2: 6}
+    assert schedule.cycles(SCHEDULE, programs=7, turns=3) == 5 + 7 * (10 + 3 * 6)
+
+
+KERNEL = """HloModule jit_step
+ENTRY %main (x: bf16[8,50,384]) -> bf16[8,50,128] {
+  %x = bf16[8,50,384]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %t = f32[1,384]{1,0} constant(0)
+  ROOT %k = bf16[8,50,128]{2,1,0:T(8,128)(2,1)} custom-call(%x, %t), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/block_00/attn/attn.by_kernel/attention_forward_of_2_offsets/pallas_call"}
+}
+"""
+
+
+def test_a_kernel_takes_its_scheduled_cycles_or_the_time_of_its_bytes():
+    asked, chip = [], TPUS["v3"]
+    found = kernel_costs.of_program(KERNEL, lambda *kernel: asked.append(kernel) or 10**6)
+    assert asked == [("attention_forward_of_2_offsets", (8, 50, 384), "bfloat16")]
+    [row] = estimates.rows(KERNEL, chip, 1, found)
+    assert row.seconds == 10**6 / chip.clock and row.stated and row.part == "attention"
+    [row] = estimates.rows(KERNEL, chip, 1, dict.fromkeys(found, 1))
+    moved = 2 * 8 * 50 * 512 + 4 * 384
+    assert row.bytes == moved and row.seconds == moved / chip.bandwidth
+    [row] = estimates.rows(KERNEL, chip, 1)
+    assert row.seconds == moved / chip.bandwidth and not row.stated
