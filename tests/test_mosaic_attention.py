@@ -1,7 +1,11 @@
 """The kernel of attention for TPUs, interpreted on a CPU: equal to plain products in value and all gradients, and compiled for
-chips that are not here where their compiler is installed (tests/targets)."""
+chips that are not here where their compiler is installed (tests/with_targets)."""
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 import types
 
 import jax
@@ -12,10 +16,11 @@ from test_platforms import mesh_of
 
 from mim_jax import platforms
 from mim_jax.config import ConfigError
-from mim_jax.models import irpe, kernel_trial, mosaic_attention, relative_bias
+from mim_jax.models import irpe, kernel_trial, mosaic_attention, mosaic_rows, relative_bias
 from mim_jax.models.mosaic_relation import PRODUCTS, Relation, table_rows
 from mim_jax.models.vit import Block
 
+REPO = pathlib.Path(__file__).resolve().parent.parent
 V3, V5E = "TPU v3", "TPU v5 lite"
 
 
@@ -83,11 +88,13 @@ def test_in_bf16_it_is_near_to_float32(case, kind):
 
 def test_chips_before_v4_multiply_float32(monkeypatch):
     seen = []
-    monkeypatch.setattr(mosaic_attention, "_attention", lambda tiles, qkv, learned: seen.append(tiles.products))
+    monkeypatch.setattr(
+        mosaic_attention, "_attention", lambda tiles, qkv, learned: seen.append((tiles.products, tiles.in_pairs))
+    )
     for kind in (V3, V5E, "TPU7x"):
         with platforms.compiled_for(tpus(kind)):
             by_kernel(jnp.zeros((1, 17, 384), jnp.bfloat16), 4)
-    assert seen == [jnp.float32, jnp.bfloat16, jnp.bfloat16] and platforms.tpu_version() == 0
+    assert seen == [(jnp.float32, True), (jnp.bfloat16, False), (jnp.bfloat16, False)] and platforms.tpu_version() == 0
 
 
 @pytest.mark.parametrize("sides", [(7, 7), (3, 11), (14, 14)], ids=str)
@@ -206,13 +213,76 @@ def test_refused_before_anything_is_computed():
 
 
 def test_what_has_no_room_on_a_chip_is_attended_to_as_elsewhere():
-    """The limits are those found by compiling for a v3: of grids of 15 x 15 a ViT-L's iRPE does not fit, a learned bias does."""
+    """What does not fit here did not when compiled for a v3; what fits did."""
 
-    def fits(side, width, heads, grid=False, biased=False):
-        shape = (8, 1 + side**2, width)
-        return mosaic_attention.fits(shape, heads, jnp.bfloat16, irpe.Grid((side, side)) if grid else None, biased)
+    def fits(sides, width, heads, grid=False, biased=False):
+        shape = (8, 1 + sides[0] * sides[1], width)
+        with platforms.compiled_for(tpus(V3)):
+            return mosaic_attention.fits(shape, heads, jnp.bfloat16, irpe.Grid(sides) if grid else None, biased)
 
-    assert fits(14, 1024, 16, grid=True) and not fits(15, 1024, 16, grid=True) and fits(15, 768, 12, grid=True)
-    assert fits(15, 1024, 16, biased=True) and not fits(15, 1536, 48, biased=True)
-    assert fits(15, 2048, 64) and not fits(15, 3072, 48) and not fits(16, 384, 6)
-    assert all(fits(7, width, heads, grid=True) for width, heads in ((192, 3), (384, 6), (768, 12), (1024, 16)))
+    assert (
+        fits((14, 14), 1024, 16, grid=True) and not fits((15, 15), 1024, 16, grid=True) and fits((15, 15), 768, 12, grid=True)
+    )
+    assert fits((14, 14), 1024, 16, biased=True) and not fits((14, 18), 1024, 16, biased=True)
+    assert not fits((15, 17), 2048, 32) and not fits((12, 12), 3072, 192) and fits((14, 14), 1024, 16)
+    assert not fits((16, 16), 384, 6)  # 257 tokens
+    assert all(fits((7, 7), width, heads, grid=True) for width, heads in ((384, 6), (768, 12), (1024, 16)))
+
+
+def test_tokens_that_the_grid_has_not():
+    with pytest.raises(ValueError, match=r"a grid of \(3, 4\) are not 17 tokens"):
+        by_kernel(jnp.zeros((1, 17, 384)), 2, table=jnp.zeros((64, irpe.BUCKETS)), buckets=irpe.Grid((3, 4)))
+
+
+def test_pairs_of_rows_round_as_any_bfloat16(monkeypatch):
+    """Nearest, of two equally near the even one; NaN stays so whatever its bits."""
+    monkeypatch.setattr(mosaic_rows.pltpu, "bitcast", jax.lax.bitcast_convert_type)
+    bits = np.random.default_rng(0).integers(0, 2**32, 4096, dtype=np.uint32)
+    halves = np.array([0x3F808000, 0x3F818000, 0x3F80FFFF, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x80000000], np.uint32)
+    nans = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000], np.uint32)
+    x = np.concatenate([bits, halves, nans]).view(np.float32)
+    ours = np.asarray(mosaic_rows._rounded(jnp.asarray(x))).view(np.uint32) >> 16
+    wanted = np.asarray(jnp.asarray(x).astype(jnp.bfloat16)).view(np.uint16)
+    real = ~np.isnan(x)
+    np.testing.assert_array_equal(ours[real], wanted[real])
+    assert np.isnan(ours[~real].astype(np.uint16).view(jnp.bfloat16).astype(np.float32)).all()
+
+
+DEVICES = """
+import functools, types
+import jax, jax.numpy as jnp, numpy as np
+from mim_jax import platforms, sharding
+from mim_jax.models import irpe, mosaic_attention, relative_bias
+from mim_jax.models.vit import Block
+
+mosaic_attention.attention = functools.partial(mosaic_attention.attention, interpret=True)
+real = sharding.make_mesh(jax.devices())
+x = jax.random.normal(jax.random.key(0), (4, 10, 128))
+for how in (dict(relative=True), dict(own_bias=True, qkv_bias="qv")):
+    buckets = irpe.Grid((3, 3)) if "relative" in how else None
+    bias = relative_bias.RelativeBias((3, 3), (3, 3)) if "own_bias" in how else None
+    block = Block(heads=4, attention="kernel", **how)
+    params = block.init(jax.random.key(1), x, buckets, bias=bias)
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
+    loss = lambda params, x: jnp.square(jax.checkpoint(lambda p, x: block.apply(p, x, buckets, bias=bias))(params, x)).sum()
+    found = []
+    for count in (1, 2):
+        mesh = sharding.make_mesh(jax.devices()[:count])
+        platforms.current, platforms.tpu_version = lambda: "tpu", lambda: 3
+        with platforms.compiled_for(mesh):
+            rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+            step = jax.jit(jax.value_and_grad(loss, (0, 1)), in_shardings=(None, rows))
+            assert "pallas_call" in str(jax.make_jaxpr(loss)(params, x))
+            found.append(step(params, x))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=4e-6 * float(jnp.abs(b).max()))
+    print(sorted(how)[0])
+"""
+
+
+def test_two_devices_compute_what_one_does_with_blocks_recomputed():
+    flags = "--xla_force_host_platform_device_count=2"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "-c", DEVICES], env=env, capture_output=True, text=True, timeout=300, cwd=REPO)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["relative", "own_bias"]

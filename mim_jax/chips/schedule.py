@@ -26,4 +26,6 @@ def cycles_by_depth(text: str) -> collections.Counter:
 def cycles(text: str, programs: int, turns: int) -> int:
     """Of a kernel of so many programs, each with loops of so many turns. What is done in some programs only counts in all."""
     of = cycles_by_depth(text)
+    if programs == 1:  # no loop of programs is left
+        return of[0] + turns * sum(n for depth, n in of.items() if depth)
     return of[0] + programs * (of[1] + turns * sum(n for depth, n in of.items() if depth > 1))

@@ -55,8 +55,8 @@ def fits(shape, heads: int, dtype, buckets, biased: bool) -> bool:
 
 
 def attention(qkv, heads: int, table=None, buckets=None, bias=None, interpret: bool = False):
-    """[r n 3*d], table [e buckets], buckets [n n] or irpe.Grid -> [r n d]. Without table and buckets there is no iRPE; bias [heads n n] is
-    added to the logits.
+    """[r n 3*d], table [e buckets], buckets [n n] or irpe.Grid -> [r n d]. Without table and buckets there is no iRPE; bias
+    [heads n n] is added to the logits.
 
     interpret: traced as plain operations, for a platform without the kernel.
     """

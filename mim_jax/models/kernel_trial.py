@@ -19,8 +19,9 @@ from mim_jax.models import irpe, kernel_attention, mosaic_attention
 
 KERNELS = {"gpu": kernel_attention, "tpu": mosaic_attention}
 # Sequences, side of the grid, heads, their width, what is added to the logits. On a GPU 34 is no multiple of the sequences of
-# which one query is taken at a time; of 66 with 16 heads a program takes two, and of 197 tokens some queries at a time. On a TPU
-# two heads of 64 share the lanes, and of short sequences a program takes several; of 37 tokens none of 40 rows is beyond.
+# which one query is taken at a time; of 66 with 16 heads a program takes two, and of 197 tokens some queries at a time. On a
+# TPU two heads share the lanes up to 64 tokens, of which a program takes several sequences; odd numbers of tokens end in half
+# a pair.
 TRIALS = {
     "gpu": (
         (34, 7, 3, 64, "irpe"),
@@ -63,7 +64,9 @@ def passed() -> bool:
         words = "its values and gradients are off by " + ", ".join(f"{error:.1%}" for error in found)
     good = bool(found) and all(error < ALLOWED for error in found)  # not by the largest, which a NaN may not be
     if not good:
-        logging.warning("the kernel of attention is not used on this %s: %s; plain attention is slower", platform.upper(), words)
+        logging.warning(
+            "the kernel of attention is not used on this %s: %s; plain attention is slower", platform.upper(), words
+        )
     if jax.process_count() > 1:  # one program is compiled for all
         with concurrent.futures.ThreadPoolExecutor(1) as another:
             good = bool(another.submit(multihost_utils.process_allgather, np.array(good)).result().all())
@@ -71,8 +74,8 @@ def passed() -> bool:
 
 
 def errors(rows: int, side: int, heads: int, width: int, added: str) -> list[float]:
-    """In norm, of the value and the gradients by qkv, by table or bias, and by a TPU's offsets of qkv, in bfloat16 against plain
-    products in float32."""
+    """In norm, of the value and the gradients by qkv, by table or bias, and by a TPU's offsets of qkv, in bfloat16 against
+    plain products in float32."""
     keys, n = jax.random.split(jax.random.key(0), 4), 1 + side**2
     kernel, grid = KERNELS[jax.default_backend()], irpe.Grid((side, side))
     normal = lambda key, *shape: jax.random.normal(key, shape).astype(jnp.bfloat16)

@@ -56,6 +56,8 @@ def attention(qkv, heads: int, table=None, buckets=None, bias=None, offsets=None
     """
     if bias is not None and buckets is not None or (table is None) != (buckets is None):
         raise ValueError("attention takes a table and buckets, or a bias, or neither")
+    if buckets is not None and qkv.shape[1] != 1 + buckets.sides[0] * buckets.sides[1]:
+        raise ValueError(f"cls and the cells of a grid of {buckets.sides} are not {qkv.shape[1]} tokens")
     tiles = _tiles(qkv, heads, buckets and buckets.sides, interpret)
     learned = {
         "offsets": None if offsets is None else offsets.astype(jnp.float32)[None],
@@ -95,8 +97,8 @@ _attention.defvjp(_keep, _backward)
 
 
 def _call(tiles: Tiles, kernel, own: dict, learned: dict, results: dict, sums: dict) -> dict:
-    """A program for every `sequences` rows, one after the other. own: arrays of which each has its rows; learned: what all read;
-    results: shapes of what it writes of its rows; sums: of what all add to. The kernel finds each under its name."""
+    """A program for every `sequences` rows, one after the other. own: arrays of which each has its rows; learned: what all
+    read; results: shapes of what it writes of its rows; sums: of what all add to. The kernel finds each under its name."""
     rows = tiles.rows if tiles.in_pairs else tiles.tokens  # pairs are whole; what lies beyond the array is never written
     of_rows = lambda x: pl.BlockSpec((tiles.sequences, rows, x.shape[2]), lambda i: (i, 0, 0))
     of_all = lambda x: pl.BlockSpec(x.shape, lambda i: tuple(0 for _ in x.shape))
@@ -136,7 +138,9 @@ def lone(name: str, shape, dtype):
         "table": (PRODUCTS, LANES),
         "bias": (tiles.tiles, tiles.stacks * tiles.rows, tiles.side * tiles.columns),
     }
-    learned = {x: jax.ShapeDtypeStruct(shapes[x], jnp.float32) for x, there in zip(sorted(shapes), learned, strict=True) if there}
+    learned = {
+        x: jax.ShapeDtypeStruct(shapes[x], jnp.float32) for x, there in zip(sorted(shapes), learned, strict=True) if there
+    }
     if kind == "forward":
         return lambda qkv, learned: _attention(tiles, qkv, learned), (qkv, learned), tiles
     g = jax.ShapeDtypeStruct((*shape[:2], shape[2] // 3), dtype)

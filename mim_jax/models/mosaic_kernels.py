@@ -140,8 +140,9 @@ def _of_logits(tiles: Tiles, refs, logits, q, k):
         table = refs.table[...].astype(tiles.products)
         k, products = _each(lambda k: below([k, table]), k), []
         for i, x in enumerate(logits):
-            of = lambda z: tiles.relation.gradient(x[z * tiles.rows :][: tiles.rows], refs.indices, refs.pairs.at[i, z])
-            products.append(below([x, *map(of, range(tiles.stacks))]))
+            of_stacks = [x[z * tiles.rows :][: tiles.rows] for z in range(tiles.stacks)]
+            found = [tiles.relation.gradient(y, refs.indices, refs.pairs.at[i, z]) for z, y in enumerate(of_stacks)]
+            products.append(below([x, *found]))
     products = _each(lambda x: x.astype(tiles.products), products)
     dq = _each(lambda x, k: tiles.from_heads(_dot(tiles.turned(x), k, ALONG)), products, k)
     found = _each(lambda x, q: _dot(x, q, ALONG), products, q)

@@ -98,4 +98,3 @@ class Relation:
             for index in self.possible(key_row):
                 found[index] += jnp.where(of_row == index, gathered, 0.0)
         return jnp.concatenate([*found, cls, jnp.zeros((EIGHT - 1, cls.shape[1]), jnp.float32)], 0)
-

@@ -87,14 +87,16 @@ class Tiles:
         return self.grid and Relation(self.grid, self.columns, self.side)
 
     def memory(self, biased: bool) -> int:
-        """Bytes of the chip's own memory that the backward pass takes: blocks that are read and written beside the computation,
-        a learned bias and its gradient, and 17 arrays of logits with iRPE, as a v3's compiler had it; else they are consumed as
-        they are made."""
-        lanes, itemsize = -(-self.side * self.columns // LANES) * LANES, 2 if self.in_pairs or self.products == jnp.bfloat16 else 4
-        block = self.sequences * self.rows * self.heads * self.width * itemsize
+        """Bytes of the chip's own memory for the backward pass, not less than a v3's compiler wanted: blocks that are read and
+        written beside the computation, a learned bias and its gradient, rows that were pairs, and arrays of logits, of which
+        with iRPE many are kept."""
+        lanes, narrow = -(-self.side * self.columns // LANES) * LANES, self.in_pairs or self.products == jnp.bfloat16
+        block = self.sequences * self.rows * self.heads * self.width * (2 if narrow else 4)
         bias = 2 * self.tiles * self.stacks * self.rows * lanes * 4 if biased else 0
-        logits = 17 * self.together * self.stacks * (self.rows + PRODUCTS) * lanes * 4 if self.grid else 0
-        return 2 * 7 * block + bias + logits + 10**6
+        rows = 4 * self.together * self.rows * LANES * 4
+        kept, beside = (17, PRODUCTS) if self.grid else (3, 0)
+        logits = kept * self.together * self.stacks * (self.rows + beside) * lanes * 4
+        return 2 * 7 * block + bias + rows + logits + 10**6
 
     @property
     def on_grid(self) -> list[str]:
@@ -143,8 +145,8 @@ class Tiles:
         return found
 
     def turned(self, x):
-        """[stacks*rows side*columns], and below as many more rows of every stack -> [heads*columns rows]: queries on the rows, a
-        stack's further rows behind its own."""
+        """[stacks*rows side*columns], and below as many more rows of every stack -> [heads*columns rows]: queries on the rows,
+        a stack's further rows behind its own."""
         m = (x.shape[0] - self.stacks * self.rows) // self.stacks
         of_keys, more = x[: self.stacks * self.rows], x[self.stacks * self.rows :]
         each = lambda z: [of_keys[z * self.rows :][: self.rows], *([more[z * m :][:m]] if m else [])]

@@ -17,11 +17,11 @@ from mim_jax.models.layers import Dense, multiplied
 class Attention(nn.Module):
     """[r n d], buckets, bias -> [r n d].
 
-    `buckets` is None (no iRPE), an irpe.Grid whose tokens are cls and all its cells, one table [n n] for all rows, or a table per
-    row [r n n]. `bias` is None, a matrix [heads n n] or [r heads n n], or, with
-    `own_bias`, a RelativeBias to make one of this layer's own table. `qkv_bias` "qv": a bias on queries and values only
-    (BEiT), since one on keys changes no softmax. `way` "auto": as is best on the platform; "kernel": up to 256 tokens in one
-    kernel of a GPU or a TPU, and a ConfigError elsewhere and for what it does not do; "plain": not in that kernel.
+    `buckets` is None (no iRPE), an irpe.Grid whose tokens are cls and all its cells, one table [n n] for all rows, or a table
+    per row [r n n]. `bias` is None, a matrix [heads n n] or [r heads n n], or, with `own_bias`, a RelativeBias to make one of
+    this layer's own table. `qkv_bias` "qv": a bias on queries and values only (BEiT), since one on keys changes no softmax.
+    `way` "auto": as is best on the platform; "kernel": up to 256 tokens in one kernel of a GPU or a TPU, and a ConfigError
+    elsewhere and for what it does not do; "plain": not in that kernel.
     """
 
     heads: int
@@ -64,28 +64,26 @@ class Attention(nn.Module):
         return bias.of(self.param("relative_bias", nn.initializers.zeros, (relative_bias.entries(bias.grid), self.heads)))
 
     def takes_kernel(self, x, buckets, bias) -> bool:
-        """Not for more than the chip has room for, as evaluators have it at large sizes; nor while parameters are made, which asks
-        no device, nor where the weights are asked for, which are never there. Without being asked only for heads up to 64,
+        """Not for more than the chip has room for, as evaluators have it at large sizes; nor while parameters are made, which
+        asks no device, nor where the weights are asked for, which are never there. Without being asked only for heads up to 64,
         beyond which nobody tried, and where kernel_trial.py allows it. Raises ConfigError where it is asked for what it does
         not do."""
+        made = not self.is_initializing() and not self.is_mutable_collection("intermediates")
+        kernel, asked = kernel_trial.KERNELS.get(platforms.current()), self.way == "kernel"
+        if asked and made and kernel is None:
+            raise ConfigError(f"encoder.attention=kernel is for GPUs and TPUs, and this is a {platforms.current()}; take auto")
+        if kernel is None or self.way == "plain":
+            return False
         own = self.own_bias and bias.ids is not None
         kind = "" if bias is None else "of each row" if own or not self.own_bias and bias.ndim == 4 else "of all rows"
-        made = not self.is_initializing() and not self.is_mutable_collection("intermediates")
-        kernel = kernel_trial.KERNELS.get(platforms.current())
-        if kernel is None:
-            if self.way == "kernel" and made:
-                raise ConfigError(f"encoder.attention=kernel is for GPUs and TPUs, and this is a {platforms.current()}; take auto")
-            return False
-        width = x.shape[-1] // self.heads
+        width, devices = x.shape[-1] // self.heads, platforms.devices()
         words = kernel.refusal(self.heads, width, buckets, kind)
-        if words and self.way == "kernel":
+        if asked and words:
             raise ConfigError(f"encoder.attention=kernel takes {words}; take auto")
-        if words or not made or self.way == "plain":
+        of_device = max(1, x.shape[0] // devices), *x.shape[1:]
+        if words or not made or not kernel.fits(of_device, self.heads, self.dtype, buckets, bias is not None):
             return False
-        shape = max(1, x.shape[0] // platforms.devices()), *x.shape[1:]
-        fits = kernel.fits(shape, self.heads, self.dtype, buckets, bias is not None)
-        asked = self.way == "kernel" or width <= 64 and x.shape[0] % platforms.devices() == 0
-        return fits and asked and (self.way == "kernel" or kernel_trial.may_be_taken(self.dtype))
+        return asked or width <= 64 and x.shape[0] % devices == 0 and kernel_trial.may_be_taken(self.dtype)
 
     def by_kernel(self, x, buckets, bias):
         """The same on a GPU or a TPU, each device its own rows."""

@@ -11,7 +11,6 @@ import optax
 from mim_jax import durations, platforms, tree
 from mim_jax.config import ConfigError
 from mim_jax.models import kernel_trial
-from mim_jax.models.kernel_attention import LONGEST
 from mim_jax.objectives.objective import Objective
 from mim_jax.train.optimizer import Optim
 
@@ -119,6 +118,15 @@ class Experiment:
         return self.config.optim.transform(self.rate.function(), self.lr_scales)
 
 
+def kernel_in_words(encoder) -> str:
+    """Whether its attention is in a kernel, where the number of tokens allows that."""
+    way, kernel = getattr(encoder, "attention", "plain"), kernel_trial.KERNELS.get(platforms.current())
+    if kernel is None or way == "plain" or kernel.refusal(encoder.heads, encoder.width // encoder.heads, None):
+        return ""
+    taken = way == "kernel" or kernel_trial.may_be_taken(encoder.dtype)
+    return f"attention up to {kernel.LONGEST} tokens is one kernel" if taken else ""
+
+
 def describe(e: Experiment, state, workdir, loaded: str) -> str:
     """What a reader wants to know before the first step."""
     n, mesh, source = e.length, e.mesh, e.source
@@ -137,9 +145,7 @@ def describe(e: Experiment, state, workdir, loaded: str) -> str:
     }
     with platforms.compiled_for(mesh):
         encoder = getattr(e.objective, "encoder", None)
-        way, dtype = (getattr(encoder, name, None) for name in ("attention", "dtype"))
-        kernel = way == "kernel" or (way == "auto" and kernel_trial.may_be_taken(dtype))
-        words = [platforms.layouts(), f"attention up to {LONGEST} tokens is one kernel" * kernel]
+        words = [platforms.layouts(), kernel_in_words(encoder)]
         if any(words):
             rows["layers"] = "; ".join(filter(None, words))
     return "\n".join(f"{name:<12} {value}" for name, value in rows.items())

@@ -56,20 +56,23 @@ def test_a_step_that_does_not_fit_is_told(tmp_path):
 
 @pytest.mark.parametrize("target", ["tpu-v3-8", "tpu-v5e-4"])
 def test_a_kernel_of_attention_is_compiled_and_its_schedule_read(target, monkeypatch):
-    """As in a ViT-S and in a decoder with a learned bias; the backward pass takes longer than the forward one, more rows longer than few."""
+    """As in a ViT-S and with a learned bias; backward takes longer than forward, and twice the rows twice as long."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     cycles = lambda name, *shape: target_costs.alone(kernel_costs.scheduled, target, name, shape, "bfloat16")
-    windows = cycles("attention_forward_of_6_on_7x7_offsets_table", 8, 50, 1152)
-    assert 0 < windows < cycles("attention_backward_of_6_on_7x7_offsets_table", 8, 50, 1152)
-    assert windows < cycles("attention_forward_of_6_on_7x7_offsets_table", 64, 50, 1152)
+    windows = cycles("attention_forward_of_6_on_7x7_offsets_table", 4, 50, 1152)
+    assert 0 < windows < cycles("attention_backward_of_6_on_7x7_offsets_table", 4, 50, 1152)
+    twice = cycles("attention_forward_of_6_on_7x7_offsets_table", 8, 50, 1152)
+    assert 1.8 * windows < twice < 2.2 * windows  # two programs in place of one, which has no loop
     assert cycles("attention_backward_of_8_bias_offsets", 4, 197, 768) > 0
 
 
 def test_a_step_with_kernels_states_their_cycles(tmp_path):
     out = tmp_path / "report.json"
     command = [sys.executable, "-m", "mim_jax.benchmark", "--compile_only", "--target=tpu-v3-8", "--nolargest", f"--out={out}"]
-    done = subprocess.run([*command, "--per_device=1", "--config=configs/lomar_vitb.py:variant=S/16"], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*command, "--per_device=1", "--config=configs/lomar_vitb.py:variant=S/16"], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (result,) = json.loads(out.read_text())["results"]
     assert {name.split("_of_")[0] for name in result["kernels"]} == {"attention_forward", "attention_backward"}
