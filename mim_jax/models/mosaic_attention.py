@@ -118,7 +118,8 @@ def _call(tiles: Tiles, kernel, own: dict, learned: dict, results: dict, sums: d
         out_specs=[*map(of_rows, results.values()), *map(of_all, sums.values())],
         out_shape=[*found.values()],
         scratch_shapes=[*scratch.values()],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        # of chips with two cores one alone can add up
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary" if sums else "parallel",)),
         interpret=tiles.interpret,
         name="_".join([f"attention_{kernel.__name__}_of_{tiles.heads}", *tiles.on_grid, *sorted(learned)]),
     )(*operands.values())
