@@ -24,7 +24,8 @@ HEAD = (
     "hours of the run",
 )
 NOTE = (
-    "ESTIMATES by the compilers of these devices, none of which was there: on TPU the cycles that libtpu expects, divided by "
+    "ESTIMATES by the compilers of these devices, none of which was there: on TPU the cycles that libtpu expects, and of "
+    "kernels those that it scheduled, divided by "
     "the clock; on a GPU a roofline, which is a lower bound. Communication over all links, nothing of it hidden. Of the peak: "
     "model FLOPs of bf16. GiB: as the compiler assigns buffers, program included. Largest batch: images a device that were "
     "compiled and fit (–: not looked for). Shares are of the time, copies a part of their own; hours: of the config's run on "
