@@ -6,7 +6,7 @@ import math
 import pytest
 
 from mim_jax import benchmark
-from mim_jax.chips import estimates, parts, schedule
+from mim_jax.chips import bundles, estimates, parts
 from mim_jax.chips.chip import GPUS, TPUS, Tpu
 from mim_jax.chips.hlo import Program, size
 from mim_jax.chips.topology import Target, card
@@ -356,10 +356,10 @@ hlo: some.1
 
 def test_a_kernels_schedule_is_counted_by_loop():
     """Once: 1 + 3 + 1. In every program 1 + 8 + 1, and in every turn of its loop 4 + 1 + 1, with what is waited for."""
-    assert dict(schedule.cycles_by_depth(SCHEDULE)) == {0: 5, 1: 10, 2: 6}
-    assert schedule.cycles(SCHEDULE, programs=7, turns=3) == 5 + 7 * (10 + 3 * 6)
+    assert dict(bundles.cycles_by_depth(SCHEDULE)) == {0: 5, 1: 10, 2: 6}
+    assert bundles.cycles(SCHEDULE, programs=7, turns=3) == 5 + 7 * (10 + 3 * 6)
     one = SCHEDULE.replace(">>", "=").replace(": > ", ":   ").replace("=", ">")  # of one program the compiler makes no loop
-    assert schedule.cycles(one, programs=1, turns=3) == 5 + 10 + 1 + 3 * 5
+    assert bundles.cycles(one, programs=1, turns=3) == 5 + 10 + 1 + 3 * 5
 
 
 KERNEL = """HloModule jit_step

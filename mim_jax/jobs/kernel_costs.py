@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 
-from mim_jax.chips import hlo, schedule
+from mim_jax.chips import bundles, hlo
 from mim_jax.chips.topology import Target
 from mim_jax.config import ConfigError
 
@@ -52,4 +52,4 @@ def scheduled(target: str, name: str, shape, dtype: str) -> int:
         if not written:
             raise RuntimeError(f"the compiler of --target={target} wrote no schedule of {name}; its version may be too new")
         with open(max(written, key=os.path.getmtime)) as file:
-            return schedule.cycles(file.read(), shape[0] // tiles.sequences, tiles.turns)
+            return bundles.cycles(file.read(), shape[0] // tiles.sequences, tiles.turns)
