@@ -2,7 +2,8 @@
 
 On a TPU the cycles that its compiler expects of an instruction, divided by the clock, and of a kernel those that it scheduled
 (bundles.py), if they take longer than moving its bytes. On a GPU, whose compiler says nothing of time, a roofline: the longer
-of moving its bytes at the memory's full bandwidth and of its matrix products at the peak, so that the sum is a lower bound. Communication: bytes over all links of a device, nothing of it hidden behind computation.
+of moving its bytes at the memory's full bandwidth and of its matrix products at the peak, so that the sum is a lower bound.
+Communication: bytes over all links of a device, nothing of it hidden behind computation.
 """
 
 import collections
