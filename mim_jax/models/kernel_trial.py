@@ -1,21 +1,14 @@
 """The kernels of attention by platform, and whether one may be taken without being asked: once it has given what plain
-products give, on this very device.
+products give, on this very device (models/device_trial.py)."""
 
-Compilers of kernels differ by driver, device and version; what is wrong there says nothing and trains on.
-"""
-
-import concurrent.futures
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from absl import logging
 from einops import rearrange
-from jax.experimental import multihost_utils
 
 from mim_jax import platforms
-from mim_jax.models import irpe, kernel_attention, mosaic_attention
+from mim_jax.models import device_trial, irpe, kernel_attention, mosaic_attention
 
 KERNELS = {"gpu": kernel_attention, "tpu": mosaic_attention}
 # Sequences, side of the grid, heads, their width, what is added to the logits. On a GPU 34 is no multiple of the sequences of
@@ -41,36 +34,18 @@ TRIALS = {
         (2, 10, 16, 16, "irpe"),
     ),
 }
-ALLOWED = 0.02  # of the norm, in bfloat16; an H100 gave 0.002 to 0.006 without iRPE, and with that of an earlier kernel
 
 
 def may_be_taken(dtype) -> bool:
     """Without being asked: in bfloat16, on a TPU or a Hopper that it has passed on or that is not here."""
     there = platforms.current() == "tpu" or platforms.is_hopper() and kernel_attention.triton is not None
-    return jnp.dtype(dtype) == jnp.bfloat16 and there and (jax.default_backend() != platforms.current() or passed())
+    return jnp.dtype(dtype) == jnp.bfloat16 and there and device_trial.allowed(passed)
 
 
 @functools.cache
 def passed() -> bool:
-    """Tried once in a process, in seconds; says so where it fails. Of several processes all must pass, and each must ask."""
-    platform = jax.default_backend()
-    trials = TRIALS[platform]
-    try:
-        with concurrent.futures.ThreadPoolExecutor(len(trials)) as others:  # which know nothing of what this one may be tracing
-            found = [error for of_one in others.map(errors, *zip(*trials)) for error in of_one]
-    except Exception as error:  # whatever a compiler may raise
-        found, words = [], f"it cannot be compiled or run ({type(error).__name__}: {str(error)[:200]})"
-    else:
-        words = "its values and gradients are off by " + ", ".join(f"{error:.1%}" for error in found)
-    good = bool(found) and all(error < ALLOWED for error in found)  # not by the largest, which a NaN may not be
-    if not good:
-        logging.warning(
-            "the kernel of attention is not used on this %s: %s; plain attention is slower", platform.upper(), words
-        )
-    if jax.process_count() > 1:  # one program is compiled for all
-        with concurrent.futures.ThreadPoolExecutor(1) as another:
-            good = bool(another.submit(multihost_utils.process_allgather, np.array(good)).result().all())
-    return good
+    """Tried once in a process, in seconds."""
+    return device_trial.passed("the kernel of attention", errors, TRIALS[jax.default_backend()], "plain attention is slower")
 
 
 def errors(rows: int, side: int, heads: int, width: int, added: str) -> list[float]:
@@ -97,7 +72,7 @@ def errors(rows: int, side: int, heads: int, width: int, added: str) -> list[flo
     with jax.default_matmul_precision("highest"):
         exact = jax.jit(functools.partial(results, plain))(*single)
     pairs = zip(jax.jit(functools.partial(results, kernel.attention))(g, qkv, learned), exact, strict=True)
-    return [float(jnp.linalg.norm((a - b).reshape(-1)) / jnp.linalg.norm(b.reshape(-1))) for a, b in pairs]
+    return [device_trial.error(a, b) for a, b in pairs]
 
 
 def plain(qkv, heads: int, table=None, buckets=None, bias=None, offsets=0.0):

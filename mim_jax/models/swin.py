@@ -27,9 +27,8 @@ from mim_jax.tokens import Visible, keep, patchify
 def branches(block, x, attend, train: bool):
     """The two residual branches of a block, inside its compact method: `attend` of the normed tokens, and the MLP."""
     drop = DropPath(block.drop_path)
-    h = LayerNorm(block.dtype, block.eps, name="norm1")(x)
-    x = x + drop(attend(h), train)
-    h = LayerNorm(block.dtype, block.norm2_eps, name="norm2")(x)
+    x, h = LayerNorm(block.dtype, block.eps, name="norm1")(x, stream=True)
+    x, h = LayerNorm(block.dtype, block.norm2_eps, name="norm2")(x, drop(attend(h), train), stream=True)
     return x + drop(Mlp(round(x.shape[-1] * block.mlp_ratio), block.dtype, name="mlp")(h), train)
 
 

@@ -42,11 +42,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, buckets=None, train: bool = False, bias=None):
         drop = DropPath(self.drop_path)
-        h = LayerNorm(self.dtype, name="norm1")(x)
+        x, h = LayerNorm(self.dtype, name="norm1")(x, stream=True)
         way = self.attention
         attend = Attention(self.heads, self.relative, self.own_bias, self.qkv_bias, way, self.dtype, name="attn")
-        x = x + drop(self.scaled(attend(h, buckets, bias), "gamma_1"), train)
-        h = LayerNorm(self.dtype, name="norm2")(x)
+        branch = drop(self.scaled(attend(h, buckets, bias), "gamma_1"), train)
+        x, h = LayerNorm(self.dtype, name="norm2")(x, branch, stream=True)
         h = Mlp(round(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(h)
         return x + drop(self.scaled(h, "gamma_2"), train)
 

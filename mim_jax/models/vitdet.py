@@ -39,13 +39,12 @@ class GridBlock(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool = False):
         drop, (rows, columns) = DropPath(self.drop_path), x.shape[1:3]
-        h = LayerNorm(self.dtype, name="norm1")(x)
+        x, h = LayerNorm(self.dtype, name="norm1")(x, stream=True)
         h = cut(h, self.window) if self.window else h
         options = dict(position=self.position, span=self.span, scaled_query=self.scaled_query)
         h = GridAttention(self.heads, dtype=self.dtype, **options, name="attn")(h)
         h = joined(h, (rows, columns)) if self.window else h
-        x = x + drop(h, train)
-        h = LayerNorm(self.dtype, name="norm2")(x)
+        x, h = LayerNorm(self.dtype, name="norm2")(x, drop(h, train), stream=True)
         return x + drop(Mlp(round(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(h), train)
 
 

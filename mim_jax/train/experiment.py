@@ -10,7 +10,7 @@ import optax
 
 from mim_jax import durations, platforms, tree
 from mim_jax.config import ConfigError
-from mim_jax.models import kernel_trial
+from mim_jax.models import kernel_trial, norm_trial
 from mim_jax.objectives.objective import Objective
 from mim_jax.train.optimizer import Optim
 
@@ -118,13 +118,15 @@ class Experiment:
         return self.config.optim.transform(self.rate.function(), self.lr_scales)
 
 
-def kernel_in_words(encoder) -> str:
-    """Whether its attention is in a kernel, where the number of tokens allows that."""
+def kernels_in_words(encoder) -> list[str]:
+    """Which of its layers are kernels of our own: attention where the number of tokens allows that, LayerNorm where widths
+    do."""
     way, kernel = getattr(encoder, "attention", "plain"), kernel_trial.KERNELS.get(platforms.current())
-    if kernel is None or way == "plain" or kernel.refusal(encoder.heads, encoder.width // encoder.heads, None):
-        return ""
-    taken = way == "kernel" or kernel_trial.may_be_taken(encoder.dtype)
-    return f"attention up to {kernel.LONGEST} tokens is one kernel" if taken else ""
+    there = kernel is not None and way != "plain" and not kernel.refusal(encoder.heads, encoder.width // encoder.heads, None)
+    taken = there and (way == "kernel" or kernel_trial.may_be_taken(encoder.dtype))
+    words = [f"attention up to {kernel.LONGEST} tokens is one kernel"] if taken else []
+    normed = encoder is not None and norm_trial.may_be_taken(encoder.dtype)
+    return [*words, "LayerNorm is one kernel each way"] if normed else words
 
 
 def describe(e: Experiment, state, workdir, loaded: str) -> str:
@@ -145,7 +147,7 @@ def describe(e: Experiment, state, workdir, loaded: str) -> str:
     }
     with platforms.compiled_for(mesh):
         encoder = getattr(e.objective, "encoder", None)
-        words = [platforms.layouts(), kernel_in_words(encoder)]
+        words = [platforms.layouts(), *kernels_in_words(encoder)]
         if any(words):
             rows["layers"] = "; ".join(filter(None, words))
     return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
