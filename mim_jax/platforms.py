@@ -53,6 +53,15 @@ def by_device(of_rows: Callable) -> Callable:
     return jax.shard_map(of_rows, mesh=mesh, in_specs=(rows, whole), out_specs=rows, check_vma=False)
 
 
+def compiler_options(mesh: jax.sharding.Mesh) -> dict | None:
+    """Of programs with large products for the devices of the mesh.
+
+    On a GPU products are cuBLAS's, which adds a bias as it writes: where XLA may take a Triton kernel of its own, the addition
+    is a pass over the result, whichever it takes in the end, and compiling tries all of them.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if _name(mesh) == "gpu" else None
+
+
 def layouts() -> str:
     """What layers do otherwise than usual on this platform, for the log; values are the same but for rounding."""
     return LAYOUTS.get(current(), "")
@@ -61,9 +70,13 @@ def layouts() -> str:
 @contextlib.contextmanager
 def compiled_for(mesh: jax.sharding.Mesh):
     """What is traced inside is for the devices of the mesh, which need not be here."""
-    platform = mesh.devices.flat[0].platform
-    token = _compiled_for.set(({"cuda": "gpu", "rocm": "gpu"}.get(platform, platform), mesh))
+    token = _compiled_for.set((_name(mesh), mesh))
     try:
         yield
     finally:
         _compiled_for.reset(token)
+
+
+def _name(mesh) -> str:
+    platform = mesh.devices.flat[0].platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)

@@ -164,6 +164,7 @@ def test_a_roofline_is_the_longer_of_bytes_and_products():
     assert moved["cut.1"] == 2 * 2 * 4 * 16  # the slice that is cut out, not what it is cut from
     assert moved["put.1"] == pytest.approx(2 * 64 + 64 + 4)  # in place: the array of 6400 bytes stays where it is
     assert moved["put.2"] == pytest.approx(2 * 64 + 32 + 4)  # and of what is cut from, what is cut
+    assert moved["blas"] == 2 * (64 * 32 + 32 * 16) + 4 * 64 * 16  # without the room that it works in
     flops = 2 * 64 * 16 * 32
     assert program.flops(program.entry, here["gemm.1"]) == program.flops(program.entry, here["blas"]) == {"bf16": flops}
     fast = estimates.rows(GPU_TEXT, chip, 1)

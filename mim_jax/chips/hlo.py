@@ -115,7 +115,8 @@ class Program:
     def moved(self, computation: str, one: Instruction) -> float:
         """Bytes that an instruction reads and writes, nothing kept on the chip between instructions.
 
-        Of an operand that is only cut from, what is cut; of an array that is updated in place, the update twice.
+        Of an operand that is only cut from, what is cut; of an array that is updated in place, the update twice; nothing of
+        the room that cuBLAS is given to work in.
         """
         here, inside = self.computations[computation], self.inner(one) or {one.name: one}
         updates = [x for x in inside.values() if x.opcode == "dynamic-update-slice"]
@@ -125,7 +126,8 @@ class Program:
             written = sum(2 * size(shapes[x.operands[1]].shape) for x in updates if x.operands[1] in shapes)
             others = [(i, here[x]) for i, x in enumerate(one.operands) if here[x].shape.split("{")[0] not in whole]
             return written + sum(self.read(operand, i, one, inside) for i, operand in others)
-        return size(one.shape) + sum(self.read(here[x], i, one, inside) for i, x in enumerate(one.operands) if x in here)
+        written = re.sub(r", s8\[\d+\]\S*\)$", ")", one.shape) if is_blas(one) else one.shape
+        return size(written) + sum(self.read(here[x], i, one, inside) for i, x in enumerate(one.operands) if x in here)
 
     def read(self, operand: Instruction, index: int, one: Instruction, inside: dict) -> float:
         """Bytes of an operand that an instruction reads; `inside`: what is fused into it."""
@@ -145,9 +147,13 @@ class Program:
         return dict(filter(None, [products(self.computations[computation], one)]))
 
 
+def is_blas(one: Instruction) -> bool:
+    return one.opcode == "custom-call" and "__cublas" in one.attributes
+
+
 def products(here: dict[str, Instruction], one: Instruction) -> tuple[str, float] | None:
     """(type, FLOPs) of a dot, a convolution, or a call of cuBLAS; None for others."""
-    gemm = one.opcode == "custom-call" and "__cublas" in one.attributes
+    gemm = is_blas(one)
     if one.opcode not in ("dot", "convolution") and not gemm:
         return None
     (kind, left, _), *_ = arrays(here[one.operands[0]].shape)

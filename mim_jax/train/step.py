@@ -54,7 +54,9 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
 
     # one sharding for every leaf of the batch: masks that come with it are split over images too
     where = (shardings, sharding.batch_sharding(mesh))
-    return jax.jit(step, in_shardings=where, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
+    options = platforms.compiler_options(mesh)
+    results = shardings, sharding.replicated(mesh)
+    return jax.jit(step, in_shardings=where, out_shardings=results, donate_argnums=0, compiler_options=options)
 
 
 def laid_out(grads, shardings):
