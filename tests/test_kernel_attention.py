@@ -22,7 +22,8 @@ from mim_jax.models.vit import Block, ViT
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
-def plain(heads, qkv, table, buckets, bias=None):
+def plain(qkv, heads, table=None, buckets=None, bias=None, offsets=None):
+    qkv = qkv if offsets is None else qkv + offsets
     q, k, v = rearrange(qkv, "r n (three h e) -> three r h n e", three=3, h=heads)
     logits = jnp.einsum("rhie,rhje->rhij", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if table is not None:
@@ -33,71 +34,86 @@ def plain(heads, qkv, table, buckets, bias=None):
     return rearrange(jnp.einsum("rhij,rhje->rhie", weights, v), "r h n e -> r n (h e)")
 
 
-def by_kernel(heads, qkv, table, buckets, bias=None):
-    return kernel_attention.attention(qkv, heads, table, buckets, bias, interpret=True)
+by_kernel = functools.partial(kernel_attention.attention, interpret=True)
 
 
-def of_random(tokens: int, heads: int, width: int, relative: bool):
-    """-> heads, a qkv of large logits, a table and buckets, and a gradient."""
-    keys = jax.random.split(jax.random.key(tokens), 3)
+def of_random(tokens: int, heads: int, width: int, added: str):
+    """-> a qkv of large logits, what is learned, buckets or None, and a gradient."""
+    keys = jax.random.split(jax.random.key(tokens), 4)
     qkv = 1.5 * jax.random.normal(keys[0], (2, tokens, 3 * heads * width))
     g = jax.random.normal(keys[1], (2, tokens, heads * width))
-    if not relative:
-        return heads, qkv, None, None, g
-    buckets = np.random.default_rng(0).integers(0, irpe.BUCKETS, (tokens, tokens), dtype=np.int32)
-    return heads, qkv, 0.3 * jax.random.normal(keys[2], (width, irpe.BUCKETS)), buckets, g
+    learned, buckets = {"offsets": jax.random.normal(keys[3], (3 * heads * width,))}, None
+    if added == "bias":
+        learned["bias"] = jax.random.normal(keys[2], (heads, tokens, tokens))
+    elif added == "irpe":
+        learned["table"] = 0.3 * jax.random.normal(keys[2], (width, irpe.BUCKETS))
+        buckets = np.random.default_rng(0).integers(0, irpe.BUCKETS, (tokens, tokens), dtype=np.int32)
+    return qkv, learned, buckets, g
 
 
-def value_and_gradients(attention, heads, qkv, table, buckets, g):
-    out, gradient = jax.vjp(lambda qkv, table: attention(heads, qkv, table, buckets), qkv, table)
+def value_and_gradients(attention, heads, qkv, learned, buckets, g):
+    out, gradient = jax.vjp(lambda qkv, learned: attention(qkv, heads, buckets=buckets, **learned), qkv, learned)
     return jax.tree.leaves((out, gradient(g)))
 
 
-# Tokens beyond 64 are taken some queries at a time; three and eight heads in groups; 80 lanes are padded.
-CASES = [(50, 3, 64, True), (17, 8, 32, True), (50, 2, 32, False), (17, 1, 80, False), (70, 1, 32, True), (130, 2, 16, False)]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_value_and_gradients_are_those_of_the_plain_path(case):
-    operands = of_random(*case)
-    for ours, theirs in zip(value_and_gradients(by_kernel, *operands), value_and_gradients(plain, *operands), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6 * float(jnp.abs(theirs).max()))
-
-
-@pytest.mark.parametrize("tokens", [50, 70])
-def test_a_learned_bias_and_its_gradient(tokens):
-    heads, qkv, _, _, g = of_random(tokens, 3, 20, False)
-    bias = jax.random.normal(jax.random.key(5), (heads, tokens, tokens))
-
-    def results(attention):
-        out, gradient = jax.vjp(lambda qkv, bias: attention(heads, qkv, None, None, bias), qkv, bias)
-        return out, *gradient(g)
-
-    for ours, theirs in zip(results(by_kernel), results(plain), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6 * float(jnp.abs(theirs).max()))
-
-
-def test_sequences_that_share_a_program(monkeypatch):
-    monkeypatch.setattr(kernel_tiles, "PROGRAMS", 2)
-    heads, qkv, table, buckets, g = of_random(70, 2, 16, True)
-    qkv, g = (jnp.concatenate([x, x[::-1], x + 0.1]) for x in (qkv, g))
-    assert kernel_tiles.together(6, heads) == 6
-    found, wanted = (value_and_gradients(way, heads, qkv, table, buckets, g) for way in (by_kernel, plain))
+def assert_as_plain(heads, *operands):
+    found, wanted = (value_and_gradients(way, heads, *operands) for way in (by_kernel, plain))
     for ours, theirs in zip(found, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6 * float(jnp.abs(theirs).max()))
 
 
-@pytest.mark.parametrize("case", CASES[:3], ids=str)
+# Tokens beyond 64 are taken some queries at a time; three and eight heads in groups; 20 and 80 lanes are padded.
+CASES = [
+    (50, 3, 64, "irpe"),
+    (17, 8, 32, "irpe"),
+    (50, 2, 32, ""),
+    (50, 3, 20, "bias"),
+    (17, 1, 80, ""),
+    (70, 1, 32, "irpe"),
+    (70, 3, 20, "bias"),
+    (130, 2, 16, ""),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_value_and_gradients_are_those_of_the_plain_path(case):
+    assert_as_plain(case[1], *of_random(*case))
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[6], CASES[7]], ids=str)
+def test_with_nothing_to_add_to_qkv(case):
+    qkv, learned, buckets, g = of_random(*case)
+    del learned["offsets"]
+    assert_as_plain(case[1], qkv, learned, buckets, g)
+
+
+def test_sequences_that_share_a_program(monkeypatch):
+    monkeypatch.setattr(kernel_tiles, "PROGRAMS", 2)
+    qkv, learned, buckets, g = of_random(70, 2, 16, "irpe")
+    qkv, g = (jnp.concatenate([x, x[::-1], x + 0.1]) for x in (qkv, g))
+    assert kernel_tiles.together(6, 2) == 6
+    assert_as_plain(2, qkv, learned, buckets, g)
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_in_bf16_it_is_as_near_to_float32_as_the_plain_path(case):
-    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if getattr(x, "dtype", "") == jnp.float32 else x, of_random(*case))
-    exactly = jax.tree.map(lambda x: x.astype(jnp.float32) if getattr(x, "dtype", "") == jnp.bfloat16 else x, rounded)
-    exact, errors = value_and_gradients(plain, *exactly), []
+    of_type = lambda operands, dtype: jax.tree.map(lambda x: x.astype(dtype) if isinstance(x, jax.Array) else x, operands)
+    rounded, errors = of_type(of_random(*case), jnp.bfloat16), []
+    exact = value_and_gradients(plain, case[1], *of_type(rounded, jnp.float32))
     for attention in (by_kernel, plain):
-        found = value_and_gradients(attention, *rounded)
+        found = value_and_gradients(attention, case[1], *rounded)
         assert all(x.dtype == jnp.bfloat16 for x in found)
         errors.append([float(jnp.linalg.norm(x.astype(jnp.float32) - y) / jnp.linalg.norm(y)) for x, y in zip(found, exact)])
     for ours, theirs in zip(*errors, strict=True):
         assert ours < 1.25 * theirs  # each rounds other numbers; a unit of bf16 is 0.4 %
+
+
+@pytest.mark.parametrize("case", CASES[1:4], ids=str)
+def test_offsets_round_qkv_as_adding_them_before_does(case):
+    operands = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if isinstance(x, jax.Array) else x, of_random(*case))
+    before = lambda qkv, heads, offsets, **others: by_kernel(qkv + offsets, heads, **others)
+    found, wanted = (value_and_gradients(way, case[1], *operands)[:2] for way in (by_kernel, before))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)  # the value and the gradient of qkv
 
 
 @pytest.mark.parametrize("qkv_bias, relative, own_bias", [("all", True, False), ("qv", False, False), ("all", False, True)])
@@ -281,12 +297,12 @@ def test_on_a_card_it_must_have_given_what_plain_products_give(monkeypatch, capl
         by = jnp.nan if wrong == "nan" else 1.1
         spoilt.defvjp(lambda qkv: (qkv, None), lambda _, g, by=by: (by * g,))
 
-        def attention(qkv, heads, table=None, buckets=None, bias=None, wrong=wrong):
+        def attention(qkv, heads, wrong=wrong, **others):
             asked.append(wrong)
             if wrong == "compiler":
                 raise ValueError("no such instruction")
-            found = whole(spoilt(qkv) if wrong in ("gradient", "nan") else qkv, heads, table, buckets, bias, interpret=True)
-            return found * 1.1 if wrong == "value" and table is not None else found
+            found = whole(spoilt(qkv) if wrong in ("gradient", "nan") else qkv, heads, interpret=True, **others)
+            return found * 1.1 if wrong == "value" and "table" in others else found
 
         monkeypatch.setattr(kernel_attention, "attention", attention)
         kernel_trial.passed.cache_clear()

@@ -12,6 +12,9 @@ own. The weights are kept for the backward pass, in which registers are short; t
 sequences at a time, for which the keys of its pairs are the same, so that its gradients are products of matrices. No atomic
 additions: each program writes its own share of the gradient of the pairs' keys, and the shares are summed in a fixed order.
 That of a bias is the sum over the sequences of the logits' gradient, which is written in the type of qkv.
+
+The bias of qkv, `offsets`, is added here too, or it would cost a pass over all of qkv, and its gradient one over that of qkv.
+Its shares are those of each sequence and, of what the relation brings, those of each query of many sequences.
 """
 
 import dataclasses
@@ -24,7 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from mim_jax.models import irpe
-from mim_jax.models.kernel_tiles import COLUMNS, Tiles, together, triton
+from mim_jax.models.kernel_tiles import ADDED, COLUMNS, Tiles, shifted, together, triton
 
 LONGEST = 256  # tokens whose keys are on the chip at once
 WIDEST = 128  # of a head
@@ -54,9 +57,9 @@ def fits(shape, heads: int, dtype, buckets, biased: bool) -> bool:
     return shape[1] <= LONGEST
 
 
-def attention(qkv, heads: int, table=None, buckets=None, bias=None, interpret: bool = False):
-    """[r n 3*d], table [e buckets], buckets [n n] or irpe.Grid -> [r n d]. Without table and buckets there is no iRPE; bias
-    [heads n n] is added to the logits.
+def attention(qkv, heads: int, table=None, buckets=None, bias=None, offsets=None, interpret: bool = False):
+    """[r n 3*d], table [e buckets], buckets [n n] or irpe.Grid -> [r n d]. Without table and buckets there is no iRPE; offsets
+    [3*d] are added to qkv, bias [heads n n] to the logits.
 
     interpret: traced as plain operations, for a platform without the kernel.
     """
@@ -66,128 +69,129 @@ def attention(qkv, heads: int, table=None, buckets=None, bias=None, interpret: b
         buckets = irpe.bucket_table(buckets.sides)
     r, n, wide = qkv.shape
     of_program = together(r, heads) if buckets is not None else 0
-    tiles = Tiles(n, wide // (3 * heads), heads, of_program, bias is not None, interpret)
-    keys, sides = None, [(0, side - n) for side in (tiles.blocks * tiles.rows, tiles.keys)]
+    tiles = Tiles(n, wide // (3 * heads), heads, of_program, interpret)
+    learned, beyond = {}, (0, tiles.lanes - tiles.width)
+    sides = [(0, side - n) for side in (tiles.blocks * tiles.rows, tiles.keys)]
+    if offsets is not None:
+        offsets = offsets.astype(jnp.float32).reshape(3, heads, tiles.width)
+        learned["offsets"] = jnp.pad(offsets, ((0, 0), (0, 0), beyond))
     if buckets is not None:
-        beyond = tiles.lanes - tiles.width
         keys = irpe.pair_keys(table.astype(jnp.float32), jnp.asarray(buckets))  # whose gradient is that of the table
-        keys = jnp.pad(jnp.transpose(keys, (1, 2, 0)), ((0, 0), (0, tiles.keys - n), (0, beyond)))
-        table = jnp.pad(jax.lax.stop_gradient(table).T, ((0, COLUMNS - table.shape[1]), (0, beyond)))
-        buckets = jnp.pad(jnp.asarray(buckets, jnp.int32), sides)
+        learned["keys"] = jnp.pad(jnp.transpose(keys, (1, 2, 0)), ((0, 0), (0, tiles.keys - n), beyond))
+        learned["table"] = jnp.pad(jax.lax.stop_gradient(table).T, ((0, COLUMNS - table.shape[1]), beyond))
+        learned["buckets"] = jnp.pad(jnp.asarray(buckets, jnp.int32), sides)
     if bias is not None:
-        bias = jnp.pad(bias.astype(jnp.float32), [(0, 0), *sides])
-    out = _attention(tiles, qkv.reshape(r, n, 3, heads, tiles.width), table, keys, buckets, bias)
-    return out.reshape(r, n, wide // 3)
+        learned["bias"] = jnp.pad(bias.astype(jnp.float32), [(0, 0), *sides])
+    return _attention(tiles, qkv.reshape(r, n, 3, heads, tiles.width), learned).reshape(r, n, wide // 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(tiles: Tiles, qkv, table, keys, buckets, bias):
-    return _forward(tiles, qkv, table, buckets, bias, keep=False)[0]
+def _attention(tiles: Tiles, qkv, learned: dict):
+    return _forward(tiles, qkv, learned, keep=False)["out"]
 
 
-def _forward(tiles: Tiles, qkv, table, buckets, bias, keep: bool):
-    """-> [r n heads lanes], and with iRPE and `keep` the weights."""
+def _forward(tiles: Tiles, qkv, learned: dict, keep: bool) -> dict:
+    """-> "out" [r n heads lanes], and with iRPE and `keep` "weights"."""
     r, n, _, heads, width = qkv.shape
-    operands = [(qkv, tiles.of_qkv()), *tiles.of_bias(bias)]
-    results = [(jax.ShapeDtypeStruct((r, n, heads, width), qkv.dtype), tiles.of_out())]
+    operands = {"qkv": (qkv, tiles.of_qkv())} | tiles.of_learned(learned, *ADDED)
+    results = {"out": (jax.ShapeDtypeStruct((r, n, heads, width), qkv.dtype), tiles.of_out())}
     if tiles.relative:
-        operands += [(x, tiles.spec(x.shape, "..")) for x in (table, buckets)]
         own = (r // tiles.together, heads, tiles.rows, COLUMNS)
-        results.append((jax.ShapeDtypeStruct(own, jnp.float32), tiles.spec((None, None, *own[2:]), "rh..")))
-        # weights are at most one, and in float16 four times as fine as in bfloat16
-        results += [tiles.of_pairs(qkv, jnp.float16 if qkv.dtype == jnp.bfloat16 else qkv.dtype)] if keep else []
-    found = tiles.call(_forward_kernel, r, operands, results, "attention_forward")
-    return found[0], found[-1] if keep and tiles.relative else None
+        results["products"] = jax.ShapeDtypeStruct(own, jnp.float32), tiles.spec((None, None, *own[2:]), "rh..")
+        if keep:  # weights are at most one, and in float16 four times as fine as in bfloat16
+            results["weights"] = tiles.of_pairs(qkv, jnp.float16 if qkv.dtype == jnp.bfloat16 else qkv.dtype)
+    return tiles.call(_forward_kernel, (r // tiles.sequences, heads), operands, results, "attention_forward")
 
 
-def _keep(tiles: Tiles, qkv, table, keys, buckets, bias):
-    out, weights = _forward(tiles, qkv, table, buckets, bias, keep=True)
-    return out, (qkv, keys, weights, bias)
+def _keep(tiles: Tiles, qkv, learned: dict):
+    found = _forward(tiles, qkv, learned, keep=True)
+    return found["out"], (qkv, learned, found.get("weights"))
 
 
 def _backward(tiles: Tiles, kept, g):
-    qkv, keys, weights, bias = kept
-    operands = [(g, tiles.of_out()), (qkv, tiles.of_qkv()), *tiles.of_bias(bias)]
-    results = [(jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), tiles.of_qkv())]
+    qkv, learned, weights = kept
+    r, n, _, heads, _ = qkv.shape
+    operands = {"g": (g, tiles.of_out()), "qkv": (qkv, tiles.of_qkv())} | tiles.of_learned(learned, "offsets", "bias")
+    results = {"dqkv": (jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), tiles.of_qkv())}
     if tiles.relative:
-        operands.append((weights, tiles.of_pairs(qkv, weights.dtype)[1]))
-    if tiles.relative or tiles.biased:
-        results.append(tiles.of_pairs(qkv, qkv.dtype))
-    found = tiles.call(_backward_kernel, qkv.shape[0], operands, results, "attention_backward")
-    if tiles.biased:
-        dbias = jnp.swapaxes(found[1].astype(jnp.float32).sum(0), 0, 1)
-        dbias = jnp.pad(dbias, ((0, 0), (0, bias.shape[1] - dbias.shape[1]), (0, 0)))
-        return found[0], None, None, None, dbias
-    if not tiles.relative:
-        return found[0], None, None, None, None
-    dqkv, dkeys = _by_query(tiles, qkv, keys, *found)
-    return dqkv, None, dkeys.sum(0), None, None
+        operands["weights"] = weights, tiles.of_pairs(qkv, weights.dtype)[1]
+    if tiles.relative or "bias" in learned:
+        results["dlogits"] = tiles.of_pairs(qkv, qkv.dtype)
+    if "offsets" in learned:
+        results["doffsets"] = tiles.of_offsets(r)
+    found = tiles.call(_backward_kernel, (r // tiles.sequences, heads), operands, results, "attention_backward")
+    gradients = {}
+    if "offsets" in learned:
+        gradients["offsets"] = found["doffsets"].sum(0)
+    if "bias" in learned:
+        dbias = jnp.swapaxes(found["dlogits"].astype(jnp.float32).sum(0), 0, 1)
+        gradients["bias"] = jnp.pad(dbias, ((0, 0), (0, learned["bias"].shape[1] - n), (0, 0)))
+    if tiles.relative:
+        found |= _by_query(tiles, qkv, learned, found)
+        gradients["keys"] = found["dkeys"].sum(0)
+        if "offsets" in learned:
+            gradients["offsets"] = gradients["offsets"].at[Q].add(found["doffsets"].sum((0, 1)))
+    return found["dqkv"], {name: gradients.get(name) for name in learned}
 
 
 _attention.defvjp(_keep, _backward)
 
 
-def _by_query(tiles: Tiles, qkv, keys, dqkv, dlogits):
-    """-> dqkv with what the relation brings to the gradient of queries, and shares of that of keys [x n keys lanes]."""
+def _by_query(tiles: Tiles, qkv, learned: dict, found: dict) -> dict:
+    """-> "dqkv" with what the relation brings to the gradient of queries, and shares of it: of the gradient of keys "dkeys"
+    [x n keys lanes], of that of the queries' offsets "doffsets" [x n heads lanes]."""
     r, n, _, heads, _ = qkv.shape
-    shares = pl.cdiv(r, SEQUENCES)
-    queries = tiles.spec((SEQUENCES, None, None, heads, tiles.lanes), "ri...")  # the first of q, k, v
-    of_pairs = (tiles.keys, tiles.lanes)
-    share = jax.ShapeDtypeStruct((shares, n, *of_pairs), jnp.float32)
-    return pl.pallas_call(
-        functools.partial(_query_kernel, tiles, r),
-        grid=(shares, n),
-        in_specs=[
-            queries,
-            tiles.spec((None, *of_pairs), "i.."),
-            tiles.spec((SEQUENCES, None, heads, tiles.keys), "ri.."),
-            queries,
-        ],
-        out_specs=[queries, tiles.spec((None, None, *of_pairs), "ri..")],
-        out_shape=[jax.ShapeDtypeStruct(dqkv.shape, dqkv.dtype), share],
-        input_output_aliases={3: 0},
-        compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=1),
-        interpret=tiles.interpret,
-        name="attention_backward_of_relation",
-    )(qkv, keys.astype(qkv.dtype), dlogits, dqkv)
+    shares, of_pairs, of_heads = pl.cdiv(r, SEQUENCES), (tiles.keys, tiles.lanes), (heads, tiles.lanes)
+    queries = tiles.spec((SEQUENCES, None, None, *of_heads), "ri...")  # the first of q, k, v
+    operands = {
+        "q": (qkv, queries),
+        "keys": (learned["keys"].astype(qkv.dtype), tiles.spec((None, *of_pairs), "i..")),
+        "dlogits": (found["dlogits"], tiles.spec((SEQUENCES, None, heads, tiles.keys), "ri..")),
+        "dq": (found["dqkv"], queries),
+    }
+    share = lambda of: (jax.ShapeDtypeStruct((shares, n, *of), jnp.float32), tiles.spec((None, None, *of), "ri.."))
+    results = {"dqkv": (jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), queries), "dkeys": share(of_pairs)}
+    if "offsets" in learned:
+        operands["offsets"] = learned["offsets"][Q], tiles.spec(of_heads, "..")
+        results["doffsets"] = share(of_heads)
+    kernel = functools.partial(_query_kernel, r)
+    return tiles.call(kernel, (shares, n), operands, results, "attention_backward_of_relation", over="dq")
 
 
-def _query_kernel(tiles: Tiles, r: int, q_ref, keys, dlogits_ref, dq_ref, out, share):
+def _query_kernel(r: int, tiles: Tiles, refs):
     rows = pl.program_id(0) * SEQUENCES + jnp.arange(SEQUENCES) < r
     there = rows[:, None] & (jnp.arange(tiles.lanes) < tiles.width)[None, :]
 
     def of_head(head, dkeys):
-        of = lambda ref: ref.at[:, jnp.int32(head), :]
+        head = jnp.int32(head)
+        of = lambda ref: ref.at[:, head, :]
         of_keys = jnp.broadcast_to(rows[:, None], (SEQUENCES, tiles.keys))
-        dlogits = triton.load(of(dlogits_ref), mask=of_keys, other=0.0)
-        q, dq = (triton.load(of(ref), mask=there, other=0.0) for ref in (q_ref, dq_ref))
-        dq = dq.astype(jnp.float32) + triton.dot(dlogits, keys[...])
-        triton.store(of(out), dq.astype(out.dtype), mask=there)
+        dlogits = triton.load(of(refs.dlogits), mask=of_keys, other=0.0)
+        q, dq = (triton.load(of(ref), mask=there, other=0.0) for ref in (refs.q, refs.dq))
+        of_relation = triton.dot(dlogits, refs.keys[...])
+        triton.store(of(refs.dqkv), (dq.astype(jnp.float32) + of_relation).astype(dq.dtype), mask=there)
+        if refs.offsets is not None:
+            q = shifted(q, refs.offsets[head, :])
+            refs.doffsets[head, :] = jnp.sum(of_relation, 0)
         return dkeys + triton.dot(dlogits, q, trans_a=True)
 
     zeros = jnp.zeros((tiles.keys, tiles.lanes), jnp.float32)
-    share[...] = jax.lax.fori_loop(0, tiles.heads, of_head, zeros)
+    refs.dkeys[...] = jax.lax.fori_loop(0, tiles.heads, of_head, zeros)
 
 
-def _forward_kernel(tiles: Tiles, qkv, *refs):
-    kept, relation = (), None
-    if tiles.relative:
-        table, buckets, out, products, *kept = refs
-        relation = _Relation(tiles, table, buckets, products)
-    else:
-        *bias, out = refs
-        relation = _Bias(tiles, *bias) if bias else None
+def _forward_kernel(tiles: Tiles, refs):
+    added = _added(tiles, refs)
 
     def of_sequence(sequence, _):
-        k, v = (tiles.read(qkv, sequence, 0, tiles.keys, (which,)) for which in (K, V))
+        k, v = (tiles.part(refs, sequence, which, 0, tiles.keys) for which in (K, V))
 
         def of_rows(block, _):
             start = block * tiles.rows
-            q = tiles.read(qkv, sequence, start, tiles.rows, (Q,))
-            e, inverse = _exponentials(tiles, q, k, start, relation)
-            tiles.write(out, sequence, start, triton.dot(e.astype(v.dtype), v) * inverse)
-            for weights in kept:
-                tiles.write_pairs(weights, sequence, start, e * inverse)
+            q = tiles.part(refs, sequence, Q, start, tiles.rows)
+            e, inverse = _exponentials(tiles, q, k, start, added)
+            tiles.write(refs.out, sequence, start, triton.dot(e.astype(v.dtype), v) * inverse)
+            if refs.weights is not None:
+                tiles.write_pairs(refs.weights, sequence, start, e * inverse)
             return 0
 
         return _each(tiles.blocks, of_rows, 0)
@@ -195,51 +199,64 @@ def _forward_kernel(tiles: Tiles, qkv, *refs):
     _each(tiles.sequences, of_sequence, 0)
 
 
-def _backward_kernel(tiles: Tiles, g_ref, qkv, *refs):
-    added, dqkv, dlogits_ref = refs if tiles.relative or tiles.biased else (None, *refs, None)
-    bias = _Bias(tiles, added) if tiles.biased else None
+def _backward_kernel(tiles: Tiles, refs):
+    added = _added(tiles, refs)
 
     def of_sequence(sequence, _):
-        k, v = (tiles.read(qkv, sequence, 0, tiles.keys, (which,)) for which in (K, V))
+        k, v = (tiles.part(refs, sequence, which, 0, tiles.keys) for which in (K, V))
 
         def of_rows(block, sums):
-            dk, dv = sums
+            dk, dv, *of_queries = sums
             start = block * tiles.rows
-            q, g = tiles.read(qkv, sequence, start, tiles.rows, (Q,)), tiles.read(g_ref, sequence, start, tiles.rows)
+            q, g = tiles.part(refs, sequence, Q, start, tiles.rows), tiles.read(refs.g, sequence, start, tiles.rows)
             if tiles.relative:
-                weights = tiles.read_pairs(added, sequence, start).astype(jnp.float32)
+                weights = tiles.read_pairs(refs.weights, sequence, start).astype(jnp.float32)
             else:
-                e, inverse = _exponentials(tiles, q, k, start, bias)
+                e, inverse = _exponentials(tiles, q, k, start, added)
                 weights = e * inverse
             dweights = triton.dot(g, v, trans_b=True)
             dlogits = (weights * (dweights - jnp.sum(weights * dweights, 1)[:, None])).astype(q.dtype)
-            if tiles.relative or tiles.biased:
-                tiles.write_pairs(dlogits_ref, sequence, start, dlogits)
-            tiles.write(dqkv, sequence, start, triton.dot(dlogits, k) * tiles.scale, (Q,))
+            if refs.dlogits is not None:
+                tiles.write_pairs(refs.dlogits, sequence, start, dlogits)
+            dq = triton.dot(dlogits, k) * tiles.scale
+            tiles.write(refs.dqkv, sequence, start, dq, (Q,))
             dk = dk + triton.dot(dlogits, q, trans_a=True)
-            return dk, dv + triton.dot(weights.astype(g.dtype), g, trans_a=True)
+            dv = dv + triton.dot(weights.astype(g.dtype), g, trans_a=True)
+            return dk, dv, *(x + jnp.sum(dq, 0) for x in of_queries)
 
         zeros = jnp.zeros((tiles.keys, tiles.lanes), jnp.float32)
-        dk, dv = _each(tiles.blocks, of_rows, (zeros, zeros))
-        tiles.write(dqkv, sequence, 0, dk * tiles.scale, (K,))
-        tiles.write(dqkv, sequence, 0, dv, (V,))
+        of_queries = [] if refs.doffsets is None else [jnp.zeros(tiles.lanes, jnp.float32)]
+        dk, dv, *of_queries = _each(tiles.blocks, of_rows, (zeros, zeros, *of_queries))
+        for which, x in ((K, dk * tiles.scale), (V, dv)):  # written and summed before the next: registers are short
+            tiles.write(refs.dqkv, sequence, 0, x, (which,))
+            if refs.doffsets is not None:
+                refs.doffsets[sequence, which, :] = jnp.sum(x, 0)
+        for x in of_queries:
+            refs.doffsets[sequence, Q, :] = x
         return 0
 
     _each(tiles.sequences, of_sequence, 0)
+
+
+def _added(tiles: Tiles, refs):
+    """What is added to the logits, if anything."""
+    if refs.bias is not None:
+        return _Bias(tiles, refs.bias)
+    return None if refs.table is None else _Relation(tiles, refs.table, refs.buckets, refs.products)
 
 
 def _each(count: int, body, carried):
     return body(0, carried) if count == 1 else jax.lax.fori_loop(0, count, body, carried)
 
 
-def _exponentials(tiles: Tiles, q, k, start, relation):
+def _exponentials(tiles: Tiles, q, k, start, added):
     """[rows lanes], [keys lanes] -> exp(logits - their largest) [rows keys], and one over their sums [rows 1].
 
     As powers of two, and products with the inverse in place of quotients: both cost a fraction of the instructions.
     """
     logits = triton.dot(q, k, trans_b=True) * (tiles.scale * LOG2_E)
-    if relation is not None:
-        logits = logits + relation.of(q, start)
+    if added is not None:
+        logits = logits + added.of(q, start)
     logits = jnp.where((jnp.arange(tiles.keys) < tiles.tokens)[None, :], logits, -1e30)
     e = jnp.exp2(logits - jnp.max(logits, 1)[:, None])
     return e, (1 / jnp.sum(e, 1))[:, None]

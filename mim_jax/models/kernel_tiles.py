@@ -1,7 +1,7 @@
 """How the kernel of attention is divided into programs and blocks, and how it reads and writes them."""
 
 import dataclasses
-import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,13 @@ except ImportError:  # JAX says that it will leave
 COLUMNS = 64  # of the products with iRPE's table: its buckets, and zeros up to a power of two
 PAIRS = 64 * 64  # of queries and keys at a time, by which a program has registers enough
 PROGRAMS = 512  # at least, where there are so many heads: fewer would leave some of the chip idle
+ADDED = "offsets", "table", "buckets", "bias"  # what attention may be without
+ABSENT = dict.fromkeys((*ADDED, "products", "weights", "dlogits", "doffsets"))
+
+
+def shifted(x, offsets):
+    """[rows lanes] with what is still to be added to each, [lanes], rounded as the plain path has it."""
+    return (x.astype(jnp.float32) + offsets[None, :]).astype(x.dtype)
 
 
 def together(r: int, heads: int) -> int:
@@ -33,7 +40,6 @@ class Tiles:
     width: int
     heads: int
     together: int
-    biased: bool
     interpret: bool
 
     @property
@@ -83,13 +89,25 @@ class Tiles:
         at = self.of_sequence(ref, sequence, start, size, which)
         return triton.load(at, mask=self.there(start, size), other=0.0)
 
+    def part(self, refs, sequence, which: int, start, size: int):
+        """Rows of q, k or v with their offsets, beyond the tokens too: no key there has weight, no query a gradient."""
+        x = self.read(refs.qkv, sequence, start, size, (which,))
+        return x if refs.offsets is None else shifted(x, refs.offsets[which, :])
+
     def write(self, ref, sequence, start, x, which=()):
         at = self.of_sequence(ref, sequence, start, x.shape[0], which)
         triton.store(at, x.astype(ref.dtype), mask=self.there(start, x.shape[0]))
 
-    def of_bias(self, bias) -> list[tuple]:
-        """The bias [heads rows keys] with its blocks, where there is one."""
-        return [(bias, self.spec((None, *bias.shape[1:]), "h.."))] if self.biased else []
+    def of_learned(self, learned: dict, *names: str) -> dict:
+        """Those of the names that are there, with their blocks."""
+        places = {"offsets": ".h.", "bias": "h..", "table": "..", "buckets": ".."}
+        shape = lambda name: tuple(None if x == "h" else y for x, y in zip(places[name], learned[name].shape))
+        return {x: (learned[x], self.spec(shape(x), places[x])) for x in names if x in learned}
+
+    def of_offsets(self, r: int) -> tuple:
+        """An array with what each sequence brings to the gradient of the offsets, and its blocks."""
+        shape = jax.ShapeDtypeStruct((r, 3, self.heads, self.lanes), jnp.float32)
+        return shape, self.spec((self.sequences, 3, None, self.lanes), "r.h.")
 
     def of_pairs(self, qkv, dtype) -> tuple:
         """An array with a number for every pair [r n heads keys], and its blocks."""
@@ -127,15 +145,19 @@ class Tiles:
     def of_out(self) -> pl.BlockSpec:
         return self.spec((self.sequences, self.keys, None, self.lanes), "r.h.")
 
-    def call(self, kernel, r: int, operands, results, name: str):
-        """operands: arrays and their blocks. results: shapes and their blocks. -> the results."""
-        return pl.pallas_call(
-            functools.partial(kernel, self),
-            grid=(r // self.sequences, self.heads),
-            in_specs=[spec for _, spec in operands],
-            out_specs=[spec for _, spec in results],
-            out_shape=[shape for shape, _ in results],
+    def call(self, kernel, grid, operands: dict, results: dict, name: str, over: str = "") -> dict:
+        """operands: arrays and their blocks; results: shapes and their blocks, the first written over the operand `over`. The
+        kernel finds each under its name, None where there is no such thing. -> the results."""
+        names = [*operands, *results]
+        found = pl.pallas_call(
+            lambda *refs: kernel(self, types.SimpleNamespace(**ABSENT | dict(zip(names, refs, strict=True)))),
+            grid=grid,
+            in_specs=[spec for _, spec in operands.values()],
+            out_specs=[spec for _, spec in results.values()],
+            out_shape=[shape for shape, _ in results.values()],
+            input_output_aliases={names.index(over): 0} if over else {},
             compiler_params=triton.CompilerParams(num_warps=self.warps, num_stages=1),
             interpret=self.interpret,
             name=name,
-        )(*(x for x, _ in operands))
+        )(*(x for x, _ in operands.values()))
+        return dict(zip(results, found, strict=True))

@@ -49,8 +49,8 @@ def passed() -> bool:
 
 
 def errors(rows: int, side: int, heads: int, width: int, added: str) -> list[float]:
-    """In norm, of the value and the gradients by qkv, by table or bias, and by a TPU's offsets of qkv, in bfloat16 against
-    plain products in float32."""
+    """In norm, of the value and the gradients by qkv, by table or bias, and by the offsets of qkv, in bfloat16 against plain
+    products in float32."""
     keys, n = jax.random.split(jax.random.key(0), 4), 1 + side**2
     kernel, grid = KERNELS[jax.default_backend()], irpe.Grid((side, side))
     normal = lambda key, *shape: jax.random.normal(key, shape).astype(jnp.bfloat16)
@@ -59,9 +59,7 @@ def errors(rows: int, side: int, heads: int, width: int, added: str) -> list[flo
         "irpe": {"table": 0.3 * normal(keys[2], width, irpe.BUCKETS)},
         "bias": {"bias": 0.3 * normal(keys[2], heads, n, n)},
         "": {},
-    }[added]
-    if kernel is mosaic_attention:
-        learned["offsets"] = 0.3 * normal(keys[3], 3 * heads * width)
+    }[added] | {"offsets": 0.3 * normal(keys[3], 3 * heads * width)}
 
     def results(attention, g, *operands):
         how = {"buckets": grid} if added == "irpe" else {}

@@ -87,10 +87,10 @@ class Attention(nn.Module):
 
     def by_kernel(self, x, buckets, bias):
         """The same on a GPU or a TPU, each device its own rows."""
-        kernel, of_tpu = kernel_trial.KERNELS[platforms.current()], platforms.current() == "tpu"
+        kernel = kernel_trial.KERNELS[platforms.current()]
         table = RelativeKeys(x.shape[-1] // self.heads, self.dtype, name="rpe_k")(None, None) if self.relative else None
-        qkv, offsets = self.product_and_bias(x) if of_tpu else (self.multiplied(x), None)
-        learned = {"table": table, "bias": self.table_of(bias)} | ({"offsets": offsets} if of_tpu else {})
+        qkv, offsets = self.product_and_bias(x)
+        learned = {"table": table, "bias": self.table_of(bias), "offsets": offsets}
         of_rows = lambda qkv, learned: kernel.attention(qkv, self.heads, buckets=buckets, **learned)
         return Dense(x.shape[-1], self.dtype, name="proj")(platforms.by_device(of_rows)(qkv, learned))
 
