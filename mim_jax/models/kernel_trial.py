@@ -68,8 +68,8 @@ def errors(rows: int, side: int, heads: int, width: int, added: str) -> list[flo
 
     single = jax.tree.map(lambda x: x.astype(jnp.float32), (g, qkv, learned))
     with jax.default_matmul_precision("highest"):
-        exact = jax.jit(functools.partial(results, plain))(*single)
-    pairs = zip(jax.jit(functools.partial(results, kernel.attention))(g, qkv, learned), exact, strict=True)
+        exact = device_trial.compiled(functools.partial(results, plain))(*single)
+    pairs = zip(device_trial.compiled(functools.partial(results, kernel.attention))(g, qkv, learned), exact, strict=True)
     return [device_trial.error(a, b) for a, b in pairs]
 
 
