@@ -14,7 +14,7 @@ except ImportError:  # JAX says that it will leave
 
 COLUMNS = 64  # of the products with iRPE's table: its buckets, and zeros up to a power of two
 PAIRS = 64 * 64  # of queries and keys at a time, by which a program has registers enough
-PROGRAMS = 512  # at least, where there are so many heads: fewer would leave some of the chip idle
+PROGRAMS = 1024  # at least, where there are so many heads: fewer would leave some of the chip idle
 ADDED = "offsets", "table", "buckets", "bias"  # what attention may be without
 ABSENT = dict.fromkeys((*ADDED, "products", "weights", "dlogits", "doffsets"))
 

@@ -19,9 +19,9 @@ from mim_jax.models.kernel_tiles import triton
 
 WIDEST = 2048  # of a row
 NARROWEST = 128  # of a part of it, a power of two
-NUMBERS = 4096  # of an array that a program has on the chip at once
-SHARES = 512  # at most, of the gradients of scale and bias
-WARPS = 4
+NUMBERS = 6144  # of an array that a program has on the chip at once; more of them spill registers
+SHARES = 264  # at most, of the gradients of scale and bias
+WARPS = 8
 
 
 def fits(x) -> bool:
