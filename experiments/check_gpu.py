@@ -1,16 +1,16 @@
 """`launch/check_gpu.sh [--out=results/gpu_NAME.json]`: measures on the card at hand, in under 8 minutes, what is claimed.
 
+    resume   a run continued in another process, from the programs it keeps, and one that never stopped: the same bits
     base     steps of ViT-B and a sparse Swin-B in bf16: times, share of the peak, of LoMaR's where a profile says they go,
              and the compilers' estimates beside
-    resume   a run continued in another process, from the programs it keeps, and one that never stopped: the same bits
     layouts  what layers choose by platform, in time and in value, beside the plain layers; the kernel of attention too
     large    steps of ViT-L
     torch    torch.compile'd twins of the steps; left out, and said so, without PyTorch
     at_448   LoMaR and MAE at 448 px
 
 Each part is a process with a time limit; one that fails or runs late is recorded with what it said, and the others go on. On an
-H100 the first four parts fill the time; --seconds gives more, --parts chooses. Needs
-jax with CUDA, flax, optax, orbax and einops; neither TensorFlow nor data. --toy: tiny models on the CPU, a smoke test.
+H200 the first three parts fill the time; --seconds gives more, --parts chooses. Needs jax with CUDA, flax, optax, orbax and
+einops; neither TensorFlow nor data. --toy: tiny models on the CPU, a smoke test.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 
-LIMITS = {"base": 180, "resume": 80, "layouts": 100, "large": 100, "torch": 150, "at_448": 100}  # seconds
+LIMITS = {"resume": 90, "base": 250, "layouts": 100, "large": 120, "torch": 400, "at_448": 120}  # seconds
 SECONDS = 470  # of all together
 # Of the card's memory, JAX takes three quarters unless told otherwise: here nothing, and there two processes share it.
 ENVIRONMENT = {"torch": {"JAX_PLATFORMS": "cpu"}, "resume": {"XLA_CLIENT_MEM_FRACTION": "0.4"}}

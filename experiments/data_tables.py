@@ -29,6 +29,7 @@ CARDS = (
     "images",
     "a step in a queue, ms",
     "alone, ms",
+    "PyTorch's alone, ms",
     "images/s",
     "of the peak",
     "of the matrix rate",
@@ -56,7 +57,7 @@ def of_torch(run: dict) -> list[list[str]]:
 
 def of_cards(run: dict) -> list[list[str]]:
     """Of experiments/check_gpu.py: steps of parts that measured some."""
-    found = []
+    found, twins = [], {r["config"]: r.get("step_median_s") for r in run.get("torch", {}).get("results", [])}
     for part in STEPS:
         for r in run.get(part, {}).get("results", []):
             batch, queued, profile = run[part]["batch_size"], r["queued_s"], r.get("profile", {})
@@ -64,7 +65,7 @@ def of_cards(run: dict) -> list[list[str]]:
             shares = [f"{x * r['step_median_s'] / queued:.0%}" if x else "–" for x in known]
             parts = ", ".join(f"{name} {x:.0%}" for name, x in profile.get("shares_of_busy", {}).items() if x >= 0.02)
             ms = lambda seconds: f"{1e3 * seconds:.1f}" if seconds else "–"
-            seconds = [ms(queued), ms(r["step_median_s"])]
+            seconds = [ms(queued), ms(r["step_median_s"]), ms(twins.get(r["config"]))]
             told = [f"{profile['kernels']:.0f}" if "kernels" in profile else "–", ms(profile.get("busy_s")), parts or "–"]
             rate, memory = f"{batch / queued:.0f}", f"{r['step_memory_bytes'] / 1e9:.1f}"
             name = f"`{r['config'].removeprefix('configs/')}`"

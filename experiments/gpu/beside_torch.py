@@ -43,5 +43,6 @@ def of_step(step, begun: float, steps: int = 20) -> dict:
         step.run()
     first = time.perf_counter() - begun
     seconds = [step.run() for _ in range(steps)]
-    median, p90 = float(np.median(seconds)), float(np.percentile(seconds, 90))
-    return {"step_median_s": median, "step_p90_s": p90, "images_per_second": len(step.images) / median, "first_steps_s": first}
+    median, p90, queued = float(np.median(seconds)), float(np.percentile(seconds, 90)), step.run(steps)
+    rate = len(step.images) / queued
+    return {"step_median_s": median, "step_p90_s": p90, "queued_s": queued, "images_per_second": rate, "first_steps_s": first}

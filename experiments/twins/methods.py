@@ -184,17 +184,18 @@ class Step:
         shape = (batch_size, config.channels, *config.image_size)
         self.images = torch.as_tensor(np.random.default_rng(0).integers(0, 256, shape, np.uint8)).to(device)
 
-    def run(self) -> float:
-        """Seconds of one step."""
+    def run(self, steps: int = 1) -> float:
+        """Seconds of a step; of several, none is waited for before the next."""
         self.wait()
         start = time.perf_counter()
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu"):
-            loss = self.loss(self.images)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for _ in range(steps):
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu"):
+                loss = self.loss(self.images)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         self.wait()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / steps
 
     def wait(self):
         if self.device != "cpu":
