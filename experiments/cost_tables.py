@@ -7,8 +7,9 @@ from experiments.tables import commits, load, setting, table
 
 CARDS_NOTE = (
     "In a queue: no step is waited for before the next, as in a run; alone: each is. PyTorch's: of a torch.compile'd twin. "
-    "Of the peak: model FLOPs of the card's bf16; of the matrix rate: of a plain product measured between the steps. Estimate: of this very program, a "
-    "lower bound. Kernels, busy and where: of a step compiled without graphs, by its profile. Memory: the step as compiled."
+    "Of the peak: model FLOPs of the card's bf16; of the matrix rate: of a plain product measured between the steps. "
+    "Estimate: of this very program, a lower bound. Kernels, busy and where: of a step compiled without graphs, by its "
+    "profile. Memory: the step as compiled."
 )
 
 
