@@ -1,5 +1,6 @@
 """One optimisation step of any objective: jitted once, sharded, donated, with nothing random carried over."""
 
+import re
 from functools import partial
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from mim_jax import platforms, prng, sharding
+from mim_jax import platforms, prng, sharding, tree
 from mim_jax.train.state import TrainState, merge, moved
 
 
@@ -31,7 +32,9 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
         if before := objective.teacher is not None and objective.teacher.before:
             state = state.replace(teacher=moved(objective.teacher, state.teacher, state.params, state.step))
         key = prng.stream(seed, "dropout", state.step)
-        loss, metrics, stats, grads = accumulate(objective, state, inputs, key, accumulation)
+        dtype = getattr(getattr(objective, "encoder", None), "dtype", None)
+        gather = partial(gathered, shardings=shardings.params, dtype=dtype)
+        loss, metrics, stats, grads = accumulate(objective, state, inputs, key, accumulation, gather)
         grads = laid_out(grads, shardings.params)
         with jax.named_scope("optimiser"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -68,8 +71,29 @@ def laid_out(grads, shardings):
     return jax.tree.map(lambda x, where: whole(x) if where.is_fully_replicated else x, grads, shardings)
 
 
-def accumulate(objective, state, inputs: dict, key, accumulation: int):
-    """Mean loss, metrics and gradients over `accumulation` micro-batches -> loss, metrics, stats, grads.
+def gathered(params, shardings, dtype):
+    """The parameters, of which those that FSDP splits are whole again: kernels of blocks in the `dtype` that their layers cast
+    them to anyway, so that half the bytes are sent. A gradient stays as split as its parameter."""
+
+    def of_one(path, x, where):
+        if where.is_fully_replicated:
+            return x
+        cast = dtype if dtype and re.search(r"/block_\d+/.*/kernel$", path) else x.dtype
+        constrained = jax.lax.with_sharding_constraint
+
+        @jax.custom_vjp
+        def gather(x):
+            return constrained(constrained(x.astype(cast), where), sharding.replicated(where.mesh))
+
+        gather.defvjp(lambda x: (gather(x), None), lambda _, g: (constrained(g, where).astype(x.dtype),))
+        return gather(x)
+
+    return jax.tree_util.tree_map_with_path(lambda path, *of: of_one(tree.path_name(path), *of), params, shardings)
+
+
+def accumulate(objective, state, inputs: dict, key, accumulation: int, gather=lambda params: params):
+    """Mean loss, metrics and gradients over `accumulation` micro-batches -> loss, metrics, stats, grads. gather: makes whole
+    what devices share of the parameters.
 
     What the teacher says of a micro-batch is one of its inputs: no gradient reaches the teacher, which answers as in
     evaluation.
@@ -82,7 +106,7 @@ def accumulate(objective, state, inputs: dict, key, accumulation: int):
 
     def loss_fn(params, stats, inputs, key):
         (loss, metrics), updated = objective.apply(
-            {"params": merge(params, state.frozen), **stats}, inputs, True, rngs={"dropout": key}, mutable=list(stats)
+            {"params": merge(gather(params), state.frozen), **stats}, inputs, True, rngs={"dropout": key}, mutable=list(stats)
         )
         return loss, (metrics, dict(updated) or stats)
 
