@@ -124,7 +124,7 @@ def claimed() -> str | None:
 
 def estimates() -> str | None:
     """What steps would cost on devices that were not there. None: nothing recorded."""
-    runs = load("target_*.json")
+    runs = load("target_*.json") + [run for run in load("fsdp_*.json") if "target" in run]
     if not runs:
         return None
     compilers = sorted({f"{name} {version}" for run in runs for name, version in run["compiler"].items()})
@@ -193,7 +193,7 @@ def communication() -> str | None:
     """What a step with FSDP sends between devices. None: nothing recorded."""
     if not (runs := load("fsdp_*.json")):
         return None
-    rows = sorted(map(data_tables.of_communication, runs), key=lambda row: (row[0], int(row[1])))
+    rows = sorted(sum(map(data_tables.of_communication, runs), []), key=lambda row: (row[1], int(row[2]), row[0]))
     return table(data_tables.SENT, rows) + f"\n\nCommits: {commits(runs)}."
 
 

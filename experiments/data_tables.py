@@ -40,7 +40,14 @@ CARDS = (
     "memory, GB",
 )
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")
-SENT = ("compiled for", "devices", "images a device", *(f"{kind}: MB in how many" for kind in KINDS), "of them asynchronous")
+SENT = (
+    "config",
+    "compiled for",
+    "devices",
+    "images a device",
+    *(f"{kind}: MB in how many" for kind in KINDS),
+    "of them asynchronous",
+)
 
 
 def of_torch(run: dict) -> list[list[str]]:
@@ -73,16 +80,19 @@ def of_cards(run: dict) -> list[list[str]]:
     return found
 
 
-def of_communication(run: dict) -> list[str]:
-    """Of `benchmark --compile_only --fsdp`: one row."""
-    (r,), asked = run["results"], run["provenance"]["settings"]
-    devices = r.get("devices", run["provenance"]["device"]["count"])
-    images = r.get("per_device") or asked["batch_size"] // devices
-    sent = {kind: r["communication"].get(kind, {"count": 0, "bytes": 0, "asynchronous": 0}) for kind in KINDS}
-    numbers = [f"{x['bytes'] / 1e6:.0f} in {x['count']:.0f}" if x["count"] else "–" for x in sent.values()]
-    begun, total = (sum(x[key] for x in r["communication"].values()) for key in ("asynchronous", "count"))
-    name = run.get("target", run["provenance"]["device"]["kind"])
-    return [name, str(devices), str(images), *numbers, f"{begun:.0f} of {total:.0f}"]
+def of_communication(run: dict) -> list[list[str]]:
+    """Of `benchmark --compile_only --fsdp`."""
+    found, asked = [], run["provenance"]["settings"]
+    for r in run["results"]:
+        devices = r.get("devices", run["provenance"]["device"]["count"])
+        images = r.get("per_device") or asked["batch_size"] // devices
+        sent = {kind: r["communication"].get(kind, {"count": 0, "bytes": 0, "asynchronous": 0}) for kind in KINDS}
+        numbers = [f"{x['bytes'] / 1e6:.0f} in {x['count']:.0f}" if x["count"] else "–" for x in sent.values()]
+        begun, total = (sum(x[key] for x in r["communication"].values()) for key in ("asynchronous", "count"))
+        name = f"`{r['config'].removeprefix('configs/')}`"
+        target = run.get("target", run["provenance"]["device"]["kind"])
+        found.append([name, target, str(devices), str(images), *numbers, f"{begun:.0f} of {total:.0f}"])
+    return found
 
 
 def of_input(run: dict) -> list[list[str]]:

@@ -42,7 +42,8 @@ def rows(runs: list[dict]) -> list[list[str]]:
 
 def row(r: dict, target: str, asked: dict) -> list[str]:
     encoder = os.path.basename(asked["init_from"]) if r["method"] in FROM_A_RUN else ""
-    how = ", remat" * asked["remat"] + ", scan" * asked.get("scan", False)  # reports from before there was a scan lack it
+    kinds = ("remat", "scan", "fsdp")  # reports from before there was one lack it
+    how = "".join(f", {kind}" for kind in kinds if asked.get(kind))
     name = f"`{os.path.basename(r['config'])}`" + f" of `{encoder}`" * bool(encoder) + how
     memory = f"{r['memory_bytes'] / GIB:.1f}" + (" (does not fit)" if not r["fits"] else "")
     most = r.get("largest", {}).get("per_device")

@@ -258,13 +258,14 @@ def test_the_table_of_communication(record):
     sent = {"all-gather": dict(count=36, bytes=3e8, asynchronous=9), "reduce-scatter": dict(count=2, bytes=1e6, asynchronous=0)}
     here = made_by("a" * 40, batch_size=32)
     here["provenance"]["device"]["count"] = 8
-    record("fsdp_8_cpu.json", {"results": [{"communication": sent}], **here})
-    there = {"communication": {}, "devices": 32, "per_device": 16}
-    record("fsdp_v3.json", {"target": "tpu-v3-32", "results": [there], **made_by("b" * 40)})
+    record("fsdp_8_cpu.json", {"results": [{"config": "configs/mae_vitb.py", "communication": sent}], **here})
+    there = [{"config": f"configs/{name}.py", "communication": {}, "devices": 32, "per_device": 16} for name in "ba"]
+    record("fsdp_v3.json", {"target": "tpu-v3-32", "results": there, **made_by("b" * 40)})
     _, rows = cells(cost_tables.communication())
     assert rows == [
-        ["cpu", "8", "4", "300 in 36", "1 in 2", "–", "9 of 38"],
-        ["tpu-v3-32", "32", "16", "–", "–", "–", "0 of 0"],
+        ["`mae_vitb.py`", "cpu", "8", "4", "300 in 36", "1 in 2", "–", "9 of 38"],
+        ["`a.py`", "tpu-v3-32", "32", "16", "–", "–", "–", "0 of 0"],
+        ["`b.py`", "tpu-v3-32", "32", "16", "–", "–", "–", "0 of 0"],
     ]
 
 
