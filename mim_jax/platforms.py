@@ -53,13 +53,14 @@ def by_device(of_rows: Callable) -> Callable:
     return jax.shard_map(of_rows, mesh=mesh, in_specs=(rows, whole), out_specs=rows, check_vma=False)
 
 
-def compiler_options(mesh: jax.sharding.Mesh) -> dict | None:
-    """Of programs with large products for the devices of the mesh.
+def compiler_options(small_products: bool) -> dict | None:
+    """Of a training step, on H100 and its kin.
 
-    On a GPU products are cuBLAS's, which adds a bias as it writes: where XLA may take a Triton kernel of its own, the addition
-    is a pass over the result, whichever it takes in the end, and compiling tries all of them.
+    There attention is in kernels, and what is left are products of many rows, which are cuBLAS's: it adds a bias as it writes.
+    Where XLA may take a Triton kernel of its own the addition is a pass over the result, whichever it takes in the end, and
+    compiling tries all of them. Not of small products, which Triton multiplies together with what is around them.
     """
-    return {"xla_gpu_enable_triton_gemm": False} if _name(mesh) == "gpu" else None
+    return {"xla_gpu_enable_triton_gemm": False} if is_hopper() and not small_products else None
 
 
 def layouts() -> str:
@@ -70,13 +71,9 @@ def layouts() -> str:
 @contextlib.contextmanager
 def compiled_for(mesh: jax.sharding.Mesh):
     """What is traced inside is for the devices of the mesh, which need not be here."""
-    token = _compiled_for.set((_name(mesh), mesh))
+    platform = mesh.devices.flat[0].platform
+    token = _compiled_for.set(({"cuda": "gpu", "rocm": "gpu"}.get(platform, platform), mesh))
     try:
         yield
     finally:
         _compiled_for.reset(token)
-
-
-def _name(mesh) -> str:
-    platform = mesh.devices.flat[0].platform
-    return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)

@@ -250,6 +250,17 @@ def test_the_largest_batch_is_found_by_few_compilations(memory, grain, asked):
     assert found["did_not_fit"] is None or found["did_not_fit"] > size
 
 
+def test_a_first_guess_that_does_not_fit_is_no_reason_to_go_on_in_small_steps():
+    """Memory grows a little more steeply than the first batch tells."""
+    memory, of = 5250, lambda size: 100 + (2 if size <= 64 else 2.05) * size
+    measure = lambda size: (
+        {"per_device": size, "memory_bytes": of(size), "argument_bytes": 100, "grain": 1}
+        | ({"step_s": 1.0} if of(size) <= memory else {})
+    )
+    found = target_costs.largest(measure, measure(64), memory)
+    assert found == {"per_device": 2304, "did_not_fit": 2560, "compilations": 3}
+
+
 def result(config="configs/mae_vitb.py", **more):
     shares = {name: 0.0 for name in parts.PARTS} | {"mlp": 0.75, "attention": 0.25}
     more = {"step_s": 0.1, "memory_bytes": 2**30, "per_device": 32, "shares": shares} | more

@@ -282,6 +282,16 @@ def test_without_being_asked_it_is_taken_on_hoppers_in_bf16():
     assert not taken(h100, dtype=jnp.float16) and not taken(h100, wide=216)  # in which, and how wide, it was not tried
 
 
+def test_large_products_are_left_to_cublas_where_attention_is_a_kernel():
+    def asked(mesh, small_products=False):
+        with platforms.compiled_for(mesh):
+            return platforms.compiler_options(small_products)
+
+    assert asked(of_cards("9.0", "9.0")) == {"xla_gpu_enable_triton_gemm": False}
+    others = (mesh_of("tpu"), mesh_of("cpu"), *map(of_cards, ("8.0", "10.0", "gfx942", "")))
+    assert not asked(of_cards("9.0"), small_products=True) and not any(map(asked, others))
+
+
 def test_on_a_card_it_must_have_given_what_plain_products_give(monkeypatch, caplog):
     """The card is the CPU, and its kernel is interpreted."""
     whole, asked = kernel_attention.attention, []

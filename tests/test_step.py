@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mim_jax import sharding, tree
+from mim_jax import platforms, sharding, tree
 from mim_jax.config import load
 from mim_jax.models.flops import training
 from mim_jax.train import loop
@@ -73,6 +73,18 @@ def close(state, other, tolerance):
 def test_compiles_once(plain):
     rig, _ = plain
     assert rig.step._cache_size() == 1
+
+
+def test_a_platform_has_a_say_in_how_a_step_is_compiled(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        platforms, "compiler_options", lambda small_products: asked.append(small_products) or {"xla_none": True}
+    )
+    with pytest.raises(Exception, match="xla_none"):
+        Rig().run(1)
+    mesh, made = sharding.make_mesh(jax.devices()[:1]), built.objective(load("configs/localmim_swinb.py:toy"))
+    make_step(made, None, mesh, sharding.replicated(mesh), prepare=None, seed=0)
+    assert asked == [False, True]
 
 
 def test_loss_falls_and_every_parameter_moves():

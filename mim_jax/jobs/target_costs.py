@@ -198,7 +198,7 @@ def largest(measure, first: dict, memory: float, tries: int = 5) -> dict:
         low = max((size for size, x in seen.items() if fits(x, memory)), default=0)
         high = min((size for size, x in seen.items() if not fits(x, memory)), default=None)
         expected = rounded(min(capacity(list(seen.values()), memory), MOST), grain)
-        if len(seen) > 1 and low:  # near the limit a compiler recomputes, and memory no longer grows by a line
+        if len(seen) > 1 and low and high is None:  # near the limit a compiler recomputes, and memory no longer grows by a line
             expected = min(expected, rounded(1.3 * low, grain))
         guess = expected if high is None else min(expected, rounded(high - 1, grain))
         if guess <= low and high is not None:

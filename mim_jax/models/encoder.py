@@ -38,6 +38,7 @@ class Encoder(nn.Module):
     STEM: ClassVar[tuple[str, ...]] = ("cls_token", "mask_token", "pos_embed", "patch_embed", "patch_norm")  # layer 0
     place: ClassVar[str] = "block"  # the word for what a tap counts
     has_cls: ClassVar[bool] = False  # whether a cls token leads the tokens
+    small_products: ClassVar[bool] = False  # whether most of its attention is among the few tokens of a window
     takes_parts: ClassVar[bool] = False  # whether images may be parts of larger ones, their patches at `ids` of the grid
 
     @property

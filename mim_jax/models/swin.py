@@ -116,7 +116,7 @@ class Swin(Encoder):
     final_norm: bool = True
     sparse: bool = True
 
-    kind, place = "swin", "stage"
+    kind, place, small_products = "swin", "stage", True
 
     def __post_init__(self):
         """Raises ConfigError for sizes that no Swin can have."""

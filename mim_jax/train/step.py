@@ -19,6 +19,7 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
     what is hidden. Masks are drawn for the whole batch at once, so that neither the number of devices nor the accumulation
     changes them.
     """
+    encoder = getattr(objective, "encoder", None)
 
     def step(state: TrainState, batch):
         with platforms.compiled_for(mesh):
@@ -32,8 +33,7 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
         if before := objective.teacher is not None and objective.teacher.before:
             state = state.replace(teacher=moved(objective.teacher, state.teacher, state.params, state.step))
         key = prng.stream(seed, "dropout", state.step)
-        dtype = getattr(getattr(objective, "encoder", None), "dtype", None)
-        gather = partial(gathered, shardings=shardings.params, dtype=dtype)
+        gather = partial(gathered, shardings=shardings.params, dtype=getattr(encoder, "dtype", None))
         loss, metrics, stats, grads = accumulate(objective, state, inputs, key, accumulation, gather)
         grads = laid_out(grads, shardings.params)
         with jax.named_scope("optimiser"):
@@ -57,7 +57,8 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
 
     # one sharding for every leaf of the batch: masks that come with it are split over images too
     where = (shardings, sharding.batch_sharding(mesh))
-    options = platforms.compiler_options(mesh)
+    with platforms.compiled_for(mesh):
+        options = platforms.compiler_options(getattr(encoder, "small_products", False))
     results = shardings, sharding.replicated(mesh)
     return jax.jit(step, in_shardings=where, out_shardings=results, donate_argnums=0, compiler_options=options)
 
