@@ -196,10 +196,29 @@ def methods_scenario():
         print(name, "passed")
 
 
+def gather_in_bf16(params, where):
+    """Kernels of blocks are cast before they are sent, and gradients are as split as their parameters."""
+    import jax
+    import jax.numpy as jnp
+
+    from mim_jax import tree
+    from mim_jax.train.step import gathered
+
+    whole = lambda params: gathered(params, where, jnp.bfloat16)
+    of_whole = lambda params: sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(whole(params)))
+    slopes, given = tree.flatten(jax.jit(jax.grad(of_whole))(params)), tree.flatten(params)
+    for path, x in tree.flatten(jax.jit(whole)(params)).items():
+        low = "block_" in path and path.endswith("kernel")
+        assert x.dtype == (jnp.bfloat16 if low else jnp.float32) and x.sharding.is_fully_replicated, path
+        np.testing.assert_array_equal(x, given[path].astype(x.dtype))
+        np.testing.assert_array_equal(slopes[path], 2 * given[path].astype(x.dtype).astype(jnp.float32))
+        assert slopes[path].dtype == jnp.float32
+        assert slopes[path].sharding.is_equivalent_to(given[path].sharding, x.ndim), path
+
+
 def scenario(workdir: str):
     """On 8 devices: an FSDP step equals a replicated one; its state is saved and restored on 8, 2 and 1 devices."""
     import jax
-    import jax.numpy as jnp
 
     from mim_jax import sharding, tree
     from mim_jax.chips import estimates
@@ -207,7 +226,7 @@ def scenario(workdir: str):
     from mim_jax.runs import checkpoint, saved
     from mim_jax.train.schedule import warmup_cosine
     from mim_jax.train.state import create, plan
-    from mim_jax.train.step import gathered, make_step
+    from mim_jax.train.step import make_step
 
     sharding.FSDP_MIN_BYTES = 1  # toy tensors are small
     config = load("configs/lomar_vitb.py:toy")
@@ -244,16 +263,7 @@ def scenario(workdir: str):
             np.testing.assert_allclose(x, tree.flatten(state.params)[path], atol=2e-5, err_msg=path)
 
     *_, where = state_on(8, True)
-    whole = lambda params: gathered(params, where.params, jnp.bfloat16)
-    of_whole = lambda params: sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(whole(params)))
-    slopes = tree.flatten(jax.jit(jax.grad(of_whole))(state.params))
-    for path, x in tree.flatten(jax.jit(whole)(state.params)).items():
-        given = tree.flatten(state.params)[path]
-        low = "block_" in path and path.endswith("kernel")
-        assert x.dtype == (jnp.bfloat16 if low else jnp.float32) and x.sharding.is_fully_replicated, path
-        np.testing.assert_array_equal(x, given.astype(x.dtype))
-        np.testing.assert_array_equal(slopes[path], 2 * given.astype(x.dtype).astype(jnp.float32))
-        assert slopes[path].dtype == jnp.float32 and slopes[path].sharding.is_equivalent_to(given.sharding, given.ndim), path
+    gather_in_bf16(state.params, where.params)
 
     manager = checkpoint.Checkpoints(workdir, every=1, keep=1, keep_every=0)
     manager.save(2, state, {"step": 2, "config": {}})
