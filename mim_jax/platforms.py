@@ -53,14 +53,14 @@ def by_device(of_rows: Callable) -> Callable:
     return jax.shard_map(of_rows, mesh=mesh, in_specs=(rows, whole), out_specs=rows, check_vma=False)
 
 
-def compiler_options(small_products: bool) -> dict | None:
+def compiler_options(attends_in_products: bool) -> dict | None:
     """Of a training step, on H100 and its kin.
 
-    There attention is in kernels, and what is left are products of many rows, which are cuBLAS's: it adds a bias as it writes.
+    Where attention is in kernels, what is left are products of many rows, which are cuBLAS's: it adds a bias as it writes.
     Where XLA may take a Triton kernel of its own the addition is a pass over the result, whichever it takes in the end, and
-    compiling tries all of them. Not of small products, which Triton multiplies together with what is around them.
+    compiling tries all of them. Not where attention is products, which Triton multiplies together with what is around them.
     """
-    return {"xla_gpu_enable_triton_gemm": False} if is_hopper() and not small_products else None
+    return {"xla_gpu_enable_triton_gemm": False} if is_hopper() and not attends_in_products else None
 
 
 def layouts() -> str:

@@ -233,13 +233,13 @@ def scenario(workdir: str):
     made = built.objective(config)
     tx = built.optimizer(config, warmup_cosine(1e-3, 10, 1))
 
-    def state_on(devices, fsdp):
+    def state_on(devices, fsdp, made=made):
         mesh = sharding.make_mesh(jax.devices()[:devices])
         fresh, shapes, where = plan(made, tx, made.example(), seed=0, mesh=mesh, fsdp=fsdp)
         return mesh, fresh, shapes, where
 
-    def two_steps(devices, fsdp):
-        mesh, fresh, _, where = state_on(devices, fsdp)
+    def two_steps(devices, fsdp, made=made):
+        mesh, fresh, _, where = state_on(devices, fsdp, made)
         state = create(fresh, where)
         batches = [sharding.to_global(built.batch(config, 8, seed=i), mesh) for i in range(2)]
         step = make_step(made, tx, mesh, where, prepare=built.inputs(config, made), seed=0).lower(state, batches[0]).compile()
@@ -262,6 +262,8 @@ def scenario(workdir: str):
         if not path.endswith("qkv/bias"):
             np.testing.assert_allclose(x, tree.flatten(state.params)[path], atol=2e-5, err_msg=path)
 
+    *_, again = two_steps(8, True, made.clone(encoder=made.encoder.clone(remat=True)))
+    assert again["all-gather"]["bytes"] > 1.5 * sharded, "with remat whole kernels are kept for the backward pass"
     *_, where = state_on(8, True)
     gather_in_bf16(state.params, where.params)
 

@@ -279,13 +279,13 @@ def test_without_being_asked_it_is_taken_on_hoppers_in_bf16():
 
 
 def test_large_products_are_left_to_cublas_where_attention_is_a_kernel():
-    def asked(mesh, small_products=False):
+    def asked(mesh, attends_in_products=False):
         with platforms.compiled_for(mesh):
-            return platforms.compiler_options(small_products)
+            return platforms.compiler_options(attends_in_products)
 
     assert asked(of_cards("9.0", "9.0")) == {"xla_gpu_enable_triton_gemm": False}
     others = (mesh_of("tpu"), mesh_of("cpu"), *map(of_cards, ("8.0", "10.0", "gfx942", "")))
-    assert not asked(of_cards("9.0"), small_products=True) and not any(map(asked, others))
+    assert not asked(of_cards("9.0"), attends_in_products=True) and not any(map(asked, others))
 
 
 def test_on_a_card_it_must_have_given_what_plain_products_give(monkeypatch, caplog):

@@ -112,7 +112,9 @@ def test_it_is_taken_on_hoppers_in_bf16():
     h100 = of_cards("9.0")
     assert taken(h100) and taken(of_cards("9.0", "9.0")) and taken(h100, wide=384, rows=(3, 2, 2))
     assert not taken(h100, jnp.float32) and not taken(h100, given=jnp.float32) and not taken(h100, jnp.float16)
+    assert taken(h100, wide=1280) and not taken(h100, wide=1152)  # five parts, and nine
     assert not taken(h100, wide=192) and not taken(h100, wide=4096) and not taken(h100, rows=(0, 10))
+    assert not taken(h100, rows=())  # one row has none to share
     assert not taken(of_cards("9.0", "9.0", "9.0"))  # two rows on three devices
     assert not any(taken(of_cards(other)) for other in ("8.0", "10.0", "gfx942", ""))
     with mock.patch.object(norm_kernel, "triton", None):

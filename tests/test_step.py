@@ -14,7 +14,7 @@ from mim_jax.models.flops import training
 from mim_jax.train import loop
 from mim_jax.train.schedule import warmup_cosine
 from mim_jax.train.state import create, plan
-from mim_jax.train.step import make_step
+from mim_jax.train.step import attends_in_products, make_step
 
 
 @dataclasses.dataclass
@@ -76,15 +76,20 @@ def test_compiles_once(plain):
 
 
 def test_a_platform_has_a_say_in_how_a_step_is_compiled(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        platforms, "compiler_options", lambda small_products: asked.append(small_products) or {"xla_none": True}
-    )
+    monkeypatch.setattr(platforms, "compiler_options", lambda attends_in_products: {"xla_none": attends_in_products})
     with pytest.raises(Exception, match="xla_none"):
         Rig().run(1)
-    mesh, made = sharding.make_mesh(jax.devices()[:1]), built.objective(load("configs/localmim_swinb.py:toy"))
-    make_step(made, None, mesh, sharding.replicated(mesh), prepare=None, seed=0)
-    assert asked == [False, True]
+
+
+def test_whose_attention_is_products():
+    def told(spec, **options):
+        config = load(spec)
+        config.compute_dtype = "bfloat16"
+        return attends_in_products(built.objective(config).encoder.clone(**options))
+
+    vit = "configs/lomar_vitb.py:toy"
+    assert not told(vit) and told(vit, attention="plain") and told(vit, dtype=jnp.float32)
+    assert told("configs/localmim_swinb.py:toy") and attends_in_products(None)
 
 
 def test_loss_falls_and_every_parameter_moves():

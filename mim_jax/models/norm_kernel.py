@@ -19,14 +19,16 @@ from mim_jax.models.kernel_tiles import triton
 
 WIDEST = 2048  # of a row
 NARROWEST = 128  # of a part of it, a power of two
+PARTS = 5  # of a row at most
 NUMBERS = 6144  # of an array that a program has on the chip at once; more of them spill registers
 SHARES = 264  # at most, of the gradients of scale and bias
 WARPS = 8
 
 
 def fits(x) -> bool:
-    """Whether a program has room for rows of [... d]."""
-    return x.size > 0 and x.shape[-1] <= WIDEST and x.shape[-1] % NARROWEST == 0
+    """Whether a program has room for rows of [... d], and each is cut into few parts."""
+    width = x.shape[-1]
+    return x.ndim > 1 and x.size > 0 and width <= WIDEST and width % NARROWEST == 0 and width // (width & -width) <= PARTS
 
 
 def layer_norm(x, scale, bias, eps: float, branch=None, stream: bool = False, interpret: bool = False):

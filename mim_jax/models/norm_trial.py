@@ -8,9 +8,16 @@ import jax.numpy as jnp
 from mim_jax import platforms
 from mim_jax.models import device_trial, norm_kernel
 
-# Rows, their width, whether a branch is added and whether the sum is given too. The first has programs of several turns, the
-# last of which is over before the rows are.
-TRIALS = ((4099, 768, True, True), (50, 512, False, True), (130, 384, True, True), (7, 1024, False, False))
+# Rows, their width, whether a branch is added and whether the sum is given too: widths of ViTs and Swins, cut into one to five
+# parts. The first has programs of several turns, of which the last ends after the rows do.
+TRIALS = (
+    (4099, 768, True, True),
+    (50, 512, False, True),
+    (130, 384, True, True),
+    (7, 1024, False, False),
+    (300, 128, True, True),
+    (70, 1280, True, True),
+)
 
 
 def may_be_taken(dtype) -> bool:

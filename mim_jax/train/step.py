@@ -1,6 +1,7 @@
 """One optimisation step of any objective: jitted once, sharded, donated, with nothing random carried over."""
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -33,7 +34,7 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
         if before := objective.teacher is not None and objective.teacher.before:
             state = state.replace(teacher=moved(objective.teacher, state.teacher, state.params, state.step))
         key = prng.stream(seed, "dropout", state.step)
-        gather = partial(gathered, shardings=shardings.params, dtype=getattr(encoder, "dtype", None))
+        gather = gathering(encoder, shardings.params)
         loss, metrics, stats, grads = accumulate(objective, state, inputs, key, accumulation, gather)
         grads = laid_out(grads, shardings.params)
         with jax.named_scope("optimiser"):
@@ -58,7 +59,7 @@ def make_step(objective, tx, mesh, shardings, *, prepare, seed: int, accumulatio
     # one sharding for every leaf of the batch: masks that come with it are split over images too
     where = (shardings, sharding.batch_sharding(mesh))
     with platforms.compiled_for(mesh):
-        options = platforms.compiler_options(getattr(encoder, "small_products", False))
+        options = platforms.compiler_options(attends_in_products(encoder))
     results = shardings, sharding.replicated(mesh)
     return jax.jit(step, in_shardings=where, out_shardings=results, donate_argnums=0, compiler_options=options)
 
@@ -70,6 +71,20 @@ def laid_out(grads, shardings):
         return grads
     whole = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
     return jax.tree.map(lambda x, where: whole(x) if where.is_fully_replicated else x, grads, shardings)
+
+
+def attends_in_products(encoder) -> bool:
+    """Whether its attention is surely in no kernel, or among the few tokens of a window."""
+    bf16 = getattr(encoder, "dtype", None) == jnp.bfloat16
+    return getattr(encoder, "small_products", False) or getattr(encoder, "attention", "auto") == "plain" or not bf16
+
+
+def gathering(encoder, shardings) -> Callable:
+    """params -> the same as `gathered` gives them, once for a step. Where memory is to be saved they stay as they are: with
+    remat the compiler gathers kernels anew for the backward pass, in a loop those of one block at a time."""
+    if getattr(encoder, "remat", False) or getattr(encoder, "scan", False):
+        return lambda params: params
+    return partial(gathered, shardings=shardings, dtype=getattr(encoder, "dtype", None))
 
 
 def gathered(params, shardings, dtype):
