@@ -188,9 +188,11 @@ def run_and_look(made, variables, inputs):
 
 
 def capture(seen, path: str):
+    """What the module gave, of a LayerNorm the normed tokens."""
     for part in path.split("/"):
         seen = seen[part]
-    return np.asarray(seen["__call__"][0])
+    given = seen["__call__"][0]
+    return np.asarray(given[-1] if isinstance(given, tuple) else given)
 
 
 def look_at_encoder(report: Report, case: Case, seen, rows):
